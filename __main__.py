@@ -1,0 +1,6 @@
+"""`python -m comfyui_diptych` is the `diptych` command."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

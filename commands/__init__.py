@@ -1,0 +1,14 @@
+"""Subcommands of the `diptych` command line, one file each.
+
+A subcommand module has `add_parser(subparsers)`, which ends with `parser.set_defaults(run=run)`, and
+`run(args) -> int`. Add a new one to `modules()`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+def modules() -> list[ModuleType]:
+    """The subcommand modules, in the order of the help text."""
+    return []

@@ -1,0 +1,1 @@
+"""Plain PyTorch: what builds conditions and holds weights."""

@@ -1,0 +1,1 @@
+"""LoRA files of every format: read, apply to diffusers or ComfyUI, save."""

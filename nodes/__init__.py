@@ -1,0 +1,19 @@
+"""The ComfyUI face of the pack: thin V1 node classes, one file per menu.
+
+A node is a schema, its validation, one call into `models/`, `samplers/` or `training/`, and a return.
+A new node goes into the file of its menu, at the end of that file's `NODES` list.
+"""
+
+from . import conditioning, diptych, lora, masks, sampling, tiny
+
+NODE_CLASSES = [
+    *diptych.NODES,
+    *masks.NODES,
+    *conditioning.NODES,
+    *lora.NODES,
+    *sampling.NODES,
+    *tiny.NODES,
+]
+
+NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in NODE_CLASSES}
+NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: cls.DISPLAY_NAME for cls in NODE_CLASSES}

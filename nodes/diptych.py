@@ -1,0 +1,5 @@
+"""Diptych building and splitting nodes."""
+
+from __future__ import annotations
+
+NODES: list[type] = []

@@ -1,0 +1,5 @@
+"""LoRA loading nodes."""
+
+from __future__ import annotations
+
+NODES: list[type] = []

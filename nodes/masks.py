@@ -1,0 +1,5 @@
+"""Mask packing nodes."""
+
+from __future__ import annotations
+
+NODES: list[type] = []

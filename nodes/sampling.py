@@ -1,0 +1,5 @@
+"""Schedule and sampler nodes."""
+
+from __future__ import annotations
+
+NODES: list[type] = []

@@ -1,0 +1,5 @@
+"""Loader of the bundled tiny demo models."""
+
+from __future__ import annotations
+
+NODES: list[type] = []

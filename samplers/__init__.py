@@ -1,0 +1,1 @@
+"""Plain PyTorch: sigma schedules, step rules and sampling loops."""

@@ -1,0 +1,1 @@
+"""Training on diffusers, peft and accelerate."""
