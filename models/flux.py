@@ -1,0 +1,192 @@
+"""What FLUX Fill and FLUX Kontext share on diffusers modules: text, VAE, and one prediction of the velocity.
+
+The two differ only in how a picture joins the noisy latents (`Condition`): `flux_fill.py`, `flux_kontext.py`.
+Inside ComfyUI its own MODEL runs instead; this host serves the command line, training and the tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Condition, TextEmbedding, as_sigma, model_pixels
+from .flux_text import FluxText
+from .packing import image_ids, pack_latents, unpack_latents
+
+
+def default_device() -> torch.device:
+    """CUDA (or ROCm), Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_folder(folder: str | Path, part: str, in_channels: int, what: str) -> None:
+    """Refuse a local folder that is not the wanted diffusers model, before any weight is read.
+
+    `part` is the denoiser's subfolder ("transformer", "unet"). A string that is no local path is taken for a
+    hub id and left to the loader. Raises ValueError or FileNotFoundError.
+    """
+    path = Path(folder)
+    if not path.exists():
+        is_hub_id = not path.is_absolute() and str(folder).count("/") == 1 and not str(folder).startswith(".")
+        if not is_hub_id:
+            raise FileNotFoundError(
+                f"model folder {folder} does not exist: pass a diffusers folder or a hub id"
+            )
+        return
+    config = path / part / "config.json"
+    if not (path / "model_index.json").is_file() or not config.is_file():
+        raise ValueError(
+            f"model folder {folder} has no model_index.json or no {part}/config.json: "
+            "download the whole diffusers folder"
+        )
+    found = json.loads(config.read_text(encoding="utf-8")).get("in_channels")
+    if found != in_channels:
+        raise ValueError(
+            f"model folder {folder} has {found} input channels where {what} has {in_channels}: "
+            "give that model's folder"
+        )
+
+
+class FluxDenoiser:
+    """Velocity of a diffusers FluxTransformer2DModel on spatial latents [B,16,h,w].
+
+    Give modules directly, or use `load`. A trainer may replace `transformer` by a wrapped one (peft, DDP,
+    FSDP): only its call is used, not its attributes.
+    """
+
+    in_channels: int
+    name: str
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        text: FluxText,
+        *,
+        device: torch.device | str | None = None,
+        max_text_tokens: int | None = None,
+    ):
+        """Raises ValueError if the transformer's input width is not this model's."""
+        if transformer.config.in_channels != self.in_channels:
+            raise ValueError(
+                f"the transformer takes {transformer.config.in_channels} channels per token where {self.name}"
+                f" takes {self.in_channels}: load the weights of {self.name}"
+            )
+        self.transformer = transformer
+        self.vae = vae
+        self.text = text
+        self.device = torch.device(device) if device is not None else next(transformer.parameters()).device
+        self.dtype: torch.dtype = next(transformer.parameters()).dtype
+        self.guidance_embeds: bool = transformer.config.guidance_embeds
+        self.max_text_tokens = max_text_tokens or text.max_tokens
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any, **kwargs):
+        """Share the modules of a diffusers FLUX pipeline."""
+        text = FluxText(
+            pipeline.tokenizer, pipeline.text_encoder, pipeline.tokenizer_2, pipeline.text_encoder_2
+        )
+        return cls(pipeline.transformer, pipeline.vae, text, **kwargs)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        *,
+        offload: bool = False,
+        **kwargs,
+    ):
+        """Load a diffusers folder or hub id, frozen and in eval mode.
+
+        offload: keep each part on the CPU until it is used (accelerate's model offload), for small GPUs.
+        Other arguments go to the constructor. Raises ValueError or FileNotFoundError for a wrong folder.
+        """
+        check_folder(folder, "transformer", cls.in_channels, cls.name)
+        device = torch.device(device) if device is not None else default_device()
+        pipeline = cls._pipeline_class().from_pretrained(str(folder), torch_dtype=dtype)
+        if offload and device.type != "cpu":
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+        for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            module.requires_grad_(False).eval()
+        return cls.from_pipeline(pipeline, device=device, **kwargs)
+
+    @staticmethod
+    def _pipeline_class() -> Any:
+        raise NotImplementedError
+
+    def encode_text(self, prompts: str | Sequence[str]) -> TextEmbedding:
+        """Prompts to a TextEmbedding on this model's device, in its dtype. See FluxText.encode."""
+        return self.text.encode(prompts, self.max_text_tokens).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """IMAGE [B,H,W,C] in 0..1, sides multiples of 16, to model-space latents [B,16,H/8,W/8] in float32.
+
+        The mode of the VAE posterior, or with `generator` a sample of it (as FluxFillPipeline draws).
+        """
+        return self._encode(model_pixels(image), generator)
+
+    def _encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """[B,3,H,W] in -1..1 to model-space latents, float32."""
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        config = self.vae.config
+        return ((latents - config.shift_factor) * config.scaling_factor).to(torch.float32)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Model-space latents [B,16,h,w] to IMAGE [B,8h,8w,3] float32 in 0..1; differentiable."""
+        config = self.vae.config
+        latents = x0.to(self.device, self.vae.dtype) / config.scaling_factor + config.shift_factor
+        pixels = self.vae.decode(latents, return_dict=False)[0]
+        return (pixels.to(torch.float32) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+
+    def guidance_tensor(self, guidance: float | Tensor, batch: int) -> Tensor | None:
+        """The embedded guidance as [B] float32, or None for a model distilled without it."""
+        if not self.guidance_embeds:
+            return None
+        return torch.as_tensor(guidance, dtype=torch.float32, device=self.device).expand(batch)
+
+    def velocity(self, x: Tensor, sigma: Tensor | float, condition: Condition) -> Tensor:
+        """v at spatial latents x [B,16,h,w] and sigma (scalar or [B], 1 = noise); same shape and dtype as x.
+
+        Differentiable in x and the weights. A condition of batch one serves every sample. With `negative` and
+        cfg != 1 two forwards are made: v = v_neg + cfg (v_pos - v_neg).
+        """
+        condition = condition.expand(x.shape[0])
+        velocity = self._forward(x, sigma, condition, condition.text)
+        if condition.uses_cfg:
+            unguided = self._forward(x, sigma, condition, condition.negative)
+            velocity = unguided + condition.cfg * (velocity - unguided)
+        return velocity
+
+    def _forward(self, x: Tensor, sigma: Tensor | float, condition: Condition, text: TextEmbedding) -> Tensor:
+        height, width = x.shape[-2:]
+        noisy = pack_latents(x)
+        tokens, ids = noisy, image_ids(height, width).to(x.device)
+        if condition.features is not None:
+            tokens = torch.cat([noisy, condition.features.to(noisy)], dim=-1)
+        if condition.references is not None:
+            tokens = torch.cat([noisy, condition.references.to(noisy)], dim=1)
+            ids = torch.cat([ids, condition.reference_ids.to(ids)], dim=0)
+        velocity = self.transformer(
+            hidden_states=tokens.to(self.dtype),
+            timestep=as_sigma(sigma, x),
+            guidance=condition.guidance,
+            pooled_projections=text.pooled.to(self.dtype),
+            encoder_hidden_states=text.tokens.to(self.dtype),
+            txt_ids=torch.zeros(text.tokens.shape[1], 3, device=x.device),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        return unpack_latents(velocity[:, : noisy.shape[1]], height, width).to(x.dtype)
