@@ -1,15 +1,114 @@
 """Broken or missing files: skipped, counted, named at the end; more than 5 % stops with the list.
 
-`BrokenSample(name, reason)` is what a source raises; `Broken(total, limit=0.05)` counts (`record`, `report() -> str`);
-`Tolerant(source, broken)` is the same source whose item i is the next readable one when i is broken.
+Not for errors that concern the whole data set (a missing column, an empty folder): those are ValueErrors at
+opening.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+LISTED = 20
+
 
 class BrokenSample(ValueError):
-    """One unreadable example: `name` says which, the message why."""
+    """One unreadable example: `name` says which, `reason` why. Sources raise it, `Broken` counts it."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
+
+    def __reduce__(self):
+        # Exceptions cross DataLoader workers by pickle, which would call __init__ with the one message only.
+        return type(self), (self.name, self.reason)
+
+
+class Broken:
+    """The broken examples of one data set of `total` examples.
+
+    `record` raises ValueError with the list once more than `limit` (a fraction) of the data set is broken.
+    """
+
+    def __init__(self, total: int, limit: float = 0.05):
+        if total < 1:
+            raise ValueError(
+                f"the data set holds {total} examples: point the data option at a folder with data"
+            )
+        self.total, self.limit = total, limit
+        self.reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def record(self, error: BrokenSample) -> None:
+        """Count one broken example (once, however often it is met)."""
+        self.reasons.setdefault(error.name, error.reason)
+        if len(self) > self.limit * self.total:
+            raise ValueError(
+                f"{len(self)} of {self.total} examples are broken, more than {self.limit:.0%}: "
+                f"repair or remove them ({self._list()})"
+            )
+
+    def report(self) -> str:
+        """One sentence for the end of a run; empty when nothing was broken."""
+        if not self.reasons:
+            return ""
+        return f"{len(self)} of {self.total} examples were broken and skipped: {self._list()}"
+
+    def _list(self) -> str:
+        items = [f"{name}: {reason}" for name, reason in list(self.reasons.items())[:LISTED]]
+        if len(self) > LISTED:
+            items.append(f"and {len(self) - LISTED} more")
+        return "; ".join(items)
+
+
+def usable(
+    source, broken: Broken, *, visit: Callable | None = None, wrap: Callable[[Iterable], Iterable] = iter
+) -> list[int]:
+    """Indices of the readable examples, opening each once.
+
+    `visit(index, sample)` sees every readable example (to cache what it needs); `wrap` may show progress,
+    for example `lambda it: tqdm(it, desc="reading")`.
+    """
+    good = []
+    for index in wrap(range(len(source))):
+        try:
+            sample = source[index]
+        except BrokenSample as error:
+            broken.record(error)
+            continue
+        if visit is not None:
+            visit(index, sample)
+        good.append(index)
+    if not good:
+        raise ValueError(f"none of the {len(source)} examples could be read: {broken.report()}")
+    return good
+
+
+class Tolerant:
+    """The same source, whose item i is the next readable one when i is broken (so that batches keep their
+    size).
+
+    The substitution depends on the files only, hence is the same in every process and epoch. In DataLoader
+    workers each worker counts for itself; use `usable` first where the total count matters.
+    """
+
+    def __init__(self, source, broken: Broken | None = None):
+        self.source, self.broken = source, broken or Broken(len(source))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int):
+        for step in range(len(self.source)):
+            try:
+                return self.source[(index + step) % len(self.source)]
+            except BrokenSample as error:
+                self.broken.record(error)
+        raise ValueError(f"none of the {len(self.source)} examples could be read: {self.broken.report()}")
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)

@@ -1,11 +1,224 @@
-"""Where samples come from: one `Source` per layout on disk, and the weighted mix.
+"""`open_source`: from a line of text to samples, whatever the layout on disk; and the weighted mix.
 
-`open_source(spec, *, seed=0) -> Source` is the only entry point a trainer needs (see the package docstring for specs).
-A Source has len(), `source[i] -> Sample` (raises `broken.BrokenSample`), `size(i) -> (height, width)`, `name(i) -> str`.
+The layouts themselves: `hub.py` (HF datasets), `files.py` (folder of pairs, JSONL), `precomputed.py`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
-def open_source(spec, *, seed: int = 0):
-    raise NotImplementedError
+import numpy as np
+
+from .sample import Sample
+
+KINDS = ("pairs", "jsonl", "magicbrush", "omniedit", "precomputed", "shapes")
+_SPEC = re.compile(
+    r"(?P<kind>\w+):(?P<where>.*?)(\?(?P<options>\w+=.*?))?(@(?P<weight>\d*\.?\d+))?", re.DOTALL
+)
+
+
+class Source(Protocol):
+    """A map from 0..len-1 to samples; also a torch Dataset by shape."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises broken.BrokenSample when that example cannot be read."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels, without decoding the picture where that is possible."""
+
+    def name(self, index: int) -> str:
+        """What a person would call this example (a file name, a row number)."""
+
+
+class Mix:
+    """Several sources in fixed shares.
+
+    An epoch is as long as it takes to see every example of every source at least once at those shares;
+    examples of the other sources repeat. Index -> example is fixed, so that caches, shuffles and resumes
+    need no knowledge of the mix.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None):
+        """`weights` need not sum to 1; without them every source counts by its length (plain concatenation)."""
+        lengths = np.array([len(source) for source in sources])
+        shares = np.asarray(weights if weights is not None else lengths, dtype=float)
+        if len(shares) != len(lengths) or (shares <= 0).any():
+            raise ValueError(
+                f"weights {list(shares)} for {len(lengths)} sources: give one positive weight per source"
+            )
+        shares = shares / shares.sum()
+        total = (lengths / shares).max()
+        self.counts = np.maximum(np.rint(total * shares).astype(int), lengths).tolist()
+        self.sources, self._ends = list(sources), np.cumsum(self.counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def where(self, index: int) -> tuple[Source, int]:
+        """The source of an index and the example's index there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[which - 1]) if which else 0
+        return self.sources[which], (index - start) % len(self.sources[which])
+
+    def __getitem__(self, index: int) -> Sample:
+        source, inner = self.where(index)
+        return source[inner]
+
+    def size(self, index: int) -> tuple[int, int]:
+        source, inner = self.where(index)
+        return source.size(inner)
+
+    def name(self, index: int) -> str:
+        source, inner = self.where(index)
+        return source.name(inner)
+
+
+class First:
+    """The first `limit` examples of a source."""
+
+    def __init__(self, source: Source, limit: int):
+        self.source, self.limit = source, min(limit, len(source))
+
+    def __len__(self) -> int:
+        return self.limit
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.limit:
+            raise IndexError(index)
+        return self.source[index]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+class Shapes:
+    """The synthetic world as a source: `n` edits of one split, drawn when asked for.
+
+    With `task` "inpaint" a sample is a caption and its picture; with "edit" an instruction with source and
+    target.
+    """
+
+    def __init__(self, n: int, split: str = "train", seed: int = 0, size: int = 64, task: str = "edit"):
+        from .. import shapes
+
+        if task not in ("edit", "inpaint"):
+            raise ValueError(f"shapes task is {task!r}: use 'edit' or 'inpaint'")
+        self._edits = list(shapes.random_edits(seed, n, split))
+        self._render, self._masks = shapes.render, shapes.place_masks
+        self._size, self._task, self._split = size, task, split
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._size, self._size
+
+    def name(self, index: int) -> str:
+        return f"shapes {self._split}[{index}]"
+
+    def __getitem__(self, index: int) -> Sample:
+        edit = self._edits[index]
+        target = self._render(edit.target, self._size)
+        common = {
+            "target": target,
+            "caption": edit.target.caption,
+            "name": self.name(index),
+            "task": edit.operation,
+        }
+        if self._task == "inpaint":
+            return Sample(edit.target.caption, **common)
+        mask = self._masks([edit.places], self._size)[0]
+        return Sample(edit.instruction, source=self._render(edit.source, self._size), mask=mask, **common)
+
+
+def open_source(spec: str | Source | Sequence, *, seed: int = 0, limit: int = 0) -> Source:
+    """Open one source, or a mix when given a list.
+
+    Args:
+        spec: "KIND:LOCATION?option=value&option=value@WEIGHT", options and weight optional; or a Source; or
+        a list.
+            pairs:FOLDER                        name_source.png, name_target.png, name.txt (and name_mask.png)
+            jsonl:FILE                          one {"prompt", "image", "mask"} per line
+            magicbrush:ID_OR_PATH?split=train   columns source_img, target_img, instruction
+            omniedit:ID_PATH_OR_GLOB?task=swap  columns src_img, edited_img, edited_prompt_list, task
+            precomputed:FILE.json               Flux Fill embeddings and latents
+            shapes:N?split=train&seed=0&size=64&task=edit
+        seed: fixes what a source chooses (the wording among several), by content, not by position.
+        limit: use only the first examples of every source; 0 = all.
+
+    Raises:
+        ValueError: unknown kind or option, a missing column, an empty folder.
+        FileNotFoundError: the location does not exist.
+    """
+    if not isinstance(spec, (str, Path)):
+        if not isinstance(spec, Sequence):
+            return First(spec, limit) if limit else spec
+        if not spec:
+            raise ValueError("no data source is given: set data to, for example, pairs:FOLDER")
+        opened = [_open(part, seed, limit) for part in spec]
+        if len(opened) == 1:
+            return opened[0][0]
+        weights = [weight for _, weight in opened]
+        if None in weights and any(weight is not None for weight in weights):
+            raise ValueError(
+                f"only some of the sources {list(spec)} have a weight: write @WEIGHT behind all or none"
+            )
+        return Mix([source for source, _ in opened], None if None in weights else weights)
+    return _open(spec, seed, limit)[0]
+
+
+def _open(spec: str | Source, seed: int, limit: int) -> tuple[Source, float | None]:
+    if not isinstance(spec, (str, Path)):
+        return spec, None
+    match = _SPEC.fullmatch(str(spec))
+    kind = match["kind"] if match else ""
+    if kind not in (*KINDS, "folder"):
+        raise ValueError(
+            f"data source {str(spec)!r}: write KIND:LOCATION with KIND one of {', '.join(KINDS)}"
+        )
+    options = dict(pair.partition("=")[::2] for pair in (match["options"] or "").split("&") if pair)
+    try:
+        source = _build(kind, match["where"], options, seed)
+    except TypeError as error:
+        raise ValueError(
+            f"data source {str(spec)!r} has an option that {kind} does not know ({error})"
+        ) from None
+    if not len(source):
+        raise ValueError(f"data source {str(spec)!r} holds no examples: check the location and the options")
+    weight = float(match["weight"]) if match["weight"] else None
+    return (First(source, limit) if limit else source), weight
+
+
+def _build(kind: str, where: str, options: dict[str, str], seed: int) -> Source:
+    if kind == "shapes":
+        numbers = {key: int(options.pop(key)) for key in ("seed", "size") if key in options}
+        return Shapes(int(where), **numbers, **options)
+    if kind == "magicbrush":
+        from .hub import MagicBrush
+
+        return MagicBrush(where, **options)
+    if kind == "omniedit":
+        from .hub import OmniEdit
+
+        return OmniEdit(where, seed=seed, **options)
+    if kind == "jsonl":
+        from .files import JsonLines
+
+        return JsonLines(where, **options)
+    if kind == "precomputed":
+        from .precomputed import Precomputed
+
+        return Precomputed(where, **options)
+    from .files import Pairs
+
+    return Pairs(where, **options)

@@ -1,0 +1,137 @@
+"""Edit data sets read by Hugging Face `datasets`: MagicBrush and OmniEdit, from the hub or from local files.
+
+Pictures are decoded here, one at a time, not by `datasets`, so that one broken picture is one named broken
+example.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from pathlib import Path
+
+from .broken import BrokenSample
+from .sample import Sample, read_image, read_size
+
+
+def load_table(where: str, split: str, columns: dict[str, bool]):
+    """A `datasets.Dataset` with undecoded pictures.
+
+    Args:
+        where: a folder with parquet files or of `save_to_disk`, a parquet file, a glob of them, or a hub id.
+        split: of a hub data set, also "train+dev"; local parquet files are all read.
+        columns: required columns, and whether each holds pictures.
+
+    Raises:
+        ValueError: a required column is missing.
+        FileNotFoundError: a path that looks local does not exist.
+    """
+    import datasets
+
+    path = Path(where)
+    if path.is_dir() and not any(path.rglob("*.parquet")):
+        table = datasets.load_from_disk(where)
+        if isinstance(table, datasets.DatasetDict):
+            table = datasets.concatenate_datasets([table[name] for name in split.split("+")])
+    elif path.exists() or glob.has_magic(where):
+        files = sorted(
+            path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(where, recursive=True))
+        )
+        if not files:
+            raise FileNotFoundError(f"no parquet file matches {where}")
+        table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    elif path.is_absolute() or where.startswith(".") or where.count("/") != 1:
+        raise FileNotFoundError(
+            f"data set {where} is neither a file or folder here nor a hub id (owner/name)"
+        )
+    else:
+        table = datasets.load_dataset(where, split=split)
+    for column, is_picture in columns.items():
+        if column not in table.column_names:
+            raise ValueError(
+                f"data set {where} has no column {column!r} (it has {', '.join(table.column_names)}): "
+                "choose another kind"
+            )
+        if is_picture and isinstance(table.features[column], datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+class MagicBrush:
+    """Columns source_img, target_img, instruction.
+
+    The data set's pictures end in rows of noise; `crop` (default on) cuts the bottom height // 32 rows, as
+    ICEdit does.
+    """
+
+    def __init__(self, where: str, split: str = "train", crop: str | bool = True):
+        columns = {"source_img": True, "target_img": True, "instruction": False}
+        self._table = load_table(where, split, columns).select_columns(list(columns))
+        self._where, self.crop = where, str(crop).lower() not in ("false", "0", "no")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, index: int) -> str:
+        return f"{self._where}[{index}]"
+
+    def size(self, index: int) -> tuple[int, int]:
+        height, width = read_size(self._table[index]["target_img"], self.name(index))
+        return (height - height // 32 if self.crop else height), width
+
+    def _cut(self, picture):
+        return picture[: len(picture) - len(picture) // 32] if self.crop else picture
+
+    def __getitem__(self, index: int) -> Sample:
+        row, name = self._table[index], self.name(index)
+        if not (prompt := (row["instruction"] or "").strip()):
+            raise BrokenSample(name, "the instruction is empty")
+        source, target = (self._cut(read_image(row[key], name)) for key in ("source_img", "target_img"))
+        return Sample(prompt, target, source, name=name)
+
+
+class OmniEdit:
+    """Columns src_img, edited_img, edited_prompt_list (several wordings) and, where a task filter is set,
+    task.
+
+    The wording is drawn at random from the list, seeded by `seed` and the wordings themselves, so that it
+    does not depend on the order or the selection of rows. `task`: one task or several with "+"
+    ("swap+removal").
+    """
+
+    def __init__(self, where: str, split: str = "train", task: str = "", seed: int = 0):
+        columns = {"src_img": True, "edited_img": True, "edited_prompt_list": False}
+        if task:
+            columns["task"] = False
+        table = load_table(where, split, columns)
+        if task:
+            wanted, found = task.split("+"), table["task"]
+            if unknown := set(wanted) - set(found):
+                known = ", ".join(sorted(set(found)))
+                raise ValueError(f"data set {where} has no task {sorted(unknown)[0]!r}: choose among {known}")
+            table = table.select([i for i, name in enumerate(found) if name in wanted])
+        self._table = table.select_columns(
+            [*columns, *(["task"] if not task and "task" in table.column_names else [])]
+        )
+        self._where, self._seed = where, seed
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, index: int) -> str:
+        return f"{self._where}[{index}]"
+
+    def size(self, index: int) -> tuple[int, int]:
+        return read_size(self._table[index]["edited_img"], self.name(index))
+
+    def __getitem__(self, index: int) -> Sample:
+        row, name = self._table[index], self.name(index)
+        wordings = [
+            wording.strip() for wording in row["edited_prompt_list"] or [] if wording and wording.strip()
+        ]
+        if not wordings:
+            raise BrokenSample(name, "edited_prompt_list is empty")
+        digest = hashlib.sha256("\0".join([str(self._seed), *wordings]).encode()).digest()
+        prompt = wordings[int.from_bytes(digest[:8], "little") % len(wordings)]
+        source, target = (read_image(row[key], name) for key in ("src_img", "edited_img"))
+        return Sample(prompt, target, source, name=name, task=row.get("task") or "")

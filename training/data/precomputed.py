@@ -1,0 +1,137 @@
+"""Flux Fill conditions encoded beforehand: a JSON index beside one folder per kind of tensor.
+
+Index: a list of objects with "caption" and five file names, each looked up in its own folder beside the
+index:
+
+| key | folder | tensor |
+|---|---|---|
+| prompt_embed_path | prompt_embed/ | T5 embedding [L, D] |
+| pooled_prompt_embeds_path | pooled_prompt_embeds/ | pooled CLIP embedding [P] |
+| text_ids | text_ids/ | text positions [L, 3] |
+| masked_latents_path | masked_latents/ | latents of source * (1 - mask), model space [16, H/8, W/8] |
+| mask_latents_path | mask_latents/ | mask at latent size [1, H/8, W/8], 1 = repaint |
+| latents_path (optional) | latents/ | latents of the finished picture [16, H/8, W/8], to train on |
+
+A leading batch axis of one is accepted. Files are read with weights_only=True: a file that needs more is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .broken import BrokenSample
+from .sample import Sample
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tensors of the table above; floating point in the dtype they were saved in."""
+
+    prompt_embed: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    text_ids: torch.Tensor
+    masked_latents: torch.Tensor
+    mask_latents: torch.Tensor
+    latents: torch.Tensor | None = None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[H,W] float32 at pixel size: every latent cell stands for its 8x8 pixels."""
+        return self.mask_latents[0].float().repeat_interleave(8, 0).repeat_interleave(8, 1)
+
+
+# tensor name -> (index key, folder, number of axes)
+_PARTS = {
+    "prompt_embed": ("prompt_embed_path", "prompt_embed", 2),
+    "pooled_prompt_embeds": ("pooled_prompt_embeds_path", "pooled_prompt_embeds", 1),
+    "text_ids": ("text_ids", "text_ids", 2),
+    "masked_latents": ("masked_latents_path", "masked_latents", 3),
+    "mask_latents": ("mask_latents_path", "mask_latents", 3),
+    "latents": ("latents_path", "latents", 3),
+}
+
+
+class Precomputed:
+    """Source over such an index; `sample.encoded` holds the tensors, `sample.prompt` and `caption` the
+    caption.
+    """
+
+    def __init__(self, index: str | Path):
+        self.index = Path(index)
+        if not self.index.is_file():
+            raise FileNotFoundError(f"index {index} does not exist")
+        try:
+            rows = json.loads(self.index.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"index {index} is not JSON ({error}): write a list of objects") from error
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(
+                f"index {index} is not a list of objects: see the table in {Path(__file__).name}"
+            )
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.index}[{index}]"
+
+    def size(self, index: int) -> tuple[int, int]:
+        height, width = self._tensor(index, "mask_latents").shape[1:]
+        return height * 8, width * 8
+
+    def _tensor(self, index: int, part: str) -> torch.Tensor:
+        key, folder, axes = _PARTS[part]
+        name, row = self.name(index), self._rows[index]
+        if not isinstance(row.get(key), str):
+            raise BrokenSample(name, f"the key {key!r} is missing")
+        path = self.index.parent / folder / row[key]
+        try:
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise BrokenSample(name, f"{path} is missing") from None
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise BrokenSample(name, f"{path} is not a plain tensor file ({type(error).__name__})") from error
+        if not isinstance(tensor, torch.Tensor):
+            raise BrokenSample(name, f"{path} holds a {type(tensor).__name__}, not a tensor")
+        if tensor.ndim == axes + 1 and tensor.shape[0] == 1:
+            tensor = tensor[0]
+        if tensor.ndim != axes or (part != "text_ids" and not tensor.is_floating_point()):
+            raise BrokenSample(
+                name,
+                f"{path} is {tensor.dtype} {list(tensor.shape)}: {part} needs {axes} axes of floating point",
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BrokenSample(name, f"{path} holds NaN or infinity")
+        return tensor
+
+    def __getitem__(self, index: int) -> Sample:
+        name, row = self.name(index), self._rows[index]
+        parts = {
+            part: self._tensor(index, part) for part in _PARTS if part != "latents" or row.get("latents_path")
+        }
+        encoded = Encoded(**parts)
+        cells = encoded.masked_latents.shape[1:]
+        expected = {
+            "text_ids": (encoded.prompt_embed.shape[0], 3),
+            "masked_latents": (16, *cells),
+            "mask_latents": (1, *cells),
+            "latents": (16, *cells),
+        }
+        for part, shape in expected.items():
+            if part in parts and tuple(parts[part].shape) != shape:
+                raise BrokenSample(
+                    name, f"{part} is {list(parts[part].shape)} where {list(shape)} is expected"
+                )
+        if cells[0] % 2 or cells[1] % 2:
+            raise BrokenSample(
+                name, f"latents of {cells[0]}x{cells[1]} cells cannot be packed: sides must be even"
+            )
+        caption = str(row.get("caption", ""))
+        return Sample(caption, caption=caption, mask=encoded.mask, name=name, encoded=encoded)
