@@ -1,5 +1,108 @@
-"""Loader of the bundled tiny demo models."""
+"""The bundled tiny models and pictures of their world: all that the example workflows need to run at once."""
 
 from __future__ import annotations
 
-NODES: list[type] = []
+from typing import Any
+
+from torch import Tensor
+
+OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background"]
+
+
+class DiptychTinyModelLoader:
+    DISPLAY_NAME = "Load Tiny Demo Model"
+    DESCRIPTION = (
+        "Loads one of the small FLUX-shaped models that come with this pack, as ordinary MODEL, CLIP and VAE. They "
+        "know only small pictures of coloured shapes (64x64, a diptych 128x64) and run on any computer in seconds, "
+        "so that every workflow can be tried before a large model is downloaded."
+    )
+    CATEGORY = "diptych/demo"
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    RETURN_NAMES = ("model", "clip", "vae")
+    OUTPUT_TOOLTIPS = (
+        "The diffusion model, for any sampler, LoRA loader or model patch.",
+        "CLIP and T5 text encoders, for CLIPTextEncode and other text nodes.",
+        "The autoencoder (16 latent channels, 8 pixels to a latent), for encoding and decoding.",
+    )
+    FUNCTION = "load"
+    SEARCH_ALIASES = ["diptych demo", "tiny flux", "test model", "bundled model", "shapes"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        tooltip = (
+            "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill Conditioner). "
+            "kontext: FLUX Kontext in small, edits a reference picture (with the Kontext Conditioner)."
+        )
+        return {"required": {"which": (["fill", "kontext"], {"default": "fill", "tooltip": tooltip})}}
+
+    def load(self, which: str) -> tuple[Any, Any, Any]:
+        from ..models import tiny
+        from ..models.tiny import comfy
+
+        folder = tiny.folder() / which
+        if not folder.is_dir():
+            raise ValueError(
+                f"the tiny {which} model is missing from {folder.parent}: reinstall the whole pack"
+            )
+        return comfy.load(folder)
+
+
+class DiptychDemoImage:
+    DISPLAY_NAME = "Demo Image (Shapes)"
+    DESCRIPTION = (
+        "Draws a small picture of coloured shapes with an edit to ask for, the region it touches, and the picture "
+        "that a perfect edit would give. This is the world that the tiny demo models were trained on; these pictures "
+        "were held out of their training."
+    )
+    CATEGORY = "diptych/demo"
+    RETURN_TYPES = ("IMAGE", "STRING", "MASK", "IMAGE", "STRING")
+    RETURN_NAMES = ("image", "instruction", "edit_mask", "expected", "caption")
+    OUTPUT_TOOLTIPS = (
+        "The picture to edit.",
+        "What to change, in words that the tiny models know.",
+        "1 where the edit changes something.",
+        "What a perfect edit looks like, to compare with.",
+        "What the expected picture shows, as a prompt for a masked fill.",
+    )
+    FUNCTION = "draw"
+    SEARCH_ALIASES = ["test image", "shapes", "sample image", "example picture"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        example = {
+            "default": 0,
+            "min": 0,
+            "max": 9999,
+            "tooltip": "Which of the pictures; each has its own edit.",
+        }
+        operation = {"default": "any", "tooltip": "The kind of edit to ask for; any takes them in turn."}
+        size = {
+            "default": 64,
+            "min": 32,
+            "max": 1024,
+            "step": 16,
+            "tooltip": "Width and height in pixels. The tiny models expect 64.",
+            "advanced": True,
+        }
+        return {
+            "required": {"example": ("INT", example)},
+            "optional": {"operation": (OPERATIONS, operation), "size": ("INT", size)},
+        }
+
+    def draw(
+        self, example: int, operation: str = "any", size: int = 64
+    ) -> tuple[Tensor, str, Tensor, Tensor, str]:
+        from ..training.shapes import edit_pairs
+
+        operations = OPERATIONS[1:] if operation == "any" else [operation]
+        pair = next(edit_pairs(example, 1, "test", size=size, operations=operations))
+        return (
+            pair.source[None],
+            pair.instruction,
+            pair.mask[None],
+            pair.target[None],
+            pair.caption,
+        )
+
+
+NODES = [DiptychTinyModelLoader, DiptychDemoImage]

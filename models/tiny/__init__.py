@@ -10,5 +10,5 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """The folder that holds fill/, kontext/ and loras/; DIPTYCH_TINY_FOLDER names another (newly trained) one."""
+    """The folder with fill/, kontext/ and loras/; DIPTYCH_TINY_FOLDER names another (newly trained) one."""
     return Path(os.environ.get("DIPTYCH_TINY_FOLDER") or Path(__file__).parent / "weights")

@@ -1,0 +1,121 @@
+"""One pytest test per case, run by a child process in ComfyUI's own interpreter (booted once per ComfyUI).
+
+The child runs just the selected cases in their order and writes one JSON line each; a test waits for its line.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import comfy_cases  # noqa: E402
+import finding  # noqa: E402
+
+BOOT_SECONDS, CASE_SECONDS = 240, 240
+
+
+def pytest_generate_tests(metafunc):
+    if "comfyui" in metafunc.fixturenames:
+        found = finding.comfyui_folders() or [None]
+        names = ["not found" if path is None else finding.version(path) for path in found]
+        metafunc.parametrize("comfyui", found, ids=names, scope="session", indirect=True)
+    if "comfy_case" in metafunc.fixturenames:
+        metafunc.parametrize("comfy_case", comfy_cases.case_ids())
+
+
+def pytest_collection_finish(session):
+    """Remember which cases were selected for which ComfyUI: the child is asked for no others."""
+    selected: dict[Path, list[str]] = {}
+    for item in session.items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "comfy_case" in parameters and parameters["comfyui"] is not None:
+            selected.setdefault(parameters["comfyui"], []).append(parameters["comfy_case"])
+    session.config.stash[SELECTED] = selected
+
+
+SELECTED = pytest.StashKey[dict]()
+
+
+@pytest.fixture(scope="session")
+def comfyui(request):
+    """The folder of a real ComfyUI; skips (or fails under --require-comfyui) where there is none."""
+    if request.param is None or not finding._is_comfyui(request.param):
+        message = finding.HOW_TO_GET_ONE if request.param is None else f"{request.param} is no ComfyUI folder"
+        if request.config.getoption("--require-comfyui"):
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def base_folder(comfyui, tmp_path_factory):
+    """A scratch folder that stands in for ComfyUI's own custom_nodes, models, input and output."""
+    return finding.make_base(tmp_path_factory.mktemp("comfyui_base") / "base", comfyui)
+
+
+class Child:
+    """The process that runs the cases of one ComfyUI."""
+
+    def __init__(self, comfyui: Path, base: Path, cases: list[str]):
+        self.log = base.parent / "comfy_host.log"
+        self.process = subprocess.Popen(
+            [finding.interpreter(comfyui), str(HERE / "comfy_host.py"), str(comfyui), str(base)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("wb"),
+            env=finding.environment(),
+        )
+        self.process.stdin.write(json.dumps(cases).encode())
+        self.process.stdin.close()
+        self.lines: queue.Queue = queue.Queue()
+        self.results: dict[str, dict] = {}
+        threading.Thread(target=self._read, daemon=True).start()
+        self.booted = self._next(BOOT_SECONDS) is not None
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(json.loads(line))
+        self.lines.put(None)
+
+    def _next(self, seconds: float) -> dict | None:
+        try:
+            return self.lines.get(timeout=seconds)
+        except queue.Empty:
+            self.process.kill()
+            return None
+
+    def result(self, case: str) -> dict:
+        while case not in self.results:
+            line = self._next(CASE_SECONDS) if self.booted else None
+            if line is None:
+                self.booted = False
+                return {
+                    "outcome": "failed",
+                    "detail": f"ComfyUI died or hung; the end of its log:\n{self.log_tail()}",
+                }
+            self.results[line["case"]] = line
+        return self.results[case]
+
+    def log_tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def child(request, comfyui, base_folder):
+    running = Child(comfyui, base_folder, request.config.stash[SELECTED].get(comfyui, []))
+    yield running
+    running.close()
