@@ -1,0 +1,251 @@
+"""The whole way from a picture and words to an edited picture, outside ComfyUI.
+
+Condition, schedule, sampler and decode in one call each, on the denoisers of this folder: what the command
+line and scripts use. Training has its own loop; ComfyUI has its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..samplers import ddim, flow_match
+from ..samplers.schedule import sigmas, token_count
+from . import diptych, geometry, pixels
+from .denoiser import Condition
+from .flux import FluxDenoiser
+from .flux_fill import FluxFill
+from .flux_kontext import FluxKontext
+from .packing import VAE_FACTOR
+from .sd_inpaint import SDInpaint
+
+ICEDIT_GUIDANCE = 50.0
+FILL_GUIDANCE = 30.0
+KONTEXT_GUIDANCE = 2.5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the picture is sampled. rule, eta, window: see `samplers/flow_match.py`.
+
+    seed: of the one CPU generator that draws the initial noise in float32, then any noise of an SDE rule; the
+    same seed gives the same noise in ComfyUI and in diffusers. posterior: "mode" of the VAE encoding, or
+    "sample" with the same generator in FluxFillPipeline's order. callback: called once per step with a dict.
+    """
+
+    steps: int = 28
+    seed: int = 0
+    rule: str = "ode"
+    eta: float | None = None
+    window: Any = None
+    posterior: str = "mode"
+    callback: flow_match.Callback | None = None
+
+    def __post_init__(self):
+        geometry.check_choice("posterior", self.posterior, ("mode", "sample"))
+        geometry.check_choice("rule", self.rule, flow_match.RULES)
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: at least one step is needed")
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def encoder_generator(self, generator: torch.Generator) -> torch.Generator | None:
+        return generator if self.posterior == "sample" else None
+
+
+class Edit(NamedTuple):
+    """image: the result at the source's own size, [B,H,W,3] float32 0..1 (4 channels if the source had
+    alpha). canvas: what the model painted, at its own size: the whole diptych, or the one panel."""
+
+    image: Tensor
+    canvas: Tensor
+
+
+def run(
+    denoiser: FluxDenoiser,
+    condition: Condition,
+    noise: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample and decode: noise [B,16,h,w] to IMAGE [B,8h,8w,3] on the CPU.
+
+    The schedule's shift counts the tokens of the noise, so a diptych's is that of both panels.
+    """
+    latents = flow_match.sample(
+        lambda x, sigma: denoiser.velocity(x, sigma, condition),
+        noise.to(denoiser.device),
+        sigmas(sampling.steps, seq_len=token_count(*noise.shape[-2:])),
+        rule=sampling.rule,
+        eta=sampling.eta,
+        window=sampling.window,
+        generator=generator,
+        callback=sampling.callback,
+    )
+    return denoiser.decode(latents).cpu()
+
+
+def _noise(batch: int, channels: int, image: Tensor, generator: torch.Generator) -> Tensor:
+    height, width = image.shape[1] // VAE_FACTOR, image.shape[2] // VAE_FACTOR
+    return torch.randn(batch, channels, height, width, generator=generator)
+
+
+@torch.no_grad()
+def fill_canvas(
+    denoiser: FluxFill,
+    image: Tensor,
+    mask: Tensor,
+    prompts: str | Sequence[str],
+    *,
+    guidance: float = FILL_GUIDANCE,
+    negative: str | None = None,
+    cfg: float = 1.0,
+    sampling: Sampling = Sampling(),
+) -> Tensor:
+    """FluxFillPipeline's own task: IMAGE and MASK whose sides divide by 16, to an IMAGE of that size.
+
+    Prompts, images and masks may each have batch 1. Raises ValueError for sizes or batches that do not fit.
+    """
+    generator = sampling.generator()
+    text = denoiser.encode_text(prompts)
+    batch = max(len(text), pixels.as_image(image).shape[0], pixels.as_mask(mask).shape[0])
+    if sampling.posterior == "sample":
+        # The pipeline encodes the whole picture too, and discards it at full strength; its draw comes first.
+        denoiser.encode(image, generator=generator)
+    noise = _noise(batch, 16, image, generator)
+    condition = denoiser.condition(
+        text,
+        image,
+        mask,
+        guidance=guidance,
+        negative=denoiser.encode_text(negative) if negative is not None else None,
+        cfg=cfg,
+        generator=sampling.encoder_generator(generator),
+    )
+    return run(denoiser, condition, noise, sampling, generator)
+
+
+def edit_with_fill(
+    denoiser: FluxFill,
+    image: Tensor,
+    instruction: str,
+    *,
+    edit_mask: Tensor | None = None,
+    panel_width: int | None = diptych.PANEL_WIDTH,
+    policy: str = "stretch",
+    side: str = "right",
+    paste: str = "auto",
+    guidance: float = ICEDIT_GUIDANCE,
+    sampling: Sampling = Sampling(),
+) -> Edit:
+    """ICEdit: put the picture in a diptych, let Fill repaint the other half, and take the edit back.
+
+    image: IMAGE of any size (gray and RGBA too). Options are those of `diptych.build` and `diptych.split`;
+    `side="none"` fills `edit_mask` of the picture itself, with the instruction as the prompt.
+    """
+    built = diptych.build(
+        image, instruction, edit_mask=edit_mask, panel_width=panel_width, policy=policy, side=side
+    )
+    canvas = fill_canvas(
+        denoiser, built.image, built.mask, built.prompt, guidance=guidance, sampling=sampling
+    )
+    return Edit(diptych.split(canvas, built.layout, paste=paste).edited, canvas)
+
+
+def kontext_layout(image: Tensor, policy: str = "stretch", auto_resize: bool = True) -> diptych.Layout:
+    """One panel for a Kontext picture: at the trained size of nearest aspect, or about its own size."""
+    source = pixels.as_image(image)
+    size = tuple(source.shape[1:3])
+    if auto_resize:
+        fit = geometry.place(size, geometry.kontext_size(size), policy)
+    else:
+        fit = geometry.keep_scale(size, policy)
+    return diptych.Layout(size, fit.panel, "none", policy, fit.shown, fit.filled, source)
+
+
+@torch.no_grad()
+def edit_with_kontext(
+    denoiser: FluxKontext,
+    image: Tensor,
+    instruction: str | Sequence[str],
+    *,
+    further: Sequence[Tensor] = (),
+    auto_resize: bool = True,
+    policy: str = "stretch",
+    method: str = "offset",
+    guidance: float = KONTEXT_GUIDANCE,
+    negative: str | None = None,
+    cfg: float = 1.0,
+    sampling: Sampling = Sampling(),
+) -> Edit:
+    """Kontext: the picture is the first reference, the result has its size and aspect.
+
+    further: more references. auto_resize: bring each picture to the trained size of nearest aspect (off: only
+    to multiples of 16). policy: `stretch` as diffusers does, `crop` as ComfyUI does, or `pad`. method: where
+    several references are placed (`flux_kontext.reference_positions`). negative, cfg: classifier-free
+    guidance.
+    """
+    layouts = [kontext_layout(picture, policy, auto_resize) for picture in (image, *further)]
+    references = [diptych.frame(layout.source, layout) for layout in layouts]
+    generator = sampling.generator()
+    text = denoiser.encode_text(instruction)
+    batch = max(len(text), *(len(reference) for reference in references))
+    noise = _noise(batch, 16, references[0], generator)
+    condition = denoiser.condition(
+        text,
+        references,
+        guidance=guidance,
+        negative=denoiser.encode_text(negative) if negative is not None else None,
+        cfg=cfg,
+        method=method,
+        generator=sampling.encoder_generator(generator),
+    )
+    canvas = run(denoiser, condition, noise, sampling, generator)
+    return Edit(diptych.split(canvas, layouts[0]).edited, canvas)
+
+
+@torch.no_grad()
+def inpaint_sd(
+    denoiser: SDInpaint,
+    image: Tensor,
+    mask: Tensor,
+    prompts: str | Sequence[str],
+    *,
+    negative: str = "",
+    cfg: float = 7.5,
+    mask_resize: str = "max",
+    sampling: Sampling = Sampling(steps=50),
+) -> Tensor:
+    """Stable Diffusion inpainting with DDIM (eta from `sampling`, 0 by default); IMAGE of the same size.
+
+    Sides must divide by 8. The draw order is StableDiffusionInpaintPipeline's. Raises ValueError for sizes or
+    batches that do not fit.
+    """
+    generator = sampling.generator()
+    text = denoiser.encode_text(prompts)
+    batch = max(len(text), pixels.as_image(image).shape[0], pixels.as_mask(mask).shape[0])
+    noise = _noise(batch, 4, image, generator)
+    condition = denoiser.condition(
+        text,
+        image,
+        mask,
+        negative=denoiser.encode_text(negative),
+        cfg=cfg,
+        mask_resize=mask_resize,
+        generator=sampling.encoder_generator(generator),
+    )
+    latents = ddim.sample(
+        lambda x, t: denoiser.epsilon(x, t, condition),
+        noise.to(denoiser.device),
+        ddim.schedule(sampling.steps, denoiser.scheduler_config),
+        eta=sampling.eta or 0.0,
+        window=sampling.window,
+        generator=generator,
+        callback=sampling.callback,
+    )
+    return denoiser.decode(latents).cpu()

@@ -1,0 +1,157 @@
+"""FluxFill on diffusers modules is FluxFillPipeline, number for number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_diptych.models.denoiser import Denoiser
+from comfyui_diptych.models.editing import Sampling, edit_with_fill, fill_canvas
+from comfyui_diptych.models.flux_fill import FluxFill
+
+PROMPTS = ["make the sky red", "remove the cat but turn the dog into blue"]
+TOLERANCE = 1e-5
+CASES = [(32, 64, 1, 1), (32, 64, 1, 4), (48, 32, 2, 3), (64, 64, 2, 28), (16, 16, 1, 5)]
+
+
+@pytest.fixture(scope="session")
+def fill(fill_pipeline):
+    return FluxFill.from_pipeline(fill_pipeline)
+
+
+def half_mask(batch: int, height: int, width: int) -> torch.Tensor:
+    """Soft random values: both sides cut them at 0.5."""
+    mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(5))
+    mask[:, :, width // 2 :] += 0.4
+    return mask.clamp(0, 1)
+
+
+def reference(pipeline, image, mask, prompts, steps, seed, guidance=30.0):
+    height, width = image.shape[1:3]
+    result = pipeline(
+        prompt=prompts,
+        image=image.movedim(-1, 1),
+        mask_image=mask[:, None],
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        max_sequence_length=pipeline.tokenizer_2.model_max_length,
+        output_type="pt",
+    )
+    return result.images.movedim(1, -1)
+
+
+@pytest.mark.parametrize(("height", "width", "batch", "steps"), CASES)
+def test_fill_equals_the_pipeline_with_the_posterior_mode(
+    fill, fill_pipeline, picture, mode_posterior, height, width, batch, steps
+):
+    image, mask = picture(batch, height, width), half_mask(batch, height, width)
+    expected = reference(fill_pipeline, image, mask, PROMPTS[:batch], steps, seed=7)
+    ours = fill_canvas(fill, image, mask, PROMPTS[:batch], sampling=Sampling(steps, seed=7))
+    assert ours.std() > 0.05
+    assert (ours - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("height", "width", "batch", "steps"), CASES[:3])
+def test_fill_equals_the_unpatched_pipeline_when_sampling_the_posterior(
+    fill, fill_pipeline, picture, height, width, batch, steps
+):
+    image, mask = picture(batch, height, width), half_mask(batch, height, width)
+    expected = reference(fill_pipeline, image, mask, PROMPTS[:batch], steps, seed=3)
+    sampling = Sampling(steps, seed=3, posterior="sample")
+    ours = fill_canvas(fill, image, mask, PROMPTS[:batch], sampling=sampling)
+    assert (ours - expected).abs().max() <= TOLERANCE
+
+
+def test_one_picture_serves_a_batch_of_prompts(fill, fill_pipeline, picture, mode_posterior):
+    image, mask = picture(1, 32, 48), half_mask(1, 32, 48)
+    expected = reference(fill_pipeline, image, mask, PROMPTS, 2, seed=1)
+    ours = fill_canvas(fill, image, mask, PROMPTS, sampling=Sampling(2, seed=1))
+    assert (ours - expected).abs().max() <= TOLERANCE
+
+
+def test_masked_pixels_cannot_reach_the_model(fill, picture):
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:20, 4:30] = 1
+    image, other = picture(1, 32, 32), picture(1, 32, 32)
+    other[:, 8:20, 4:30] = 0.9
+    text = fill.encode_text(PROMPTS[0])
+    features = [fill.condition(text, x, mask).features for x in (image, other)]
+    assert torch.equal(*features)
+
+
+def test_guidance_and_prompt_change_the_picture(fill, picture):
+    image, mask, sampling = picture(1, 32, 32), torch.ones(1, 32, 32), Sampling(2)
+    base = fill_canvas(fill, image, mask, PROMPTS[0], sampling=sampling)
+    assert not torch.equal(base, fill_canvas(fill, image, mask, PROMPTS[1], sampling=sampling))
+    assert not torch.equal(base, fill_canvas(fill, image, mask, PROMPTS[0], guidance=50, sampling=sampling))
+
+
+def test_velocity_is_differentiable_in_x_and_weights(fill_pipeline, picture):
+    fill = FluxFill.from_pipeline(fill_pipeline)
+    condition = fill.condition(fill.encode_text(PROMPTS), picture(2, 32, 32), torch.ones(1, 32, 32))
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    weight = fill.transformer.proj_out.weight
+    gradients = torch.autograd.grad(
+        fill.velocity(x, torch.tensor([0.9, 0.3]), condition).square().sum(), [x, weight]
+    )
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_a_condition_repeats_and_selects_as_separate_calls_would(fill, picture):
+    condition = fill.condition(fill.encode_text(PROMPTS), picture(2, 32, 32), torch.ones(1, 32, 32))
+    x = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = fill.velocity(x, 0.5, condition.repeat(2))
+        second = fill.velocity(x[2:], 0.5, condition.take([1, 1]))
+    assert len(condition.repeat(2)) == 4
+    assert torch.allclose(together[2:], second, atol=1e-5)
+
+
+def test_an_edit_comes_back_at_the_source_size(fill, picture):
+    source = picture(1, 50, 75)
+    edit = edit_with_fill(fill, source, "make the sky red", panel_width=32, sampling=Sampling(1))
+    assert edit.image.shape == source.shape
+    assert edit.canvas.shape == (1, 16, 64, 3)
+
+
+def test_an_edit_mask_keeps_the_rest_exactly(fill, picture):
+    source, mask = picture(1, 32, 32), torch.zeros(1, 32, 32)
+    mask[:, :16, :16] = 1
+    edited = edit_with_fill(
+        fill, source, "a cat", edit_mask=mask, panel_width=None, sampling=Sampling(1)
+    ).image
+    assert torch.equal(edited[mask == 0], source[mask == 0])
+    assert not torch.equal(edited[mask == 1], source[mask == 1])
+
+
+def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, picture, tmp_path):
+    fill_pipeline.save_pretrained(tmp_path)
+    loaded = FluxFill.load(tmp_path, torch.float32, "cpu")
+    assert isinstance(loaded, Denoiser)
+    image, mask = picture(1, 32, 32), torch.ones(1, 32, 32)
+    pictures = [fill_canvas(model, image, mask, PROMPTS[0], sampling=Sampling(1)) for model in (fill, loaded)]
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "mask_size", "message"),
+    [
+        (30, 32, (30, 32), "image is 32x30 pixels: resize or crop it so that both sides divide by 16"),
+        (32, 32, (16, 32), "mask is 32x16 but the image is 32x32"),
+    ],
+)
+def test_wrong_sizes_are_named(fill, picture, height, width, mask_size, message):
+    with pytest.raises(ValueError, match=message):
+        fill.condition(fill.encode_text("a cat"), picture(1, height, width), torch.ones(1, *mask_size))
+
+
+def test_unequal_batches_are_named(fill, picture):
+    with pytest.raises(ValueError, match="a batch of 2 .* 3 samples"):
+        fill.condition(fill.encode_text(["a"] * 3), picture(2, 32, 32), torch.ones(1, 32, 32))
+
+
+def test_weights_of_another_model_are_refused(kontext_pipeline):
+    with pytest.raises(ValueError, match="takes 64 channels per token where FLUX.1 Fill takes 384"):
+        FluxFill.from_pipeline(kontext_pipeline)

@@ -1,0 +1,76 @@
+"""SDInpaint with our DDIM is StableDiffusionInpaintPipeline with diffusers' DDIM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_diptych.models.editing import Sampling, inpaint_sd
+from comfyui_diptych.models.sd_inpaint import SDInpaint, latent_mask
+
+PROMPTS = ["make the sky red", "remove the cat"]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session")
+def inpaint(sd_inpaint_pipeline):
+    return SDInpaint.from_pipeline(sd_inpaint_pipeline)
+
+
+@pytest.mark.parametrize("posterior", ["mode", "sample"])
+@pytest.mark.parametrize(
+    ("height", "width", "batch", "steps", "eta"),
+    [(64, 64, 1, 2, 0.0), (64, 128, 2, 5, 0.0), (128, 64, 1, 20, 0.0)],
+)
+def test_inpainting_equals_the_pipeline(
+    inpaint, sd_inpaint_pipeline, picture, request, posterior, height, width, batch, steps, eta
+):
+    if posterior == "mode":
+        request.getfixturevalue("mode_posterior")
+    image = picture(batch, height, width)
+    mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(2))
+    expected = sd_inpaint_pipeline(
+        prompt=PROMPTS[:batch],
+        negative_prompt=["blue"] * batch,
+        image=image.movedim(-1, 1),
+        mask_image=mask[:, None],
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=7.5,
+        eta=eta,
+        generator=torch.Generator().manual_seed(4),
+        output_type="pt",
+    ).images.movedim(1, -1)
+    ours = inpaint_sd(
+        inpaint,
+        image,
+        mask,
+        PROMPTS[:batch],
+        negative="blue",
+        mask_resize="nearest",
+        sampling=Sampling(steps, seed=4, eta=eta, posterior=posterior),
+    )
+    assert ours.std() > 0.02
+    assert (ours - expected).abs().max() <= TOLERANCE
+
+
+def test_max_resize_repaints_every_cell_the_mask_touches():
+    mask = torch.zeros(1, 1, 16, 24)
+    mask[..., 3, 13] = 1
+    assert latent_mask(mask, "max").tolist() == [[[[0, 1, 0], [0, 0, 0]]]]
+    assert latent_mask(mask, "nearest").sum() == 0
+
+
+def test_epsilon_is_differentiable(inpaint, picture):
+    condition = inpaint.condition(inpaint.encode_text("a cat"), picture(1, 64, 64), torch.ones(1, 64, 64))
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(inpaint.epsilon(x, 500, condition).square().sum(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_a_base_model_is_refused(sd_inpaint_pipeline):
+    from diffusers import UNet2DConditionModel
+
+    base = UNet2DConditionModel.from_config({**sd_inpaint_pipeline.unet.config, "in_channels": 4})
+    with pytest.raises(ValueError, match="takes 4 channels but an inpainting model 9"):
+        SDInpaint(base, sd_inpaint_pipeline.vae, None, None)
