@@ -1,0 +1,148 @@
+"""Where a picture sits in a panel: sizes FLUX can take, and boxes that can be undone.
+
+Integers only, no tensors. `fit` decides the panel's size and which part of the source fills which part of the
+panel; `models/diptych.py` moves the pixels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+POLICIES = ("stretch", "crop", "pad")
+MULTIPLE = 16
+
+# Width, height: the 17 sizes FLUX.1 Kontext was trained on (published with the model; also in diffusers).
+KONTEXT_SIZES = (
+    (672, 1568),
+    (688, 1504),
+    (720, 1456),
+    (752, 1392),
+    (800, 1328),
+    (832, 1248),
+    (880, 1184),
+    (944, 1104),
+    (1024, 1024),
+    (1104, 944),
+    (1184, 880),
+    (1248, 832),
+    (1328, 800),
+    (1392, 752),
+    (1456, 720),
+    (1504, 688),
+    (1568, 672),
+)
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.left, self.left + self.width)
+
+    def scaled(self, from_size: tuple[int, int], to_size: tuple[int, int]) -> Box:
+        """The same rectangle after the canvas went from one (height, width) to another."""
+        fy, fx = to_size[0] / from_size[0], to_size[1] / from_size[1]
+        top, left = round(self.top * fy), round(self.left * fx)
+        bottom, right = round((self.top + self.height) * fy), round((self.left + self.width) * fx)
+        return Box(top, left, max(bottom - top, 1), max(right - left, 1))
+
+
+class Fit(NamedTuple):
+    """`shown` (source pixels) is resized to `filled` (panel pixels) on a panel of `panel` (height, width)."""
+
+    panel: tuple[int, int]
+    shown: Box
+    filled: Box
+
+
+def check_choice(name: str, value: str, choices) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.")
+
+
+def snap(length: float, rounding: str = "nearest") -> int:
+    """The multiple of 16 that is `nearest`, not above (`down`) or not below (`up`); at least 16."""
+    units = length / MULTIPLE
+    whole = {"nearest": round(units), "down": int(units), "up": -int(-units // 1)}[rounding]
+    return max(whole, 1) * MULTIPLE
+
+
+def _inside(outer: tuple[int, int], inner: tuple[int, int]) -> Box:
+    """A centred box of size `inner`."""
+    return Box((outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2, *inner)
+
+
+def place(source: tuple[int, int], panel: tuple[int, int], policy: str) -> Fit:
+    """Fit a source of (height, width) to a panel of given size.
+
+    `stretch` changes the aspect, `crop` loses borders of the source, `pad` leaves borders in the panel.
+    """
+    check_choice("policy", policy, POLICIES)
+    whole_source, whole_panel = Box(0, 0, *source), Box(0, 0, *panel)
+    scales = [p / s for p, s in zip(panel, source, strict=True)]
+    if policy == "crop":
+        scale = max(scales)
+        size = tuple(min(s, max(round(p / scale), 1)) for p, s in zip(panel, source, strict=True))
+        return Fit(panel, _inside(source, size), whole_panel)
+    if policy == "pad":
+        scale = min(scales)
+        size = tuple(min(p, max(round(s * scale), 1)) for p, s in zip(panel, source, strict=True))
+        return Fit(panel, whole_source, _inside(panel, size))
+    return Fit(panel, whole_source, whole_panel)
+
+
+def keep_scale(source: tuple[int, int], policy: str) -> Fit:
+    """Fit without resampling where the policy allows it.
+
+    `crop` takes the largest multiple of 16 inside the source and `pad` the smallest around it, both at scale
+    1; `stretch` resizes to the nearest, which is no resampling only if the source already divides by 16. A
+    side shorter than 16 cannot be cropped and is padded.
+    """
+    check_choice("policy", policy, POLICIES)
+    rounding = {"stretch": "nearest", "crop": "down", "pad": "up"}[policy]
+    panel = tuple(snap(side, rounding) for side in source)
+    if policy == "stretch":
+        return place(source, panel, policy)
+    size = tuple(min(pair) for pair in zip(source, panel, strict=True))
+    return Fit(panel, _inside(source, size), _inside(panel, size))
+
+
+def fit_width(source: tuple[int, int], width: int, policy: str) -> Fit:
+    """Fit to a panel of the given width (a multiple of 16); the height follows from the aspect.
+
+    The height is the nearest multiple of 16, for `pad` the next one, so that padding is only below and above.
+    """
+    if width < MULTIPLE or width % MULTIPLE:
+        raise ValueError(
+            f"panel_width is {width}: use a multiple of {MULTIPLE} such as {snap(width)},"
+            " or 0 to keep the size."
+        )
+    check_choice("policy", policy, POLICIES)
+    height = round(source[0] * width / source[1])
+    return place(source, (snap(height, "up" if policy == "pad" else "nearest"), width), policy)
+
+
+def kontext_size(source: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) among Kontext's 17 whose aspect is nearest (diffusers' FluxKontextPipeline)."""
+    aspect = source[1] / source[0]
+    _, width, height = min((abs(aspect - w / h), w, h) for w, h in KONTEXT_SIZES)
+    return height, width
+
+
+def area_size(source: tuple[int, int], megapixels: float) -> tuple[int, int]:
+    """The (height, width) of about `megapixels` (2**20 pixels), multiples of 16, nearest to the aspect."""
+    if not megapixels > 0:
+        raise ValueError(f"megapixels is {megapixels}: use a number above 0, such as 1.0.")
+    scale = (megapixels * 2**20 / (source[0] * source[1])) ** 0.5
+    return snap(source[0] * scale), snap(source[1] * scale)

@@ -1,0 +1,172 @@
+"""IMAGE and MASK tensors: accepting every usual shape, resizing, batches, and the pack's one mask rule.
+
+Float throughout and without side effects: a result may share memory with an input, but no input is written
+to. What a picture means (panels, prompts) is not decided here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MASK_THRESHOLD = 0.5  # diffusers' VaeImageProcessor(do_binarize=True): 0 below, 1 from here on
+
+
+def as_image(image: Tensor, name: str = "image") -> Tensor:
+    """[B,H,W,C] or [H,W,C] float 0..1, C in 1, 3, 4 -> float32 [B,H,W,C].
+
+    Raises ValueError for other shapes, integer dtypes (their range is unknown) and empty pictures.
+    """
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"{name} is a {type(image).__name__}: give a torch tensor [batch, height, width, channels]."
+        )
+    if image.ndim == 3:
+        image = image[None]
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or image.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(image.shape)}: give [batch, height, width, channels] with"
+            " 1, 3 or 4 channels."
+        )
+    if not image.dtype.is_floating_point:
+        raise ValueError(f"{name} has dtype {image.dtype}: divide by its maximum to give floats in 0..1.")
+    return image.float()
+
+
+def rgb(image: Tensor) -> Tensor:
+    """[B,H,W,C] -> [B,H,W,3]: gray is repeated, alpha is left out."""
+    return image.expand(-1, -1, -1, 3) if image.shape[-1] == 1 else image[..., :3]
+
+
+def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
+    """[H,W], [B,H,W], [B,1,H,W] or [B,H,W,1], any dtype -> float32 [B,H,W]; 1 = repaint.
+
+    uint8 is read as 0..255. Raises ValueError for other shapes.
+    """
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name} is a {type(mask).__name__}: give a torch tensor [batch, height, width].")
+    shape = tuple(mask.shape)
+    if mask.ndim == 2:
+        mask = mask[None]
+    elif mask.ndim == 4 and shape[1] == 1:
+        mask = mask[:, 0]
+    elif mask.ndim == 4 and shape[3] == 1:
+        mask = mask[..., 0]
+    if mask.ndim != 3 or mask.numel() == 0:
+        raise ValueError(f"{name} has shape {shape}: give [batch, height, width].")
+    return mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
+
+
+def binarise(mask: Tensor) -> Tensor:
+    """1 where the mask is at least 0.5, else 0; the rule of the whole pack. NaN counts as 0."""
+    return (mask >= MASK_THRESHOLD).to(mask.dtype)
+
+
+def resize_image(image: Tensor, height: int, width: int) -> Tensor:
+    """Antialiased bicubic resize of [B,H,W,C], clamped to 0..1; nothing is done to an image of that size."""
+    if image.shape[1:3] == (height, width):
+        return image
+    planes = image.movedim(-1, 1)
+    resized = F.interpolate(planes, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp_(0, 1).movedim(1, -1)
+
+
+def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Antialiased bilinear resize of a soft mask [B,H,W]; a mask of that size is returned as it is."""
+    if mask.shape[1:] == (height, width):
+        return mask
+    planes = mask[:, None]
+    return F.interpolate(planes, (height, width), mode="bilinear", antialias=True, align_corners=False)[:, 0]
+
+
+def cover_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Resize a hard mask [B,H,W] so that every cell which holds a repainted pixel is repainted.
+
+    Averaging would lose strokes thinner than half a cell, and the model would then not repaint them.
+    """
+    if mask.shape[1:] == (height, width):
+        return mask
+    return F.adaptive_max_pool2d(mask[:, None], (height, width))[:, 0]
+
+
+def repeat_batch(tensor: Tensor, batch: int) -> Tensor:
+    """ComfyUI's batch rule: cycle through the items until there are `batch` of them, and drop the rest."""
+    have = tensor.shape[0]
+    if have == batch:
+        return tensor
+    if have == 1:
+        return tensor.expand(batch, *tensor.shape[1:])
+    return torch.cat([tensor] * math.ceil(batch / have))[:batch]
+
+
+def distance(mask: Tensor, limit: int) -> Tensor:
+    """Distance in pixels from each pixel of [B,H,W] to the nearest pixel of 1, `limit` + 1 if farther.
+
+    Euclidean, and exact up to `limit`: the nearest row is found in each column by two scans, then columns
+    are joined (Felzenszwalb and Huttenlocher's decomposition, brute force over 2 limit + 1 shifts, all
+    pixels at once).
+    """
+    height, width = mask.shape[1:]
+    far = float(limit + 1)
+    rows = torch.arange(height, dtype=torch.float32, device=mask.device)[None, :, None]
+    marked = mask > 0
+    above = torch.where(marked, rows, -far).cummax(dim=1).values
+    below = torch.where(marked, rows, height + far).flip(1).cummin(dim=1).values.flip(1)
+    vertical = torch.minimum(rows - above, below - rows).clamp_(max=far).square_()
+    padded = F.pad(vertical, (limit, limit), value=far**2)
+    nearest = vertical.clone()
+    for shift in range(-limit, limit + 1):
+        start = limit + shift
+        torch.minimum(nearest, padded[..., start : start + width] + shift**2, out=nearest)
+    return nearest.clamp_(max=far**2).sqrt_()
+
+
+def grow(mask: Tensor, pixels: int) -> Tensor:
+    """Grow a hard mask [B,H,W] by a disc of `pixels`, or shrink it if negative (but not from the frame)."""
+    if pixels == 0:
+        return mask
+    if pixels > 0:
+        return (distance(mask, pixels) <= pixels).to(mask.dtype)
+    return (distance(1 - mask, -pixels) > -pixels).to(mask.dtype)
+
+
+def soft_edge(mask: Tensor, width: int) -> Tensor:
+    """Ramp across the edge of a hard mask [B,H,W], `width` pixels wide and 0.5 at the edge itself."""
+    if width <= 0:
+        return mask
+    reach = width // 2 + 1
+    signed = torch.where(mask > 0, distance(1 - mask, reach) - 0.5, 0.5 - distance(mask, reach))
+    return (0.5 + signed / width).clamp_(0, 1)
+
+
+def inner_ramp(mask: Tensor, width: int) -> Tensor:
+    """Ramp from the edge of a hard mask [B,H,W] inwards over `width` pixels, exactly 0 outside it.
+
+    A region thinner than twice the width gets a steeper ramp, so that it still reaches 1 in its middle.
+    """
+    if width <= 0:
+        return mask
+    depth = distance(1 - mask, width)
+    deepest = depth
+    for axis in (1, 2):
+        deepest = _window_max(deepest, width, axis)
+    return torch.where(mask > 0, depth / deepest.clamp(min=1), 0)
+
+
+def _window_max(values: Tensor, reach: int, axis: int) -> Tensor:
+    """Maximum over `reach` pixels on either side along one axis, in about log2(reach) steps."""
+    length, result, covered = values.shape[axis], values, 0
+    while covered < reach:
+        step = min(max(covered, 1), reach - covered, length)
+        ahead, behind = result.clone(), result.clone()
+        if step < length:
+            left, right = [slice(None)] * 3, [slice(None)] * 3
+            left[axis], right[axis] = slice(0, length - step), slice(step, length)
+            ahead[tuple(left)] = torch.maximum(result[tuple(left)], result[tuple(right)])
+            behind[tuple(right)] = torch.maximum(result[tuple(right)], result[tuple(left)])
+        result = torch.maximum(ahead, behind)
+        covered += step
+    return result

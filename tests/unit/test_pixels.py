@@ -1,0 +1,106 @@
+"""Masks follow one rule, grow by the pixels asked for, and fade without touching what is outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_diptych.models import pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def brute_distance(mask):
+    marked = mask.nonzero().float()
+    grid = torch.cartesian_prod(torch.arange(mask.shape[0]), torch.arange(mask.shape[1])).float()
+    if not len(marked):
+        return torch.full(mask.shape, float("inf"))
+    return torch.cdist(grid, marked).amin(dim=1).reshape(mask.shape)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 14), st.integers(1, 14), st.integers(1, 9), st.integers(0, 1000))
+def test_distance_is_euclidean_up_to_its_limit(height, width, limit, seed):
+    mask = (torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) < 0.1).float()
+    expected = brute_distance(mask).clamp(max=limit + 1)
+    assert torch.allclose(pixels.distance(mask[None], limit)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("radius", [1, 8, 16, 32])
+def test_growing_by_n_pixels_grows_by_n_pixels(radius):
+    mask = torch.zeros(1, 99, 99)
+    mask[:, 49, 49] = 1
+    grown = pixels.grow(mask, radius)
+    assert grown.sum(dim=2).amax() == grown.sum(dim=1).amax() == 2 * radius + 1
+    assert torch.equal(grown, grown.flip(1)) and torch.equal(grown, grown.transpose(1, 2))
+    assert torch.equal(pixels.grow(grown, -radius), mask)
+
+
+def test_shrinking_leaves_the_frame_alone():
+    mask = torch.zeros(1, 20, 20)
+    mask[:, :, :10] = 1
+    assert torch.equal(pixels.grow(mask, -3)[0, 0], torch.tensor([1.0] * 7 + [0.0] * 13))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 1000))
+def test_inner_ramp_is_zero_outside_and_reaches_one_inside_every_region(width, seed):
+    mask = (torch.rand(1, 24, 24, generator=torch.Generator().manual_seed(seed)) < 0.7).float()
+    ramp = pixels.inner_ramp(mask, width)
+    assert torch.equal(ramp > 0, mask > 0) and float(ramp.max()) <= 1
+    if mask.sum():
+        assert float(ramp.max()) == 1
+
+
+def test_inner_ramp_of_a_half_plane_is_linear():
+    mask = torch.zeros(1, 8, 40)
+    mask[:, :, 20:] = 1
+    expected = (torch.arange(40).float() - 19).clamp(0, 5) / 5
+    assert torch.allclose(pixels.inner_ramp(mask, 4)[0, 3], expected)
+
+
+def test_soft_edge_is_half_at_the_edge_and_binarises_to_the_mask():
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:24, 8:24] = 1
+    soft = pixels.soft_edge(mask, 6)
+    assert 0 < soft[0, 7, 16] < 0.5 < soft[0, 8, 16] < 1
+    assert float(soft[0, 7, 16] + soft[0, 8, 16]) == pytest.approx(1)
+    assert torch.equal(pixels.binarise(soft), mask)
+
+
+def test_binarise_takes_a_half_as_repaint_and_nan_as_keep():
+    mask = torch.tensor([[0.0, 0.4999, 0.5, 1.0, float("nan")]])
+    assert pixels.binarise(mask).tolist() == [[0, 0, 1, 1, 0]]
+
+
+def test_cover_keeps_a_stroke_thinner_than_a_cell():
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 13] = 1
+    assert pixels.cover_mask(mask, 16, 16)[0, 5].tolist() == [0, 0, 0, 1] + [0] * 12
+
+
+@pytest.mark.parametrize("have, batch, order", [(1, 3, [0, 0, 0]), (2, 3, [0, 1, 0]), (3, 2, [0, 1])])
+def test_batches_repeat_as_in_comfyui(have, batch, order):
+    assert pixels.repeat_batch(torch.arange(have), batch).tolist() == order
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (1, 8, 9), (1, 1, 8, 9), (1, 8, 9, 1)])
+def test_every_usual_mask_shape_is_taken(shape):
+    assert pixels.as_mask(torch.ones(shape, dtype=torch.bool)).shape == (1, 8, 9)
+    assert float(pixels.as_mask(torch.full(shape, 255, dtype=torch.uint8)).max()) == 1
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: pixels.as_image(torch.zeros(1, 8, 8, 2)), "1, 8, 8, 2"),
+        (lambda: pixels.as_image(torch.zeros(8, 8)), "image has shape"),
+        (lambda: pixels.as_image(torch.zeros(0, 8, 8, 3)), "0, 8, 8, 3"),
+        (lambda: pixels.as_image(torch.zeros(1, 8, 8, 3, dtype=torch.uint8)), "uint8"),
+        (lambda: pixels.as_image([1]), "list"),
+        (lambda: pixels.as_mask(torch.zeros(1, 3, 8, 8)), "mask has shape"),
+        (lambda: pixels.as_mask("x", "edit_mask"), "edit_mask is a str"),
+    ],
+)
+def test_a_wrong_tensor_is_one_clear_sentence(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
