@@ -81,8 +81,8 @@ class BucketBatchSampler:
             raise ValueError("the data set is empty: point the data option at a folder with data")
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_size {batch_size}, rank {rank} of {world_size}: batch_size must be 1 or more and rank below "
-                "world_size"
+                f"batch_size {batch_size}, rank {rank} of {world_size}: batch_size must be 1 or more and "
+                "rank below world_size"
             )
         labels = np.asarray(bucket_of)
         names = np.arange(len(labels)) if indices is None else np.asarray(indices)

@@ -125,7 +125,7 @@ class ContentCache:
         return {name: self._open(path).get_tensor(f"{key}/{name}") for name, path in self._where[key].items()}
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Store named tensors (copied to the CPU, dtype kept). A key that is already there is left as it is."""
+        """Store named tensors (copied to the CPU, dtype kept). A key already there is left as it is."""
         if key in self:
             return
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .broken import BrokenSample
-from .sample import Sample, read_image, read_mask, read_size
+from .sample import Sample, read_image, read_mask, read_size, stamp
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -40,6 +40,11 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        files = [(name, path.stat()) for name, path in self._files.items()]
+        return stamp("pairs", [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
 
     def name(self, index: int) -> str:
         return str(self.folder / self._names[index])
@@ -101,6 +106,10 @@ class JsonLines:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return stamp("jsonl", str(self.root), self._lines)
 
     @cached_property
     def root(self) -> Path:

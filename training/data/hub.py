@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 from .broken import BrokenSample
-from .sample import Sample, read_image, read_size
+from .sample import Sample, read_image, read_size, stamp
 
 
 def load_table(where: str, split: str, columns: dict[str, bool]):
@@ -68,6 +68,7 @@ class MagicBrush:
         columns = {"source_img": True, "target_img": True, "instruction": False}
         self._table = load_table(where, split, columns).select_columns(list(columns))
         self._where, self.crop = where, str(crop).lower() not in ("false", "0", "no")
+        self.fingerprint = stamp("magicbrush", self._table._fingerprint, self.crop)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -114,6 +115,7 @@ class OmniEdit:
             [*columns, *(["task"] if not task and "task" in table.column_names else [])]
         )
         self._where, self._seed = where, seed
+        self.fingerprint = stamp("omniedit", self._table._fingerprint, seed)
 
     def __len__(self) -> int:
         return len(self._table)

@@ -38,7 +38,7 @@ def noise(batch: int, height: int, width: int, generator=None) -> torch.Tensor:
 
 
 def _boxes(batch: int, generator) -> torch.Tensor:
-    """[B,4,4]: (centre y, centre x, half height, half width) of 1 to 4 boxes; the absent ones have no size."""
+    """[B,4,4]: (centre y, centre x, half height, half width) of 1 to 4 boxes; absent ones have no size."""
     half = _uniform(generator, 0.06, 0.35, batch, 4, 2)
     centre = half + (1 - 2 * half) * torch.rand(batch, 4, 2, generator=generator)
     count = torch.randint(1, 5, (batch, 1), generator=generator)

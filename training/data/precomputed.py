@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from .broken import BrokenSample
-from .sample import Sample
+from .sample import Sample, stamp
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Precomputed:
                 f"index {index} is not a list of objects: see the table in {Path(__file__).name}"
             )
         self._rows = rows
+        self.fingerprint = stamp("precomputed", str(self.index.resolve()), rows)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -5,6 +5,7 @@ Not for data set layouts (`sources.py` and its neighbours) or batching (`buckets
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +72,11 @@ class Sample:
         return Image.fromarray((self.mask.numpy() * 255).round().astype(np.uint8))
 
 
+def stamp(*parts: object) -> str:
+    """A short hash of whatever identifies a source."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def to_pil(image: torch.Tensor) -> Image.Image:
     """[H,W,3] 0..1 -> RGB."""
     return Image.fromarray((image.detach().cpu().float().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
@@ -108,7 +114,7 @@ def read_image(where, name: str) -> torch.Tensor:
 
 
 def read_mask(where, name: str, size: tuple[int, int]) -> torch.Tensor:
-    """float32 [H,W], white = 1 = repaint, thresholded at one half, resized (nearest) to the image's `size`."""
+    """float32 [H,W], white = 1 = repaint, cut at one half, resized (nearest) to the image's `size`."""
     picture = _decode(where, name, "L")
     if picture.size != (size[1], size[0]):
         picture = picture.resize((size[1], size[0]), Image.Resampling.NEAREST)

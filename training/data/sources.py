@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .sample import Sample
+from .sample import Sample, stamp
 
 KINDS = ("pairs", "jsonl", "magicbrush", "omniedit", "precomputed", "shapes")
 _SPEC = re.compile(
@@ -34,6 +34,10 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What a person would call this example (a file name, a row number)."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data or the options that choose from it change; stable between runs."""
+
 
 class Mix:
     """Several sources in fixed shares.
@@ -44,7 +48,7 @@ class Mix:
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None):
-        """`weights` need not sum to 1; without them every source counts by its length (plain concatenation)."""
+        """`weights` need not sum to 1; without them every source counts by its length."""
         lengths = np.array([len(source) for source in sources])
         shares = np.asarray(weights if weights is not None else lengths, dtype=float)
         if len(shares) != len(lengths) or (shares <= 0).any():
@@ -79,6 +83,10 @@ class Mix:
         source, inner = self.where(index)
         return source.name(inner)
 
+    @property
+    def fingerprint(self) -> str:
+        return stamp(self.counts, *(source.fingerprint for source in self.sources))
+
 
 class First:
     """The first `limit` examples of a source."""
@@ -100,6 +108,10 @@ class First:
     def name(self, index: int) -> str:
         return self.source.name(index)
 
+    @property
+    def fingerprint(self) -> str:
+        return stamp(self.limit, self.source.fingerprint)
+
 
 class Shapes:
     """The synthetic world as a source: `n` edits of one split, drawn when asked for.
@@ -116,6 +128,7 @@ class Shapes:
         self._edits = list(shapes.random_edits(seed, n, split))
         self._render, self._masks = shapes.render, shapes.place_masks
         self._size, self._task, self._split = size, task, split
+        self.fingerprint = stamp("shapes", n, split, seed, size, task)
 
     def __len__(self) -> int:
         return len(self._edits)
@@ -141,7 +154,16 @@ class Shapes:
         return Sample(edit.instruction, source=self._render(edit.source, self._size), mask=mask, **common)
 
 
-def open_source(spec: str | Source | Sequence, *, seed: int = 0, limit: int = 0) -> Source:
+def split_spec(spec: str) -> tuple[str, str, float | None]:
+    """A spec's kind, location with options, and weight (None where none is written). Raises ValueError."""
+    match = _SPEC.fullmatch(spec)
+    if not match or match["kind"] not in (*KINDS, "folder"):
+        raise ValueError(f"data source {spec!r}: write KIND:LOCATION with KIND one of {', '.join(KINDS)}")
+    where = match["where"] + ("?" + match["options"] if match["options"] else "")
+    return match["kind"], where, float(match["weight"]) if match["weight"] else None
+
+
+def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) -> Source:
     """Open one source, or a mix when given a list.
 
     Args:
@@ -180,22 +202,19 @@ def open_source(spec: str | Source | Sequence, *, seed: int = 0, limit: int = 0)
 def _open(spec: str | Source, seed: int, limit: int) -> tuple[Source, float | None]:
     if not isinstance(spec, (str, Path)):
         return spec, None
-    match = _SPEC.fullmatch(str(spec))
-    kind = match["kind"] if match else ""
-    if kind not in (*KINDS, "folder"):
-        raise ValueError(
-            f"data source {str(spec)!r}: write KIND:LOCATION with KIND one of {', '.join(KINDS)}"
-        )
-    options = dict(pair.partition("=")[::2] for pair in (match["options"] or "").split("&") if pair)
+    kind, location, weight = split_spec(str(spec))
+    where, _, listed = (
+        location.partition("?") if _SPEC.fullmatch(str(spec))["options"] else (location, "", "")
+    )
+    options = dict(pair.partition("=")[::2] for pair in listed.split("&") if pair)
     try:
-        source = _build(kind, match["where"], options, seed)
+        source = _build(kind, where, options, seed)
     except TypeError as error:
         raise ValueError(
             f"data source {str(spec)!r} has an option that {kind} does not know ({error})"
         ) from None
     if not len(source):
         raise ValueError(f"data source {str(spec)!r} holds no examples: check the location and the options")
-    weight = float(match["weight"]) if match["weight"] else None
     return (First(source, limit) if limit else source), weight
 
 
