@@ -220,7 +220,7 @@ def test_five_percent_may_be_broken_and_is_named():
     source = Numbers("x", 40, bad=(3, 7))
     broken = Broken(len(source))
     assert usable(source, broken) == [i for i in range(40) if i not in (3, 7)]
-    assert broken.report() == "2 of 40 examples were broken and skipped: x3: torn; x7: torn"
+    assert broken.close() == "2 of 40 examples were broken and skipped: x3: torn; x7: torn"
     assert Tolerant(source)[3].prompt == "x4" and Tolerant(source)[39].prompt == "x39"
 
 

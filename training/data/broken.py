@@ -26,7 +26,8 @@ class BrokenSample(ValueError):
 class Broken:
     """The broken examples of one data set of `total` examples.
 
-    `record` raises ValueError with the list once more than `limit` (a fraction) of the data set is broken.
+    More than `limit` (a fraction) of the data set broken is a ValueError with the list: from `close`, so that the list
+    is complete, or from `record` as soon as the list is longer than a person would read.
     """
 
     def __init__(self, total: int, limit: float = 0.05):
@@ -43,14 +44,17 @@ class Broken:
     def record(self, error: BrokenSample) -> None:
         """Count one broken example (once, however often it is met)."""
         self.reasons.setdefault(error.name, error.reason)
+        if len(self) > LISTED:
+            self.close()
+
+    def close(self) -> str:
+        """One sentence for the end of a run, empty when nothing was broken."""
         if len(self) > self.limit * self.total:
             raise ValueError(
                 f"{len(self)} of {self.total} examples are broken, more than {self.limit:.0%}: "
                 f"repair or remove them ({self._list()})"
             )
 
-    def report(self) -> str:
-        """One sentence for the end of a run; empty when nothing was broken."""
         if not self.reasons:
             return ""
         return f"{len(self)} of {self.total} examples were broken and skipped: {self._list()}"
@@ -80,8 +84,7 @@ def usable(
         if visit is not None:
             visit(index, sample)
         good.append(index)
-    if not good:
-        raise ValueError(f"none of the {len(source)} examples could be read: {broken.report()}")
+    broken.close()
     return good
 
 
@@ -105,7 +108,8 @@ class Tolerant:
                 return self.source[(index + step) % len(self.source)]
             except BrokenSample as error:
                 self.broken.record(error)
-        raise ValueError(f"none of the {len(self.source)} examples could be read: {self.broken.report()}")
+                self.broken.close()
+        raise IndexError(index)
 
     def size(self, index: int) -> tuple[int, int]:
         return self.source.size(index)
