@@ -1,0 +1,288 @@
+"""A LoRA onto a clone of a ComfyUI MODEL: weight patches where a weight can hold it, run-time deltas else.
+
+Weight patches use core's own adapter, so that offloading, fp8, GGUF and stacking behave as with core's
+loader. What no weight can hold (experts routed per token, a sigma window) is added to the layers' outputs
+during each model call: an APPLY_MODEL wrapper hangs forward hooks on the layers and takes them off again
+before it returns, so the module that all clones share is never left changed. The run-time tensors live in a
+ModelPatcher of their own, registered as an additional model: ComfyUI counts, loads and offloads them.
+
+Imported only at run time, inside ComfyUI (0.3.64 or later).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+from torch import Tensor, nn
+
+from .delta import Delta, check_window, delta_for, in_window
+from .fit import NO_SUCH_LAYER, check_applicable, fit_module, refuse_if_nothing_fits
+from .weights import Factored, FullTensor, LoraError, LoraWeights, LowRank, Module, Report
+
+# core's own target: a weight key, or (key, rows of it, function on the change)
+Target = tuple[str, tuple[int, int, int] | None, Callable[[Tensor], Tensor] | None]
+
+
+def apply_to_comfy(
+    model: comfy.model_patcher.ModelPatcher,
+    weights: LoraWeights,
+    strength: float = 1.0,
+    *,
+    window: tuple[float, float] | str | None = "file",
+) -> tuple[comfy.model_patcher.ModelPatcher, Report]:
+    """Returns (clone of model with the LoRA, report); the model given is never changed.
+
+    window: active only for start >= sigma > end (1 = noise); "file" takes the one stored in the LoRA, None
+    means always. Raises LoraError when the LoRA does not fit this model.
+    """
+    check_applicable(weights)
+    window = check_window(weights.info.sigma_window if window == "file" else window)
+    layers = _Layers(model)
+    notes, skipped = list(weights.notes), list(weights.skipped)
+    patches: dict = {}
+    deltas: list[tuple[str, Delta]] = []
+    for path, module in weights.modules.items():
+        target = layers.target(path)
+        if target is None:
+            skipped.append((path, NO_SUCH_LAYER))
+            continue
+        module = fit_module(
+            path, module, *layers.shape(target), notes, may_grow=layers.may_grow(path, window)
+        )
+        if window is None and isinstance(module, LowRank | Factored):
+            patches[_patch_key(target)] = _adapter(module, layers.shape(target))
+        else:
+            deltas.append((target[0].removesuffix(".weight"), _delta(module, target)))
+    loaded = [p for p in weights.modules if layers.target(p) is not None]
+    for path, tensor in weights.full.items():
+        key = layers.parameter(path)
+        if key is None:
+            skipped.append((path, NO_SUCH_LAYER))
+            continue
+        patches[key] = _whole(path, tensor, layers, key)
+        loaded.append(path)
+        if window is not None:
+            notes.append(f"{path} is a whole tensor: it stays active outside the sigma window")
+    refuse_if_nothing_fits(weights, len(loaded), layers.model_name)
+
+    clone = model.clone()
+    accepted = clone.add_patches(patches, strength) if strength else list(patches)
+    if len(accepted) != len(patches):
+        lost = next(k for k in patches if k not in accepted)
+        raise LoraError(
+            f"ComfyUI refused the patch of {lost}: is this model already quantised by another loader?"
+        )
+    if deltas and strength:
+        _attach(clone, deltas, strength, window)
+    runtime = tuple(p for p, m in weights.modules.items() if p in loaded) if window is not None else ()
+    runtime = runtime or tuple(p for p in loaded if p in weights.modules and _is_routed(weights.modules[p]))
+    report = Report(
+        weights.name,
+        weights.info,
+        tuple(loaded),
+        runtime,
+        tuple(skipped),
+        tuple(dict.fromkeys(notes)),
+        window,
+        strength,
+    )
+    return clone, report
+
+
+def _is_routed(module: Module) -> bool:
+    return not isinstance(module, LowRank | Factored)
+
+
+class _Layers:
+    """Which parameter of this ComfyUI model a diffusers path is, from core's own LoRA key map."""
+
+    def __init__(self, model: comfy.model_patcher.ModelPatcher) -> None:
+        self.root = model.model
+        self.model_name = type(self.root).__name__
+        inner = getattr(self.root, "diffusion_model", None)
+        if "nunchaku" in type(inner).__module__.lower() or "Nunchaku" in type(inner).__name__:
+            raise LoraError("the model is a Nunchaku (SVDQuant) model: use Nunchaku's own LoRA loader for it")
+        self.map = comfy.lora.model_lora_keys_unet(self.root, {})
+        self.found: dict[str, Target | None] = {}
+
+    def target(self, path: str) -> Target | None:
+        if path not in self.found:
+            flat = path.replace(".", "_")
+            names = (f"transformer.{path}", f"lora_unet_{flat}", f"diffusion_model.{path}")
+            hit = next((self.map[n] for n in names if n in self.map), None)
+            self.found[path] = _as_target(hit) if hit is not None and self._exists(hit) else None
+        return self.found[path]
+
+    def parameter(self, path: str):
+        """The patch key of one parameter, rows and half-swap included."""
+        layer, _, leaf = path.rpartition(".")
+        target = self.target(layer)
+        if target is not None:
+            key = target[0] if leaf == "weight" else target[0].removesuffix(".weight") + f".{leaf}"
+            target = (key, *target[1:])
+        else:  # norms have no `.weight`: core maps them as whole names
+            hit = _norm_key(path)
+            target = None if hit is None else (hit, None, None)
+        return _patch_key(target) if target is not None and self._exists(target) else None
+
+    def shape(self, target: Target) -> tuple[int, int]:
+        """(outputs, inputs) of the target; from the layer, since a GGUF tensor's shape is that of its bytes."""
+        layer = comfy.utils.get_attr(self.root, target[0].removesuffix(".weight"))
+        if hasattr(layer, "in_features"):
+            out, width = layer.out_features, layer.in_features
+        else:
+            out, width = layer.weight.shape[0], layer.weight.shape[1]
+        return (out if target[1] is None else target[1][2]), width
+
+    def may_grow(self, path: str, window: object) -> bool:
+        """BFL's control LoRAs enlarge img_in from 64 to 128 inputs; core patches the larger weight in."""
+        return path == "x_embedder" and window is None and self.map.get("diffusion_model.img_in") is not None
+
+    def _exists(self, hit) -> bool:
+        try:
+            comfy.utils.get_attr(self.root, hit if isinstance(hit, str) else hit[0])
+        except AttributeError:
+            return False
+        return True
+
+
+def _as_target(hit) -> Target:
+    if isinstance(hit, str):
+        return hit, None, None
+    return hit[0], hit[1], hit[2] if len(hit) > 2 else None
+
+
+def _norm_key(path: str) -> str | None:
+    names = {"norm_q": "query_norm", "norm_k": "key_norm"}
+    added = {"norm_added_q": "query_norm", "norm_added_k": "key_norm"}
+    kind, _, rest = path.partition(".")
+    number, _, rest = rest.partition(".")
+    leaf = rest.removeprefix("attn.").removesuffix(".weight")
+    if kind == "transformer_blocks" and leaf in names | added:
+        side = "img" if leaf in names else "txt"
+        return f"diffusion_model.double_blocks.{number}.{side}_attn.norm.{(names | added)[leaf]}.scale"
+    if kind == "single_transformer_blocks" and leaf in names:
+        return f"diffusion_model.single_blocks.{number}.norm.{names[leaf]}.scale"
+    return None
+
+
+def _patch_key(target: Target):
+    """As core's add_patches takes it: shorter forms are ordinary, the function only where it is needed."""
+    key, rows, function = target
+    if function is not None:
+        return key, rows, function
+    return key if rows is None else (key, rows)
+
+
+def _adapter(module: LowRank | Factored, shape: tuple[int, int]) -> WeightAdapterBase:
+    if isinstance(module, LowRank):
+        grown = list(module.shape) if module.shape[1] > shape[1] else None
+        # (up, down, alpha, mid, dora scale, reshape); core's strength is alpha / rank
+        return LoRAAdapter(set(), (module.B, module.A, module.scale * module.rank, None, None, grown))
+    return _FactoredAdapter(module)
+
+
+class _FactoredAdapter(WeightAdapterBase):
+    """LoKr and LoHa, whose scale and rows are settled already."""
+
+    name = "diptych_factored"
+
+    def __init__(self, module: Factored) -> None:
+        self.module, self.loaded_keys, self.weights = module, set(), list(module.factors.values())
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: object,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: object = None,
+    ) -> Tensor:
+        m = self.module
+        factors = {k: t.to(weight.device) for k, t in m.factors.items()}
+        change = Factored(m.kind, factors, m.scale, rows=m.rows).dense().reshape(weight.shape)
+        weight += function((strength * change).to(weight.dtype))
+        return weight
+
+
+def _whole(path: str, tensor: FullTensor, layers: _Layers, key) -> tuple:
+    name, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
+    live = comfy.utils.get_attr(layers.root, name).shape
+    live = live if rows is None else (rows[2], *live[1:])
+    if tuple(live) != tuple(tensor.value.shape):
+        raise LoraError(
+            f"the LoRA's {path} is {list(tensor.value.shape)}, the model's is {list(live)}: "
+            "it was trained on another base model, load that one"
+        )
+    return (tensor.mode, (tensor.value,))
+
+
+def _delta(module: Module, target: Target) -> Delta:
+    _, rows, function = target
+    if function is not None:
+        if not isinstance(module, LowRank):
+            raise LoraError(f"{target[0]} changes its row order, which {type(module).__name__} cannot follow")
+        module = LowRank(module.A, function(module.B), module.scale, module.scale_from)
+    return delta_for(module, None if rows is None else (rows[1], rows[2]))
+
+
+def _attach(
+    model, deltas: list[tuple[str, Delta]], strength: float, window: tuple[float, float] | None
+) -> None:
+    bank = nn.ModuleList()
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    for _, delta in deltas:
+        delta.strength = strength
+        bank.append(delta.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else delta)
+    key = f"diptych_lora_{uuid.uuid4().hex}"
+    patcher = comfy.model_patcher.ModelPatcher(bank, model.load_device, model.offload_device)
+    model.set_additional_models(key, [patcher])
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _Runtime(deltas, window))
+
+
+class _Runtime:
+    """The APPLY_MODEL wrapper: hooks on for one model call, off again whatever happens."""
+
+    def __init__(self, deltas: list[tuple[str, Delta]], window: tuple[float, float] | None) -> None:
+        self.deltas, self.window = deltas, window
+
+    def __call__(self, executor, x: Tensor, t: Tensor, *args, **kwargs):
+        base = executor.class_obj
+        if self.window is not None and not in_window(_sigma(base, t), self.window):
+            return executor(x, t, *args, **kwargs)
+        hooks = []
+        try:
+            for name, delta in self.deltas:
+                layer = comfy.utils.get_attr(base, name)
+                hooks.append(layer.register_forward_hook(_adding(delta)))
+            return executor(x, t, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _adding(delta: Delta):
+    def add(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return delta(args[0], output, layer)
+
+    return add
+
+
+def _sigma(base, t: Tensor) -> float:
+    """1 = noise, 0 = data, whatever the model counts in: a flow's sigma, or an epsilon model's t / 1000."""
+    sampling = base.model_sampling
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return float(t.flatten()[0])
+    return float(sampling.timestep(t.flatten()[:1])) / 1000.0

@@ -1,0 +1,242 @@
+"""A LoRA onto a diffusers module: plain parts through peft, experts and LyCORIS through forward hooks.
+
+`handle.unpatch()` takes all of it off again. Imports peft when first used. ComfyUI's side is `comfy.py`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .delta import Delta, check_window, delta_for, in_window
+from .fit import NO_SUCH_LAYER, check_applicable, fit_module, refuse_if_nothing_fits
+from .weights import FullTensor, LoraError, LoraInfo, LoraWeights, LowRank, Module, Report
+
+
+@dataclass
+class Applied:
+    """A LoRA on a module: change its strength, follow sigma, take it off. adapter is peft's name for it."""
+
+    module: nn.Module
+    report: Report
+    adapter: str
+    window: tuple[float, float] | None = None
+    strength: float = 1.0
+    _plain: dict[str, float] = field(default_factory=dict)
+    _deltas: list[Delta] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _full: list = field(default_factory=list)
+    _active: float = 0.0
+
+    def set_strength(self, strength: float) -> None:
+        """Sets the strength; whole tensors are rewritten, the rest is one number per layer."""
+        self.strength = strength
+        self._activate(strength)
+
+    def at_sigma(self, sigma: float) -> None:
+        """Call before each denoising step: on inside the window, off outside."""
+        self._activate(self.strength if in_window(sigma, self.window) else 0.0)
+
+    def unpatch(self) -> None:
+        """Takes the LoRA off: the module is as it was before."""
+        self._activate(0.0)
+        while self._undo:
+            self._undo.pop()()
+        self._plain, self._deltas, self._full = {}, [], []
+
+    def _activate(self, strength: float) -> None:
+        if strength == self._active:
+            return
+        for path, scale in self._plain.items():
+            self.module.get_submodule(path).scaling[self.adapter] = scale * strength
+        for delta in self._deltas:
+            delta.strength = strength
+        for parameter, original, tensor in self._full:
+            with torch.no_grad():
+                parameter.copy_(_changed(original, tensor, strength))
+        self._active = strength
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def apply_to_diffusers(
+    module: nn.Module,
+    weights: LoraWeights,
+    strength: float = 1.0,
+    *,
+    window: tuple[float, float] | str | None = "file",
+    trainable: bool = False,
+) -> Applied:
+    """Puts a LoRA onto a diffusers model (FluxTransformer2DModel, UNet2DConditionModel, ...), in place.
+
+    window: (start, end] in sigma for `handle.at_sigma`; "file" takes the one stored in the LoRA.
+    trainable: leave the peft factors requiring gradients (the base is frozen by peft's injection either way
+    only for the layers it wraps; requires_grad of all other parameters is left as it was).
+    Raises LoraError before anything is touched when the LoRA does not fit.
+    """
+    check_applicable(weights)
+    window = check_window(weights.info.sigma_window if window == "file" else window)
+    layers = dict(module.named_modules())
+    notes, skipped = list(weights.notes), list(weights.skipped)
+    fitting: dict[str, Module] = {}
+    for path, change in weights.modules.items():
+        layer = _base(layers.get(path))
+        if layer is None:
+            skipped.append((path, NO_SUCH_LAYER))
+            continue
+        fitting[path] = fit_module(path, change, *_shape(layer), notes)
+    parameters = {p.replace(".base_layer.", "."): t for p, t in module.named_parameters()}
+    full = _fitting_tensors(weights, parameters, skipped)
+    refuse_if_nothing_fits(weights, len(fitting) + len(full), type(module).__name__)
+
+    hooked = {p: c for p, c in fitting.items() if not isinstance(c, LowRank)}
+    plain = {p: c for p, c in fitting.items() if isinstance(c, LowRank)}
+    report = Report(
+        weights.name,
+        weights.info,
+        tuple([*fitting, *full]),
+        tuple(hooked),
+        tuple(skipped),
+        tuple(notes),
+        window,
+        strength,
+    )
+    handle = Applied(module, report, f"diptych_{uuid.uuid4().hex[:8]}", window)
+    try:
+        if plain:
+            _inject(handle, plain, trainable)
+        for path, change in hooked.items():
+            _hook(handle, _base(module.get_submodule(path)), change)
+        for path, tensor in full.items():
+            handle._full.append((parameters[path], parameters[path].detach().clone(), tensor))
+        handle.set_strength(strength)
+    except BaseException:
+        handle.unpatch()
+        raise
+    return handle
+
+
+def _inject(handle: Applied, plain: dict[str, LowRank], trainable: bool) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    module, name = handle.module, handle.adapter
+    wanted = {p: t.requires_grad for p, t in module.named_parameters()}
+    active = getattr(module, "peft_config", None)
+    config = LoraConfig(
+        r=next(iter(plain.values())).rank,
+        lora_alpha=1,
+        target_modules=list(plain),
+        rank_pattern={f"^{path}": c.rank for path, c in plain.items()},
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(config, module, adapter_name=name)
+    handle._undo.append(lambda: _eject(module, name, list(plain), had_config=active is not None))
+    for path, change in plain.items():
+        layer = module.get_submodule(path)
+        if name not in layer.lora_A or layer.r[name] != change.rank:
+            raise LoraError(
+                f"peft did not place {path} at rank {change.rank}: update peft, or report this file"
+            )
+        base = layer.get_base_layer().weight
+        dtype = base.dtype if base.dtype.is_floating_point and base.dtype.itemsize > 1 else torch.bfloat16
+        for factor, value in ((layer.lora_A[name], change.A), (layer.lora_B[name], change.B)):
+            value = value.reshape(factor.weight.shape).to(base.device, torch.float32 if trainable else dtype)
+            factor.weight = nn.Parameter(value.clone(), requires_grad=trainable)
+        layer.scaling[name] = 0.0
+        handle._plain[path] = change.scale
+    for layer in module.modules():
+        if hasattr(layer, "lora_A") and hasattr(layer, "_active_adapter"):
+            layer._active_adapter = list(layer.lora_A.keys())
+    for path, parameter in module.named_parameters():
+        before = wanted.get(path, wanted.get(path.replace(".base_layer.", ".")))
+        if before is not None:
+            parameter.requires_grad_(before)
+
+
+def _eject(module: nn.Module, name: str, paths: list[str], had_config: bool) -> None:
+    for path in paths:
+        layer = module.get_submodule(path)
+        if not hasattr(layer, "delete_adapter"):
+            continue
+        layer.delete_adapter(name)
+        if not layer.lora_A:
+            parent, _, child = path.rpartition(".")
+            parent = module.get_submodule(parent)
+            base = layer.get_base_layer()
+            if isinstance(parent, nn.ModuleList | nn.Sequential):
+                parent[int(child)] = base
+            else:
+                setattr(parent, child, base)
+    if hasattr(module, "peft_config"):
+        module.peft_config.pop(name, None)
+        if not module.peft_config and not had_config:
+            del module.peft_config
+
+
+def _hook(handle: Applied, layer: nn.Module, change: Module) -> None:
+    delta = delta_for(change).requires_grad_(False)
+    delta.strength = 0.0
+
+    def add(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if delta.strength == 0.0:
+            return output
+        delta.to(args[0].device)
+        return delta(args[0], output, layer)
+
+    handle._deltas.append(delta)
+    handle._undo.append(layer.register_forward_hook(add).remove)
+
+
+def _fitting_tensors(weights: LoraWeights, parameters: dict, skipped: list) -> dict[str, FullTensor]:
+    full = {}
+    for path, tensor in weights.full.items():
+        if path not in parameters:
+            skipped.append((path, NO_SUCH_LAYER))
+        elif parameters[path].shape != tensor.value.shape:
+            raise LoraError(
+                f"the LoRA's {path} is {list(tensor.value.shape)}, "
+                f"the model's is {list(parameters[path].shape)}: "
+                "it was trained on another base model, load that one"
+            )
+        else:
+            full[path] = tensor
+    return full
+
+
+def _changed(original: torch.Tensor, tensor: FullTensor, strength: float) -> torch.Tensor:
+    value = tensor.value.to(original.device, torch.float32)
+    if tensor.mode == "set":
+        value = value - original.float()
+    return (original.float() + strength * value).to(original.dtype) if strength else original
+
+
+def _base(layer: nn.Module | None) -> nn.Module | None:
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    if hasattr(layer, "in_features"):
+        return layer.out_features, layer.in_features
+    return layer.weight.shape[0], layer.weight.shape[1]
+
+
+def from_peft(module: nn.Module, adapter: str = "default", info: LoraInfo | None = None) -> LoraWeights:
+    """The canonical form of a peft adapter living on a model (for saving after training)."""
+    modules = {}
+    for path, layer in module.named_modules():
+        if hasattr(layer, "lora_A") and adapter in getattr(layer, "lora_A", {}):
+            A, B = (getattr(layer, ab)[adapter].weight.detach().cpu() for ab in ("lora_A", "lora_B"))
+            modules[path.removeprefix("base_model.model.")] = LowRank(
+                A, B, float(layer.scaling[adapter]), "peft"
+            )
+    if not modules:
+        raise LoraError(f"the model carries no peft adapter named {adapter!r}: name the one that was trained")
+    ranks = [m.rank for m in modules.values()]
+    first = next(iter(modules.values()))
+    known = info or LoraInfo("peft", rank=max(ranks), alpha=first.scale * first.rank, alpha_from="peft")
+    return LoraWeights(modules, {}, known)

@@ -1,0 +1,62 @@
+"""The mixture-of-experts LoRA of ICEdit as one function of tensors: two matrix products, exact routing.
+
+Differentiable, for training and inference alike. Not for deciding where in a model it runs (`delta.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GATES = ("softmax_topk", "softmax_all")
+
+
+def gate_weights(logits: Tensor, top_k: int = 1, gate: str = "softmax_topk") -> Tensor:
+    """[..., experts] router logits -> the weight of each expert, zero for those not kept, in float32.
+
+    softmax_topk: softmax over the k kept logits (ICEdit `moe_forward`, where k = 1 gives exactly 1 and the
+    router no gradient); softmax_all: softmax over all logits, the k largest kept as they are (Switch).
+    """
+    if gate not in GATES:
+        raise ValueError(f"gate is {gate!r}: choose one of {', '.join(GATES)}")
+    if gate == "softmax_topk" and top_k == 1:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    kept, index = logits.topk(top_k, dim=-1)
+    weights = kept.softmax(-1, dtype=torch.float32)
+    if gate == "softmax_all":
+        weights = logits.softmax(-1, dtype=torch.float32).gather(-1, index)
+    return torch.zeros(logits.shape, dtype=torch.float32, device=logits.device).scatter(-1, index, weights)
+
+
+def stack(A: Tensor, B: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts side by side: down [experts*rank + experts, in] (router last), up [out, experts*rank]."""
+    down = torch.cat([A.flatten(0, 1), router.to(A.dtype)])
+    return down, B.permute(1, 0, 2).flatten(1).contiguous()
+
+
+def moe_delta(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    experts: int,
+    *,
+    scale: float = 1.0,
+    top_k: int = 1,
+    gate: str = "softmax_topk",
+    base: Tensor | None = None,
+) -> Tensor:
+    """`sum_i g_i(x) * scale * B_i A_i x` (+ base) for tokens x [..., in] -> [..., out].
+
+    down, up: from `stack`. One product gives every expert's activation and the router's logits; the gate
+    zeroes those of the experts not chosen; the second product adds the rest up.
+    Source: River-Zhang/ICEdit, peft/tuners/lora/layer.py `moe_forward`, which loops over the experts.
+    """
+    hidden = F.linear(x, down)
+    activation, logits = hidden[..., :-experts], hidden[..., -experts:]
+    weights = (gate_weights(logits, top_k, gate) * scale).to(x.dtype)
+    gated = activation.unflatten(-1, (experts, -1)) * weights.unsqueeze(-1)
+    gated = gated.flatten(-2)
+    if base is None:
+        return F.linear(gated, up)
+    return torch.addmm(base.flatten(0, -2), gated.flatten(0, -2), up.t()).view(base.shape)
