@@ -6,7 +6,7 @@ line and scripts use. Training has its own loop; ComfyUI has its graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Sampling:
     seed: of the one CPU generator that draws the initial noise in float32, then any noise of an SDE rule; the
     same seed gives the same noise in ComfyUI and in diffusers. posterior: "mode" of the VAE encoding, or
     "sample" with the same generator in FluxFillPipeline's order. callback: called once per step with a dict.
+    at_sigma: called before each prediction, for LoRAs that work in a part of the schedule only.
     """
 
     steps: int = 28
@@ -44,6 +45,7 @@ class Sampling:
     window: Any = None
     posterior: str = "mode"
     callback: flow_match.Callback | None = None
+    at_sigma: Callable[[float], None] | None = None
 
     def __post_init__(self):
         geometry.check_choice("posterior", self.posterior, ("mode", "sample"))
@@ -77,8 +79,14 @@ def run(
 
     The schedule's shift counts the tokens of the noise, so a diptych's is that of both panels.
     """
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        if sampling.at_sigma is not None:
+            sampling.at_sigma(float(sigma))
+        return denoiser.velocity(x, sigma, condition)
+
     latents = flow_match.sample(
-        lambda x, sigma: denoiser.velocity(x, sigma, condition),
+        velocity,
         noise.to(denoiser.device),
         sigmas(sampling.steps, seq_len=token_count(*noise.shape[-2:])),
         rule=sampling.rule,
@@ -157,14 +165,15 @@ def edit_with_fill(
     return Edit(diptych.split(canvas, built.layout, paste=paste).edited, canvas)
 
 
-def kontext_layout(image: Tensor, policy: str = "stretch", auto_resize: bool = True) -> diptych.Layout:
-    """One panel for a Kontext picture: at the trained size of nearest aspect, or about its own size."""
+def kontext_layout(image: Tensor, policy: str = "stretch", panel_width: int | None = None) -> diptych.Layout:
+    """One panel for a Kontext picture: the trained size of nearest aspect (None), its own (0), or a width."""
     source = pixels.as_image(image)
     size = tuple(source.shape[1:3])
-    if auto_resize:
+    if panel_width is None:
         fit = geometry.place(size, geometry.kontext_size(size), policy)
     else:
-        fit = geometry.keep_scale(size, policy)
+        keep = panel_width == 0
+        fit = geometry.keep_scale(size, policy) if keep else geometry.fit_width(size, panel_width, policy)
     return diptych.Layout(size, fit.panel, "none", policy, fit.shown, fit.filled, source)
 
 
@@ -175,7 +184,7 @@ def edit_with_kontext(
     instruction: str | Sequence[str],
     *,
     further: Sequence[Tensor] = (),
-    auto_resize: bool = True,
+    panel_width: int | None = None,
     policy: str = "stretch",
     method: str = "offset",
     guidance: float = KONTEXT_GUIDANCE,
@@ -185,12 +194,12 @@ def edit_with_kontext(
 ) -> Edit:
     """Kontext: the picture is the first reference, the result has its size and aspect.
 
-    further: more references. auto_resize: bring each picture to the trained size of nearest aspect (off: only
-    to multiples of 16). policy: `stretch` as diffusers does, `crop` as ComfyUI does, or `pad`. method: where
-    several references are placed (`flux_kontext.reference_positions`). negative, cfg: classifier-free
-    guidance.
+    further: more references. panel_width: None brings each picture to the trained size of nearest aspect, 0
+    only to multiples of 16, another number to that width. policy: `stretch` as diffusers does, `crop` as
+    ComfyUI does, or `pad`. method: where several references are placed (`flux_kontext.reference_positions`).
+    negative, cfg: classifier-free guidance.
     """
-    layouts = [kontext_layout(picture, policy, auto_resize) for picture in (image, *further)]
+    layouts = [kontext_layout(picture, policy, panel_width) for picture in (image, *further)]
     references = [diptych.frame(layout.source, layout) for layout in layouts]
     generator = sampling.generator()
     text = denoiser.encode_text(instruction)

@@ -39,9 +39,7 @@ def reference(pipeline, image, prompts, steps, seed, **kwargs):
 def test_kontext_equals_the_pipeline(kontext, kontext_pipeline, picture, height, width, batch, steps):
     image = picture(batch, height, width)
     expected = reference(kontext_pipeline, image, PROMPTS[:batch], steps, seed=7, guidance_scale=2.5)
-    ours = edit_with_kontext(
-        kontext, image, PROMPTS[:batch], auto_resize=False, sampling=Sampling(steps, seed=7)
-    )
+    ours = edit_with_kontext(kontext, image, PROMPTS[:batch], panel_width=0, sampling=Sampling(steps, seed=7))
     assert ours.image.std() > 0.05
     assert (ours.image - expected).abs().max() <= TOLERANCE
 
@@ -58,7 +56,7 @@ def test_classifier_free_guidance_equals_the_pipelines_true_cfg(kontext, kontext
         guidance=3.5,
         negative="blue dog",
         cfg=3.0,
-        auto_resize=False,
+        panel_width=0,
         sampling=Sampling(3, seed=1),
     )
     assert (ours.image - expected).abs().max() <= TOLERANCE
@@ -110,7 +108,7 @@ def test_offset_placement_tiles_the_plane(sizes, expected):
     assert reference_positions(sizes) == expected
 
 
-def test_auto_resize_works_at_a_trained_size_and_returns_the_source_size(kontext, picture, monkeypatch):
+def test_the_default_works_at_a_trained_size_and_returns_the_source_size(kontext, picture, monkeypatch):
     seen = []
     encode = kontext.encode
     monkeypatch.setattr(
