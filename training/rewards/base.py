@@ -1,0 +1,87 @@
+"""What a reward is, and the list of registered ones. How single rewards compute stands in their own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Reward:
+    """Judges finished pictures.
+
+    name: how recipes, logs and file headers call it.
+    range: (lowest, highest) usual value, for plots and documentation; scores are not clamped to it.
+    needs: which of "prompts", "sources", "masks" must be given.
+    """
+
+    name: str = ""
+    range: tuple[float, float] = (0.0, 1.0)
+    needs: frozenset[str] = frozenset()
+    batch_size: int = 16
+
+    def score(
+        self,
+        images: Tensor,
+        prompts: Sequence[str] | None = None,
+        sources: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> Tensor:
+        """Score images [N,H,W,3] in 0..1 -> float32 [N] on the CPU; a picture that cannot be judged is NaN.
+
+        prompts: N strings; sources: the pictures before the edit [N,H,W,3]; masks: [N,H,W], 1 = edited.
+        Raises ValueError if something that the reward needs is missing or counts differ.
+        """
+        given = {"prompts": prompts, "sources": sources, "masks": masks}
+        count = len(images)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}: reward {self.name} takes [N,H,W,3] in 0..1."
+            )
+        for key, value in given.items():
+            if key in self.needs and value is None:
+                raise ValueError(f"reward {self.name} needs {key}: give them or choose another reward.")
+            if value is not None and len(value) != count:
+                raise ValueError(
+                    f"{len(value)} {key} were given for {count} images: give one for each image."
+                )
+        scores = []
+        with torch.no_grad():
+            for start in range(0, count, self.batch_size):
+                part = slice(start, start + self.batch_size)
+                batch = {key: None if value is None else value[part] for key, value in given.items()}
+                scores.append(self._score(images[part].float(), **batch).detach().float().cpu())
+        joined = torch.cat(scores) if scores else torch.empty(0)
+        return torch.where(torch.isfinite(joined), joined, torch.nan)
+
+    def _score(
+        self, images: Tensor, prompts: Sequence[str] | None, sources: Tensor | None, masks: Tensor | None
+    ) -> Tensor:
+        """One batch, already validated, under no_grad."""
+        raise NotImplementedError
+
+
+_REGISTRY: dict[str, Callable[..., Reward]] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Reward]], Callable[..., Reward]]:
+    """Class or factory decorator: makes a reward creatable by name."""
+
+    def add(factory: Callable[..., Reward]) -> Callable[..., Reward]:
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of the registered rewards, sorted; the only ones a ComfyUI node may offer."""
+    return sorted(_REGISTRY)
+
+
+def create(name: str, **options: object) -> Reward:
+    """A registered reward by name. Raises ValueError for an unknown name."""
+    if name not in _REGISTRY:
+        raise ValueError(f"reward {name!r} is not known: choose one of {', '.join(names())}.")
+    return _REGISTRY[name](**options)

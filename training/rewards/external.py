@@ -1,0 +1,106 @@
+"""Rewards that a recipe file may name but no node may: a Python callable, or an HTTP endpoint.
+
+A shared workflow must never be able to import code or open a connection of its choosing, so these are not in
+the registry; `from_recipe` alone creates them.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Reward
+
+logger = logging.getLogger(__name__)
+
+
+class CallableReward(Reward):
+    """A function (images, prompts, sources, masks) -> N numbers, `module:function`.
+
+    An exception in the function makes that batch NaN and is logged.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[float] | Tensor], name: str):
+        self.function, self.name = function, name
+
+    @classmethod
+    def load(cls, target: str) -> CallableReward:
+        """Import `module:function`. Raises ValueError if there is no such callable."""
+        module, _, attribute = target.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"reward {target!r} cannot be imported ({error}): write module:function."
+            ) from error
+        return cls(function, target)
+
+    def _score(self, images, prompts, sources, masks):
+        try:
+            scores = torch.as_tensor(self.function(images, prompts, sources, masks), dtype=torch.float32)
+        except Exception as error:  # user code: one failing batch must not end a run of hours
+            logger.warning("reward %s failed: %s", self.name, error)
+            return torch.full((len(images),), torch.nan)
+        if scores.shape != (len(images),):
+            raise ValueError(
+                f"reward {self.name} returned shape {tuple(scores.shape)} for {len(images)} images."
+            )
+        return scores
+
+
+def _png(image: Tensor) -> str:
+    """Image [H,W,C] or mask [H,W] in 0..1 -> base64 PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+class HttpReward(Reward):
+    """POSTs JSON {"images": [base64 PNG], "prompts", "sources", "masks"} and reads {"scores": [number or null]}.
+
+    null, and a batch that still fails after the retries, become NaN. Nothing is ever unpickled.
+    """
+
+    def __init__(
+        self, url: str, timeout: float = 30.0, retries: int = 3, batch_size: int = 16, wait: float = 1.0
+    ):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"reward endpoint {url!r} is not an http(s) address.")
+        self.url, self.timeout, self.retries, self.wait = url, timeout, retries, wait
+        self.name, self.batch_size = url, batch_size
+
+    def _score(self, images, prompts, sources, masks):
+        payload = {
+            "images": [_png(image) for image in images],
+            "prompts": None if prompts is None else list(prompts),
+            "sources": None if sources is None else [_png(source) for source in sources],
+            "masks": None if masks is None else [_png(mask) for mask in masks],
+        }
+        request = urllib.request.Request(
+            self.url, json.dumps(payload).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        for attempt in range(self.retries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    scores = json.loads(response.read())["scores"]
+                if len(scores) != len(images):
+                    raise ValueError(f"{len(scores)} scores for {len(images)} images")
+                return torch.tensor([torch.nan if score is None else float(score) for score in scores])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                logger.warning("reward endpoint %s failed (try %d): %s", self.url, attempt + 1, error)
+                if attempt < self.retries:
+                    time.sleep(self.wait * 2**attempt)
+        return torch.full((len(images),), torch.nan)

@@ -1,0 +1,85 @@
+"""Rewards computed from pixels alone: what was to be kept was kept, and JPEG size."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from torch import Tensor
+
+from .base import Reward, register
+
+
+def _as_pixels(masks: Tensor, images: Tensor) -> Tensor:
+    """Masks [N,H,W] at the images' size, hard, shaped [N,H,W,1]; 1 = edited."""
+    masks = masks.to(images).unsqueeze(1)
+    if masks.shape[-2:] != images.shape[1:3]:
+        masks = torch.nn.functional.interpolate(masks, images.shape[1:3], mode="nearest")
+    return (masks >= 0.5).to(images).movedim(1, -1)
+
+
+@register("keep_l1")
+class KeepL1(Reward):
+    """1 - mean absolute difference to the source outside the mask; NaN where the mask covers all."""
+
+    name, range, needs = "keep_l1", (0.0, 1.0), frozenset({"sources", "masks"})
+
+    def _score(self, images, prompts, sources, masks):
+        keep = 1 - _as_pixels(masks, images)
+        error = ((images - sources.to(images)).abs() * keep).sum((1, 2, 3))
+        return 1 - error / (keep.sum((1, 2, 3)) * images.shape[-1])
+
+
+@register("keep_ssim")
+class KeepSSIM(Reward):
+    """Mean SSIM to the source outside the mask; NaN where the mask covers all."""
+
+    name, range, needs = "keep_ssim", (-1.0, 1.0), frozenset({"sources", "masks"})
+
+    def _score(self, images, prompts, sources, masks):
+        from ..metrics import ssim_map
+
+        keep = 1 - _as_pixels(masks, images).squeeze(-1)
+        similarity = ssim_map(images, sources.to(images))
+        return (similarity * keep).sum((1, 2)) / keep.sum((1, 2))
+
+
+@register("jpeg_size")
+class JpegSize(Reward):
+    """Minus the JPEG size in units of 500 kB (quality 95): compressible pictures score high.
+
+    Source: ddpo-pytorch's incompressibility reward and its negative.
+    """
+
+    name, range = "jpeg_size", (-1.0, 0.0)
+
+    def _score(self, images, prompts, sources, masks):
+        from PIL import Image
+
+        sizes = []
+        for image in images:
+            buffer = io.BytesIO()
+            pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+            Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+            sizes.append(-buffer.tell() / 500_000)
+        return torch.tensor(sizes)
+
+
+@register("keep_lpips")
+class KeepLPIPS(Reward):
+    """1 - LPIPS distance to the source with the edited area taken from the source; needs the package lpips."""
+
+    name, range, needs = "keep_lpips", (0.0, 1.0), frozenset({"sources", "masks"})
+
+    def __init__(self, net: str = "alex"):
+        try:
+            import lpips
+        except ImportError as error:
+            raise ValueError("reward keep_lpips needs the package lpips: pip install lpips.") from error
+        self.model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+
+    def _score(self, images, prompts, sources, masks):
+        sources, edited = sources.to(images), _as_pixels(masks, images)
+        kept = images * (1 - edited) + sources * edited
+        distance = self.model(kept.movedim(-1, 1) * 2 - 1, sources.movedim(-1, 1) * 2 - 1)
+        return 1 - distance.flatten()

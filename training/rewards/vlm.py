@@ -1,0 +1,75 @@
+"""A vision-language model as judge: the probability that it answers "yes" (Qwen2.5-VL class)."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Reward, register
+
+QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
+EDIT_QUESTION = (
+    "The first picture was edited into the second by the instruction: {prompt}\n"
+    "Was the instruction carried out, and everything else left as it was? Answer yes or no."
+)
+IMAGE_QUESTION = "Does this picture show: {prompt}? Answer yes or no."
+
+
+class YesNo(Reward):
+    """P(yes) / (P(yes) + P(no)) of the first answer token; 0..1.
+
+    With sources the question is about the edit from source to image, otherwise about the image alone.
+    `template` replaces the question and must contain {prompt}.
+    """
+
+    name, range, needs, batch_size = "vlm_yes", (0.0, 1.0), frozenset({"prompts"}), 1
+
+    def __init__(self, model, processor, template: str | None = None):
+        if template is not None and "{prompt}" not in template:
+            raise ValueError(
+                f"the question {template!r} has no {{prompt}} in it: say where the instruction goes."
+            )
+        self.model, self.processor, self.template = model.eval().requires_grad_(False), processor, template
+        tokenizer = processor.tokenizer
+        self.yes = self._first_tokens(tokenizer, ("yes", "Yes", " yes", " Yes"))
+        self.no = self._first_tokens(tokenizer, ("no", "No", " no", " No"))
+
+    @staticmethod
+    def _first_tokens(tokenizer, words: tuple[str, ...]) -> list[int]:
+        return sorted({tokenizer.encode(word, add_special_tokens=False)[0] for word in words})
+
+    def _score(self, images, prompts, sources, masks):
+        return torch.stack(
+            [
+                self._answer(image, prompt, None if sources is None else sources[number])
+                for number, (image, prompt) in enumerate(zip(images, prompts, strict=True))
+            ]
+        )
+
+    def _answer(self, image, prompt, source):
+        from PIL import Image
+
+        def picture(pixels):
+            return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+
+        pictures = [picture(image)] if source is None else [picture(source), picture(image)]
+        template = self.template or (IMAGE_QUESTION if source is None else EDIT_QUESTION)
+        content = [{"type": "image"} for _ in pictures]
+        content.append({"type": "text", "text": template.replace("{prompt}", prompt)})
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = self.processor(text=[text], images=pictures, return_tensors="pt").to(self.model.device)
+        chances = self.model(**inputs).logits[0, -1].float().softmax(-1)
+        yes, no = chances[self.yes].sum(), chances[self.no].sum()
+        return yes / (yes + no)
+
+
+@register("vlm_yes")
+def vlm_yes(
+    path: str = QWEN, template: str | None = None, device: str = "cpu", dtype: str = "bfloat16"
+) -> Reward:
+    """Edit success as a vision-language model sees it; probability."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(path, torch_dtype=getattr(torch, dtype)).to(device)
+    return YesNo(model, AutoProcessor.from_pretrained(path), template)
