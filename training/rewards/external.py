@@ -69,7 +69,7 @@ def _png(image: Tensor) -> str:
 
 
 class HttpReward(Reward):
-    """POSTs JSON {"images": [base64 PNG], "prompts", "sources", "masks"} and reads {"scores": [number or null]}.
+    """POSTs JSON {"images": [base64 PNG], "prompts", "sources", "masks"}, reads {"scores": [number or null]}.
 
     null, and a batch that still fails after the retries, become NaN. Nothing is ever unpickled.
     """

@@ -67,7 +67,7 @@ class JpegSize(Reward):
 
 @register("keep_lpips")
 class KeepLPIPS(Reward):
-    """1 - LPIPS distance to the source with the edited area taken from the source; needs the package lpips."""
+    """1 - LPIPS distance to the source, the edited area taken from the source; needs the package lpips."""
 
     name, range, needs = "keep_lpips", (0.0, 1.0), frozenset({"sources", "masks"})
 

@@ -89,7 +89,7 @@ def convert_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_hps_clip(path: str, config: dict | None = None):
-    """A CLIPModel from `HPS_v2.1_compressed.pt` (read with weights_only), or from a converted folder or hub id.
+    """A CLIPModel from `HPS_v2.1_compressed.pt` (weights_only), or from a converted folder or hub id.
 
     Raises ValueError if the checkpoint does not fill the model exactly.
     """

@@ -11,10 +11,9 @@ from .base import Reward
 
 
 class ShapesEdit(Reward):
-    """Share of the wanted scene that the checker finds, 0..1, plus 1 if the whole edit succeeded; halved to 0..1.
+    """Mean of the share of the wanted scene that the checker finds and of full success (0 or 1).
 
     The smooth part tells a near miss from a failure, so that a group in which nobody succeeded still teaches.
-    The targets are looked up by prompt index: pass the wanted scenes in the order of the images.
     """
 
     name, range = "shapes", (0.0, 1.0)

@@ -42,7 +42,7 @@ def dino(path: str = DINO, device: str = "cpu") -> Reward:
 
 
 class Aesthetic(Reward):
-    """The LAION aesthetic predictor: linear layers on unit-length CLIP-L/14 features; 1 to 10, usually 5 to 6.5.
+    """The LAION aesthetic predictor: linear layers on unit-length CLIP-L/14 features; usually 5 to 6.5.
 
     Source: christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`.
     """
