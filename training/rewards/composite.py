@@ -11,19 +11,43 @@ from torch import Tensor
 from .base import Reward
 
 
-def group_normalise(scores: Tensor, groups: Tensor, eps: float = 1e-4) -> Tensor:
-    """(score - group mean) / (group std + eps); NaN scores stay NaN and do not enter the statistics.
+def group_normalise(scores: Tensor, groups: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """(score - group mean) / (std + eps); NaN scores stay NaN and do not enter the statistics.
 
-    scores: [N]; groups: [N] integer group of each. std is the population one, so a group of equal scores, or
-    with a single valid one, gives 0.
+    scores: [N]; groups: [N] integer group of each. scale: whose population std divides: "group", or "global"
+    for that of all valid scores together (Flow-GRPO: a group of near-equal scores is not blown up), which
+    falls back to the group's when there is one group only. Equal scores, or a single valid one, give 0.
     """
+    if scale not in ("group", "global"):
+        raise ValueError(f"scale is {scale!r}: choose group or global.")
+    valid = scores.isfinite()
+    labels = groups.unique()
     out = torch.full_like(scores, torch.nan)
-    for group in groups.unique():
-        members = (groups == group) & scores.isfinite()
+    for label in labels:
+        members = (groups == label) & valid
         if members.any():
-            valid = scores[members]
-            out[members] = (valid - valid.mean()) / (valid.std(unbiased=False) + eps)
+            spread = scores[valid] if scale == "global" and len(labels) > 1 else scores[members]
+            out[members] = (scores[members] - scores[members].mean()) / (spread.std(unbiased=False) + eps)
     return out
+
+
+def combine(
+    raw: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, scale: str = "group"
+) -> Tensor:
+    """Normalise each reward within its groups, then weight and sum -> [N].
+
+    Scales differ by orders of magnitude between rewards, so a sum of raw numbers would be the sum of the
+    widest one. A picture for which some rewards failed is judged by the others, by none: NaN.
+    """
+    count = len(groups)
+    total, used = torch.zeros(count), torch.zeros(count)
+    for name, scores in raw.items():
+        normal = group_normalise(scores, groups, scale)
+        valid = normal.isfinite()
+        total += torch.where(valid, weights[name] * normal, 0.0)
+        used += valid * abs(weights[name])
+    full = sum(abs(weights[name]) for name in raw)
+    return torch.where(used > 0, total * full / used.clamp_min(1e-12), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -36,11 +60,7 @@ class CompositeScores:
 
 
 class Composite:
-    """Rewards normalised within the group, then weighted and summed.
-
-    Scales differ by orders of magnitude between rewards, so a sum of raw numbers would be the sum of the
-    widest one. A picture for which some rewards failed is judged by the others; by none: NaN.
-    """
+    """Several rewards and their weights (1 each by default), joined by `combine`."""
 
     def __init__(self, rewards: Sequence[Reward], weights: Mapping[str, float] | None = None):
         self.rewards = list(rewards)
@@ -66,12 +86,5 @@ class Composite:
         """As `Reward.score`; groups [N] tells which pictures compete (default: all with all)."""
         raw = {reward.name: reward.score(images, prompts, sources, masks) for reward in self.rewards}
         groups = torch.zeros(len(images), dtype=torch.long) if groups is None else groups.cpu()
-        total, weight = torch.zeros(len(images)), torch.zeros(len(images))
-        for name, scores in raw.items():
-            normal = group_normalise(scores, groups)
-            valid = normal.isfinite()
-            total += torch.where(valid, self.weights[name] * normal, 0.0)
-            weight += valid * abs(self.weights[name])
-        full = sum(abs(value) for value in self.weights.values())
-        combined = torch.where(weight > 0, total * full / weight.clamp_min(1e-12), torch.nan)
+        combined = combine(raw, self.weights, groups)
         return CompositeScores(raw, combined, {name: int(s.isnan().sum()) for name, s in raw.items()})

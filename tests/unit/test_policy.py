@@ -1,0 +1,108 @@
+"""The policy-gradient objective against numpy, finite differences and closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from comfyui_diptych.samplers import flow_match
+from comfyui_diptych.training.policy import advantages, clipped_loss, ratio_norm
+from comfyui_diptych.training.windows import window
+
+
+def test_advantages_equal_numpy_with_failures_left_out():
+    scores = np.array([0.1, 0.4, np.nan, 0.9, 0.2, 0.3, 0.5, 0.8], dtype=np.float32)
+    groups = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    got = advantages({"r": torch.from_numpy(scores)}, torch.from_numpy(groups), {"r": 2.0}, scale="global")
+    spread = np.nanstd(scores) + 1e-4
+    expected = np.zeros(8)
+    for group in (0, 1):
+        rows = groups == group
+        expected[rows] = 2.0 * (scores[rows] - np.nanmean(scores[rows])) / spread
+    np.testing.assert_allclose(got.values.numpy(), np.nan_to_num(expected), rtol=1e-4, atol=1e-6)
+    assert got.keep.tolist() == [True, True, False, True, True, True, True, True]
+
+
+def test_one_group_falls_back_to_its_own_std():
+    scores = {"r": torch.tensor([1.0, 2.0, 3.0])}
+    alone = torch.zeros(3, dtype=torch.long)
+    one = advantages(scores, alone, {"r": 1.0}, scale="global")
+    torch.testing.assert_close(one.values, advantages(scores, alone, {"r": 1.0}, scale="group").values)
+
+
+def test_a_group_without_a_winner_is_filtered_and_changes_nothing_else():
+    groups = torch.tensor([0, 0, 1, 1])
+    got = advantages({"r": torch.tensor([0.0, 1.0, 0.5, 0.5])}, groups, {"r": 1.0}, scale="group")
+    alone = advantages({"r": torch.tensor([0.0, 1.0])}, groups[:2], {"r": 1.0}, scale="group")
+    assert got.keep.tolist() == [True, True, False, False]
+    torch.testing.assert_close(got.values[:2], alone.values)
+
+
+def test_advantages_are_clamped():
+    scores = torch.zeros(100)
+    scores[0] = 1.0
+    got = advantages({"r": scores}, torch.zeros(100, dtype=torch.long), {"r": 1.0}, clamp=5.0)
+    assert got.values.max() == 5.0
+
+
+@pytest.mark.parametrize("rule", ["flow", "dance", "cps", "rf_ancestral"])
+def test_gradient_of_the_loss_is_minus_advantage_times_gradient_of_log_prob(rule):
+    torch.manual_seed(0)
+    weight = torch.tensor(0.3, dtype=torch.float64)
+    noise = torch.randn(4, 6, dtype=torch.float64)
+    sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0])
+
+    def velocity(w):
+        return lambda x, sigma: w * x + 0.1
+
+    _, transitions = flow_match.sample(
+        velocity(weight), noise, sigmas, rule=rule, window=(1, 2), record=True,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    transition, advantage = transitions[0], torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+
+    def log_prob(w):
+        return transition.replay(velocity(w)(transition.x, transition.sigma)).log_prob
+
+    w = weight.clone().requires_grad_()
+    replayed = transition.replay(velocity(w)(transition.x, transition.sigma))
+    ratio = transition.log_ratio(replayed.mean)
+    assert ratio.detach().abs().max() < 1e-12
+    clipped_loss(ratio, advantage, clip=1e-4).loss.backward()
+    h = 1e-5
+    slope = (log_prob(weight + h) - log_prob(weight - h)) / (2 * h)
+    assert w.grad.item() == pytest.approx((-advantage * slope).mean().item(), rel=1e-5)
+
+
+def test_clipping_stops_the_gradient_only_in_the_advantage_direction():
+    log_ratio = torch.tensor([0.01, 0.01, -0.01, -0.01], requires_grad=True)
+    result = clipped_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=1e-3)
+    (gradient,) = torch.autograd.grad(result.loss, log_ratio)
+    assert (gradient == 0).tolist() == [True, False, False, True]
+    assert result.clipped.all()
+
+
+def test_ratio_norm_removes_the_mean_shift():
+    """x_next ~ N(mean_old, std): E[log r] = -KL, so the corrected log-ratio has mean 0."""
+    generator = torch.Generator().manual_seed(0)
+    mean_old, std = torch.zeros(1, 200_000, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    mean = mean_old + 0.2
+    x_next = mean_old + std * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
+    log_ratio = (((x_next - mean_old) ** 2 - (x_next - mean) ** 2) / (2 * std**2)).mean(1)
+    assert log_ratio.item() == pytest.approx(-(0.2**2) / (2 * 0.5**2), abs=5e-3)
+    assert ratio_norm(log_ratio, mean, mean_old, std).item() == pytest.approx(0.0, abs=3e-3)
+
+
+def test_windows():
+    assert window("fixed", 7, 10, size=2, first=1) == (1, 3)
+    assert [window("progressive", i, 6, size=2, every=2) for i in (0, 2, 6, 8)] == [
+        (0, 2),
+        (1, 3),
+        (3, 5),
+        (0, 2),
+    ]
+    drawn = {window("random", i, 10, size=2, last=5, seed=3) for i in range(64)}
+    assert drawn == {(0, 2), (1, 3), (2, 4), (3, 5)}
+    assert window("random", 5, 10, size=2, seed=3) == window("random", 5, 10, size=2, seed=3)
+    with pytest.raises(ValueError, match="does not fit"):
+        window("fixed", 0, 4, size=4)
