@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import geometry, pixels
-from .geometry import Box, check_choice
+from .geometry import Box, Fit, check_choice
 from .prompt import ICEDIT_TEMPLATE, format_prompt
 
-__all__ = ["ICEDIT_TEMPLATE", "Diptych", "Layout", "Split", "build", "format_prompt", "frame", "split"]
+__all__ = ["ICEDIT_TEMPLATE", "Diptych", "Layout", "Split", "build", "format_prompt", "split"]
 
 SIDES = ("right", "left", "bottom", "top", "none")
 SECOND = ("copy", "gray", "noise")
@@ -46,6 +46,11 @@ class Layout:
     filled: Box
     source: Tensor | None = field(default=None, compare=False, repr=False)
     edit_mask: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def fit(self) -> Fit:
+        """How the source goes into a panel."""
+        return Fit(self.panel_size, self.shown, self.filled)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -148,11 +153,11 @@ def build(
 
     canvas = torch.empty((len(source), *layout.size, 3), device=source.device)
     edit, beside = layout.edit_panel, layout.source_panel
-    canvas[:, beside.rows, beside.columns] = frame(source, layout)
+    canvas[:, beside.rows, beside.columns] = pixels.fit_image(source, layout.fit)
     if side != "none":
         canvas[:, edit.rows, edit.columns] = canvas[:, beside.rows, beside.columns]
     mask = torch.zeros(canvas.shape[:3], device=source.device)
-    mask[:, edit.rows, edit.columns] = 1.0 if hard is None else frame_mask(hard, layout)
+    mask[:, edit.rows, edit.columns] = 1.0 if hard is None else pixels.fit_mask(hard, layout.fit, cover=True)
     if second != "copy":
         canvas = torch.where(mask[..., None] > 0, _filling(second, canvas, seed), canvas)
     return Diptych(canvas, mask, prompt, layout)
@@ -163,29 +168,6 @@ def _filling(second: str, canvas: Tensor, seed: int) -> Tensor:
     if second == "gray":
         return torch.full((), 0.5, device=canvas.device)
     return torch.rand(canvas.shape, generator=torch.Generator().manual_seed(seed)).to(canvas)
-
-
-def frame(image: Tensor, layout: Layout) -> Tensor:
-    """One panel [B,h,w,3] from a source-sized image [B,H,W,C]: cut, resized and padded as the layout says."""
-    shown, filled = layout.shown, layout.filled
-    part = pixels.rgb(image)[:, shown.rows, shown.columns]
-    part = pixels.resize_image(part, filled.height, filled.width)
-    if filled[2:] == layout.panel_size:
-        return part
-    rows, columns = (
-        torch.arange(length, device=image.device).sub_(start).clamp_(0, extent - 1)
-        for length, start, extent in zip(layout.panel_size, filled[:2], filled[2:], strict=True)
-    )
-    return part[:, rows][:, :, columns]
-
-
-def frame_mask(mask: Tensor, layout: Layout) -> Tensor:
-    """One panel's hard mask [B,h,w] from a source-sized hard mask [B,H,W]; padding is kept (0)."""
-    shown, filled = layout.shown, layout.filled
-    part = pixels.cover_mask(mask[:, shown.rows, shown.columns], filled.height, filled.width)
-    panel = torch.zeros((len(mask), *layout.panel_size), device=mask.device)
-    panel[:, filled.rows, filled.columns] = part
-    return panel
 
 
 def split(
@@ -246,9 +228,8 @@ def split(
         weight = pixels.binarise(pixels.resize_mask(mask.to(canvas.device), *layout.source_size))
     if paste == "changed":
         if layout.side == "none":  # nothing went through the model beside the edit
-            before = pixels.resize_image(
-                _part(frame(source, layout), layout.edit_panel, layout), *after.shape[1:3]
-            )
+            before = _part(pixels.fit_image(source, layout.fit), layout.edit_panel, layout)
+            before = pixels.resize_image(before, *after.shape[1:3])
         weight = _both(_changed(after, before, layout, threshold), weight)
     batch = max(len(part) for part in (canvas, *given))
     return Split(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .geometry import Fit
+
 MASK_THRESHOLD = 0.5  # diffusers' VaeImageProcessor(do_binarize=True): 0 below, 1 from here on
 
 
@@ -90,6 +92,30 @@ def cover_mask(mask: Tensor, height: int, width: int) -> Tensor:
     if mask.shape[1:] == (height, width):
         return mask
     return F.adaptive_max_pool2d(mask[:, None], (height, width))[:, 0]
+
+
+def fit_image(image: Tensor, fit: Fit) -> Tensor:
+    """One panel [B,h,w,3] of an image [B,H,W,C]: cut, resized, and padded with its own edge."""
+    part = resize_image(rgb(image)[:, fit.shown.rows, fit.shown.columns], *fit.filled[2:])
+    if fit.filled[2:] == fit.panel:
+        return part
+    rows, columns = (
+        torch.arange(length, device=image.device).sub_(start).clamp_(0, extent - 1)
+        for length, start, extent in zip(fit.panel, fit.filled[:2], fit.filled[2:], strict=True)
+    )
+    return part[:, rows][:, :, columns]
+
+
+def fit_mask(mask: Tensor, fit: Fit, cover: bool = False) -> Tensor:
+    """One panel's mask [B,h,w] from a mask [B,H,W]; padding is kept (0). `cover` as in `cover_mask`, else
+    soft."""
+    resize = cover_mask if cover else resize_mask
+    part = resize(mask[:, fit.shown.rows, fit.shown.columns], *fit.filled[2:])
+    if fit.filled[2:] == fit.panel:
+        return part
+    panel = torch.zeros((len(mask), *fit.panel), device=mask.device)
+    panel[:, fit.filled.rows, fit.filled.columns] = part
+    return panel
 
 
 def repeat_batch(tensor: Tensor, batch: int) -> Tensor:

@@ -2,4 +2,262 @@
 
 from __future__ import annotations
 
-NODES: list[type] = []
+from typing import Any
+
+from torch import Tensor
+
+from ..models import condition, pixels
+from ..models.diptych import Layout
+from ..models.geometry import POLICIES
+
+FILL_CHANNELS = 384
+METHODS = ("auto", "offset", "index", "uxo")
+
+
+class DiptychFluxFillConditioner:
+    DISPLAY_NAME = "Flux Fill Conditioner"
+    DESCRIPTION = (
+        "Conditions FLUX.1-Fill on a picture and the mask to repaint, as diffusers' FluxFillPipeline does: "
+        "hard mask, gray 0.5 under it, sides in multiples of 16. For diptychs, fills and outpainting. It "
+        "needs a Fill model:"
+        "ComfyUI silently ignores this conditioning on others, so connect `model` to have it checked."
+    )
+    CATEGORY = "diptych"
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
+    RETURN_NAMES = ("positive", "negative", "latent")
+    OUTPUT_TOOLTIPS = (
+        "The prompt with the masked picture. FLUX.1-Fill wants a guidance of 30 (fill) to 50 (ICEdit): Flux "
+        "Guidance.",
+        "The negative prompt with the masked picture.",
+        "The encoded picture, to sample from.",
+    )
+    FUNCTION = "condition"
+    SEARCH_ALIASES = ["inpaint model conditioning", "flux fill inpaint", "icedit conditioning", "concat mask"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "positive": ("CONDITIONING", {"tooltip": "The encoded prompt."}),
+                "negative": (
+                    "CONDITIONING",
+                    {"tooltip": "The encoded negative prompt; without effect at cfg 1."},
+                ),
+                "vae": ("VAE", {"tooltip": "FLUX's autoencoder (ae.safetensors)."}),
+                "image": ("IMAGE", {"tooltip": "The picture to fill, such as the diptych."}),
+            },
+            "optional": {
+                "mask": ("MASK", {"tooltip": "White is repainted; binarised at 0.5. Any size."}),
+                "mask_tokens": (
+                    "DIPTYCH_MASK_TOKENS",
+                    {
+                        "tooltip": "Instead of a mask: from the Mask Packer, used as they are, soft if they "
+                        "are soft."
+                    },
+                ),
+                "model": (
+                    "MODEL",
+                    {
+                        "tooltip": "The model you will sample with: refuses anything but FLUX.1-Fill. Not "
+                        "changed."
+                    },
+                ),
+                "noise_mask": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "On: unmasked latents are also put back at every step (as "
+                        "InpaintModelConditioning does). Off: the model alone keeps them, as in "
+                        "FluxFillPipeline.",
+                    },
+                ),
+                "policy": (
+                    list(POLICIES),
+                    {
+                        "default": "stretch",
+                        "advanced": True,
+                        "tooltip": "How sides that do not divide by 16 are made to. A diptych's always "
+                        "divide.",
+                    },
+                ),
+            },
+        }
+
+    def condition(
+        self,
+        positive: list,
+        negative: list,
+        vae: Any,
+        image: Tensor,
+        mask: Tensor | None = None,
+        mask_tokens: Tensor | None = None,
+        model: Any = None,
+        noise_mask: bool = False,
+        policy: str = "stretch",
+    ) -> tuple[list, list, dict]:
+        _require_fill(model)
+        given = condition.fill_input(image, mask, mask_tokens=mask_tokens, policy=policy)
+        # Four dimensions: core averages the mask over dimension 1, which must be channels.
+        values = {"concat_latent_image": vae.encode(given.masked), "concat_mask": given.mask}
+        latent = {"samples": _encode_repeated(vae, given.image, len(given.mask))}
+        if noise_mask:
+            latent["noise_mask"] = given.mask
+        return _with_values(positive, values), _with_values(negative, values), latent
+
+
+class DiptychKontextConditioner:
+    DISPLAY_NAME = "Kontext Conditioner"
+    DESCRIPTION = (
+        "Gives FLUX.1 Kontext one or more reference pictures at a size it was trained on, and the layout "
+        "that takes the result back to the first picture's own size (Diptych Split). Chain several for more"
+        "references. Models that know no references ignore them."
+    )
+    CATEGORY = "diptych"
+    RETURN_TYPES = ("CONDITIONING", "LATENT", "DIPTYCH_LAYOUT")
+    RETURN_NAMES = ("conditioning", "latent", "layout")
+    OUTPUT_TOOLTIPS = (
+        "The prompt with the references added. FLUX.1 Kontext wants a guidance of 2.5: Flux Guidance.",
+        "The first picture encoded: sets the size of the result.",
+        "How `image` was sized: to Diptych Split, which undoes it.",
+    )
+    FUNCTION = "condition"
+    SEARCH_ALIASES = ["reference latent", "flux kontext image scale", "kontext reference", "kontext inpaint"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "conditioning": (
+                    "CONDITIONING",
+                    {"tooltip": "The encoded prompt, or another Kontext Conditioner."},
+                ),
+                "vae": ("VAE", {"tooltip": "FLUX's autoencoder (ae.safetensors)."}),
+                "image": ("IMAGE", {"tooltip": "The picture to edit; the result has its size."}),
+            },
+            "optional": {
+                "image_2": ("IMAGE", {"tooltip": "A second reference, of any size."}),
+                "image_3": ("IMAGE", {"tooltip": "A third reference, of any size."}),
+                "mask": (
+                    "MASK",
+                    {"tooltip": "Repaint `image` only here; elsewhere Diptych Split returns it exactly."},
+                ),
+                "size_policy": (
+                    list(condition.SIZE_POLICIES),
+                    {
+                        "default": "preferred",
+                        "tooltip": "preferred: the nearest of Kontext's 17 trained sizes (about 1 "
+                        "megapixel). keep: the picture's own size in multiples of 16. megapixels: its aspect "
+                        "at that area.",
+                    },
+                ),
+                "policy": (
+                    list(POLICIES),
+                    {
+                        "default": "stretch",
+                        "tooltip": "How a picture meets that size. stretch: as diffusers. crop: borders are "
+                        "left out and come back in Diptych Split. pad: the edge's pixels are repeated.",
+                    },
+                ),
+                "reference_method": (
+                    list(METHODS),
+                    {
+                        "default": "auto",
+                        "tooltip": "Where references lie for the model. auto: as set before, else offset. "
+                        "offset: side by side. index: stacked, numbered. uxo: diagonal, for UNO and USO "
+                        "models.",
+                    },
+                ),
+                "batch": (
+                    ["edits", "references"],
+                    {
+                        "default": "edits",
+                        "advanced": True,
+                        "tooltip": "A batch of pictures means: one edit each, or several references of one "
+                        "edit.",
+                    },
+                ),
+                "megapixels": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.05,
+                        "max": 8.0,
+                        "step": 0.05,
+                        "advanced": True,
+                        "tooltip": "For size_policy = megapixels.",
+                    },
+                ),
+            },
+        }
+
+    def condition(
+        self,
+        conditioning: list,
+        vae: Any,
+        image: Tensor,
+        image_2: Tensor | None = None,
+        image_3: Tensor | None = None,
+        mask: Tensor | None = None,
+        size_policy: str = "preferred",
+        policy: str = "stretch",
+        reference_method: str = "auto",
+        batch: str = "edits",
+        megapixels: float = 1.0,
+    ) -> tuple[list, dict, Layout]:
+        sizing = {"size": size_policy, "policy": policy, "megapixels": megapixels}
+        images = [pixels.as_image(image)]
+        images += [
+            pixels.as_image(x, n) for x, n in ((image_2, "image_2"), (image_3, "image_3")) if x is not None
+        ]
+        if batch == "references":
+            images = [single for several in images for single in several.split(1)]
+        first, *others = [
+            condition.reference(picture, mask=None if i else mask, **sizing)
+            for i, picture in enumerate(images)
+        ]
+        references = [vae.encode(picture.image) for picture in (first, *others)]
+        count = max(len(encoded) for encoded in references)
+        latent = {"samples": pixels.repeat_batch(references[0], count).clone()}
+        if first.mask is not None:
+            latent["noise_mask"] = first.mask
+        conditioning = _with_values(conditioning, {"reference_latents": references}, append=True)
+        if reference_method != "auto":
+            conditioning = _with_values(conditioning, {"reference_latents_method": reference_method})
+        return conditioning, latent, first.layout
+
+
+def _with_values(conditioning: list, values: dict, append: bool = False) -> list:
+    """Set (or append to) values in a copy of a conditioning, leaving the original and its lists alone."""
+    copies = []
+    for embedding, options in conditioning:
+        old = options if append else {}
+        joined = {key: [*old[key], *value] if old.get(key) else value for key, value in values.items()}
+        copies.append([embedding, {**options, **joined}])
+    return copies
+
+
+def _encode_repeated(vae: Any, image: Tensor, batch: int) -> Tensor:
+    """Encode, once if it is one picture for a whole batch."""
+    return pixels.repeat_batch(vae.encode(image), batch).clone()
+
+
+def _require_fill(model: Any) -> None:
+    """Raise ValueError if the model certainly is not FLUX.1-Fill; unknown kinds of model pass."""
+    if model is None:
+        return
+    inner = getattr(model, "model", None)
+    weight = getattr(getattr(getattr(inner, "diffusion_model", None), "img_in", None), "weight", None)
+    shape = getattr(weight, "shape", None)
+    if shape is not None and len(shape) == 2:
+        channels = shape[1]
+    else:  # other runtimes keep no such weight, but ComfyUI's description (channels per latent cell)
+        config = getattr(getattr(inner, "model_config", None), "unet_config", None) or {}
+        channels = config["in_channels"] * 4 if "in_channels" in config else None
+    if channels not in (None, FILL_CHANNELS):
+        raise ValueError(
+            f"model takes {channels} input channels, so it is not FLUX.1-Fill ({FILL_CHANNELS}) and would "
+            "ignore the image and mask: load a Fill model, or disconnect `model` to skip this check."
+        )
+
+
+NODES = [DiptychFluxFillConditioner, DiptychKontextConditioner]

@@ -1,5 +1,268 @@
-"""Diptych building and splitting nodes."""
+"""Diptych Builder and Diptych Split: the two ends of an in-context edit."""
 
 from __future__ import annotations
 
-NODES: list[type] = []
+from torch import Tensor
+
+from ..models import diptych as dp
+from ..models.geometry import POLICIES
+from ..models.pixels import as_mask
+
+
+class DiptychBuilder:
+    DISPLAY_NAME = "Diptych Builder"
+    DESCRIPTION = (
+        "Sets a picture beside the place for its edit, with the mask and the prompt that in-context editing "
+        "(ICEdit on FLUX.1-Fill) expects. Takes any size, batches, gray pictures and alpha; Diptych Split "
+        "brings the edit back to the picture's own size."
+    )
+    CATEGORY = "diptych"
+    RETURN_TYPES = ("IMAGE", "MASK", "STRING", "DIPTYCH_LAYOUT")
+    RETURN_NAMES = ("diptych", "mask", "prompt", "layout")
+    OUTPUT_TOOLTIPS = (
+        "Both panels in one picture: to the image input of the Flux Fill Conditioner.",
+        "White where the model repaints: to the mask input of the Flux Fill Conditioner.",
+        "The instruction within the sentence ICEdit was trained on: to the text of a CLIP Text Encode.",
+        "Where everything is: to Diptych Split.",
+    )
+    FUNCTION = "build"
+    SEARCH_ALIASES = ["icedit", "in-context edit", "side by side", "instruction edit", "diptych create"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "image": (
+                    "IMAGE",
+                    {"tooltip": "The picture to edit, of any size; a batch gives one diptych each."},
+                ),
+                "instruction": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "What to change, such as: make the hat red. The sentence around it is "
+                        "added.",
+                    },
+                ),
+            },
+            "optional": {
+                "edit_mask": (
+                    "MASK",
+                    {
+                        "tooltip": "Repaint only here (white); everything else comes back exactly. An empty "
+                        "mask means the whole picture. ICEdit was trained on whole panels: if a local edit "
+                        "comes out weak, leave this open and give the mask to Diptych Split instead."
+                    },
+                ),
+                "panel_width": (
+                    "INT",
+                    {
+                        "default": dp.PANEL_WIDTH,
+                        "min": 0,
+                        "max": 4096,
+                        "step": 16,
+                        "tooltip": "Width of one panel in pixels; the height follows from the picture. 512 "
+                        "is what ICEdit was trained on; 0 keeps the picture's own size.",
+                    },
+                ),
+                "policy": (
+                    list(POLICIES),
+                    {
+                        "default": "stretch",
+                        "tooltip": "How both sides become multiples of 16. stretch: by up to 8 pixels. crop: "
+                        "borders are left out, and come back in Diptych Split. pad: the edge's pixels are "
+                        "repeated.",
+                    },
+                ),
+                "side": (
+                    list(dp.SIDES),
+                    {
+                        "default": "right",
+                        "tooltip": "Where the edit goes. ICEdit was trained on right. none: a single panel, "
+                        "for plain masked filling; the instruction is then the whole prompt.",
+                    },
+                ),
+                "second_panel": (
+                    list(dp.SECOND),
+                    {
+                        "default": "copy",
+                        "advanced": True,
+                        "tooltip": "What the pixels to repaint hold before sampling. At denoise 1.0 the "
+                        "result does not depend on it.",
+                    },
+                ),
+                "second_seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 0xFFFFFFFFFFFFFFFF,
+                        "advanced": True,
+                        "tooltip": "For second_panel = noise.",
+                    },
+                ),
+                "template": (
+                    "STRING",
+                    {
+                        "default": dp.ICEDIT_TEMPLATE,
+                        "multiline": True,
+                        "advanced": True,
+                        "tooltip": "The sentence around {instruction}. {edited}, {source} and {arrangement} "
+                        "follow the side; the default does so by itself.",
+                    },
+                ),
+                "keep_rest": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "Adds that other regions stay the same: helps when an edit changes too "
+                        "much.",
+                    },
+                ),
+            },
+        }
+
+    def build(
+        self,
+        image: Tensor,
+        instruction: str,
+        edit_mask: Tensor | None = None,
+        panel_width: int = dp.PANEL_WIDTH,
+        policy: str = "stretch",
+        side: str = "right",
+        second_panel: str = "copy",
+        second_seed: int = 0,
+        template: str = dp.ICEDIT_TEMPLATE,
+        keep_rest: bool = False,
+    ) -> tuple[Tensor, Tensor, str, dp.Layout]:
+        if edit_mask is not None and not as_mask(edit_mask, "edit_mask").any():
+            edit_mask = None  # what Load Image gives for a picture nobody painted on
+        return tuple(
+            dp.build(
+                image,
+                instruction,
+                edit_mask=edit_mask,
+                panel_width=panel_width,
+                policy=policy,
+                side=side,
+                second=second_panel,
+                seed=second_seed,
+                template=template,
+                keep_rest=keep_rest,
+            )
+        )
+
+
+class DiptychSplit:
+    DISPLAY_NAME = "Diptych Split"
+    DESCRIPTION = (
+        "Takes the edit out of a diptych and returns it at the picture's own size, in float. Pixels outside "
+        "the edit mask, cropped borders and alpha are the source's own, exactly. Also undoes the sizing of "
+        "the Kontext Conditioner."
+    )
+    CATEGORY = "diptych"
+    RETURN_TYPES = ("IMAGE", "IMAGE")
+    RETURN_NAMES = ("edited", "source_panel")
+    OUTPUT_TOOLTIPS = (
+        "The edited picture, of the source's size.",
+        "The diptych's other panel at that size: the source as the model gave it back, to compare with.",
+    )
+    FUNCTION = "split"
+    SEARCH_ALIASES = ["crop panel", "stitch", "paste back", "restore size", "uncrop"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "image": (
+                    "IMAGE",
+                    {"tooltip": "The decoded diptych (or Kontext result); also a batch, or upscaled."},
+                ),
+                "layout": (
+                    "DIPTYCH_LAYOUT",
+                    {"tooltip": "From the Diptych Builder or the Kontext Conditioner."},
+                ),
+            },
+            "optional": {
+                "source": (
+                    "IMAGE",
+                    {
+                        "tooltip": "The picture to paste into. Left open, it is the one the layout was made "
+                        "from; a larger version of it (same aspect) gives a result of that size."
+                    },
+                ),
+                "mask": (
+                    "MASK",
+                    {"tooltip": "Take the edit only here. Left open, the edit_mask of the builder counts."},
+                ),
+                "paste": (
+                    list(dp.PASTE),
+                    {
+                        "default": "auto",
+                        "tooltip": "Which pixels of the edit to take; all others are exactly the source's. "
+                        "panel: all. mask: inside the mask. changed: those that differ from the diptych's "
+                        "other panel. auto: mask if there is one, else panel.",
+                    },
+                ),
+                "feather": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 512,
+                        "tooltip": "Fade from source to edit over so many pixels inside the pasted region.",
+                    },
+                ),
+                "grow": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": -512,
+                        "max": 512,
+                        "advanced": True,
+                        "tooltip": "Enlarge the pasted region by so many pixels first; below 0 shrinks it.",
+                    },
+                ),
+                "threshold": (
+                    "FLOAT",
+                    {
+                        "default": dp.CHANGE_THRESHOLD,
+                        "min": 0.005,
+                        "max": 1.0,
+                        "step": 0.005,
+                        "advanced": True,
+                        "tooltip": "For paste = changed: how much a channel must differ (0 to 1). The VAE "
+                        "alone makes 0.02 to 0.05.",
+                    },
+                ),
+            },
+        }
+
+    def split(
+        self,
+        image: Tensor,
+        layout: dp.Layout,
+        source: Tensor | None = None,
+        mask: Tensor | None = None,
+        paste: str = "auto",
+        feather: int = 0,
+        grow: int = 0,
+        threshold: float = dp.CHANGE_THRESHOLD,
+    ) -> tuple[Tensor, Tensor]:
+        return tuple(
+            dp.split(
+                image,
+                layout,
+                source=source,
+                mask=mask,
+                paste=paste,
+                feather=feather,
+                grow=grow,
+                threshold=threshold,
+            )
+        )
+
+
+NODES = [DiptychBuilder, DiptychSplit]

@@ -1,5 +1,114 @@
-"""Mask packing nodes."""
+"""Mask Packer: a mask as FLUX.1-Fill receives it, to look at and to pass on."""
 
 from __future__ import annotations
 
-NODES: list[type] = []
+from einops import rearrange
+from torch import Tensor
+
+from ..models import geometry, packing, pixels
+
+
+class DiptychMaskPacker:
+    DISPLAY_NAME = "Mask Packer (Flux Fill)"
+    DESCRIPTION = (
+        "Turns a mask into the 256 channels per token that FLUX.1-Fill reads, and shows them. Grow, feather, "
+        "binarise or invert it on the way. Equal to diffusers' FluxFillPipeline bit for bit."
+    )
+    CATEGORY = "diptych"
+    RETURN_TYPES = ("DIPTYCH_MASK_TOKENS", "MASK", "IMAGE")
+    RETURN_NAMES = ("mask_tokens", "mask", "preview")
+    OUTPUT_TOOLTIPS = (
+        "[batch, tokens, 256]: to the Flux Fill Conditioner, which then uses them as they are.",
+        "The mask as the model will see it: resized to multiples of 16, grown, hard or soft.",
+        "The 256 channels as a mosaic of 16 by 16 tiles; each tile has one pixel per token.",
+    )
+    FUNCTION = "pack"
+    SEARCH_ALIASES = ["pixel unshuffle mask", "fill mask", "mask tokens", "grow mask", "binarize mask"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {"mask": ("MASK", {"tooltip": "White (1) is repainted. Any size; a batch is kept."})},
+            "optional": {
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "The picture the mask belongs to: the mask takes its size (multiples of "
+                        "16)."
+                    },
+                ),
+                "grow": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": -512,
+                        "max": 512,
+                        "tooltip": "Enlarge by a disc of exactly so many pixels; below 0 shrinks.",
+                    },
+                ),
+                "binarise": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "On: 1 from 0.5 up, else 0, as FLUX.1-Fill was trained. Off: gray values "
+                        "reach the model.",
+                    },
+                ),
+                "feather": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 512,
+                        "tooltip": "Width in pixels of a soft edge, 0.5 at the edge itself. It only shows "
+                        "with binarise off.",
+                    },
+                ),
+                "invert": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Swap repaint and keep, before anything else."},
+                ),
+                "policy": (
+                    list(geometry.POLICIES),
+                    {
+                        "default": "stretch",
+                        "advanced": True,
+                        "tooltip": "How sides that do not divide by 16 are made to; use the same as in the "
+                        "Flux Fill Conditioner.",
+                    },
+                ),
+            },
+        }
+
+    def pack(
+        self,
+        mask: Tensor,
+        image: Tensor | None = None,
+        grow: int = 0,
+        binarise: bool = True,
+        feather: int = 0,
+        invert: bool = False,
+        policy: str = "stretch",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seen = pixels.as_mask(mask)
+        if image is not None:
+            seen = pixels.resize_mask(seen, *pixels.as_image(image).shape[1:3])
+        fit = geometry.keep_scale(tuple(seen.shape[1:]), policy)
+        seen = pixels.fit_mask(1 - seen if invert else seen, fit)
+        if grow or feather or binarise:
+            seen = pixels.grow(pixels.binarise(seen), grow)
+        if feather:
+            seen = pixels.soft_edge(seen, feather)
+        if feather and binarise:
+            seen = pixels.binarise(seen)
+        tokens = packing.pack_mask(seen)
+        return tokens, seen, _mosaic(tokens, *seen.shape[1:])
+
+
+def _mosaic(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Mask tokens of a height x width mask -> IMAGE [B,height,width,3]: channel 16 r + c is tile (r, c)."""
+    tiles = rearrange(tokens, "b (h w) (r c) -> b (r h) (c w)", h=height // 16, w=width // 16, r=16, c=16)
+    return tiles[..., None].expand(-1, -1, -1, 3).contiguous()
+
+
+NODES = [DiptychMaskPacker]

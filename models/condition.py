@@ -1,0 +1,103 @@
+"""What the VAE is given for FLUX Fill and FLUX Kontext: sized, masked, batched pictures. No VAE, no model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import geometry, packing, pixels
+from .diptych import Layout
+from .geometry import check_choice
+
+GRAY = 0.5  # a masked pixel: zero in the VAE's range -1..1, as in FluxFillPipeline
+SIZE_POLICIES = ("preferred", "keep", "megapixels")
+
+
+class FillInput(NamedTuple):
+    """image [b,H,W,3] (b is 1 or B), masked [B,H,W,3] and mask [B,1,H,W], 1 = repaint; sides divide by 16."""
+
+    image: Tensor
+    masked: Tensor
+    mask: Tensor
+
+
+def fill_input(
+    image: Tensor, mask: Tensor | None = None, *, mask_tokens: Tensor | None = None, policy: str = "stretch"
+) -> FillInput:
+    """Image [B,H,W,C] and a mask of any size, or mask tokens [B,S,256] -> what FLUX Fill is conditioned on.
+
+    A mask is binarised at 0.5; mask tokens are used as they are, soft if they are soft. Sides that do not
+    divide by 16 follow `policy`. Unequal batches repeat as in ComfyUI.
+
+    Raises ValueError unless exactly one of mask and mask tokens is given, and if the tokens are of another
+    size.
+    """
+    if (mask is None) == (mask_tokens is None):
+        count = "neither of mask and mask_tokens is" if mask is None else "both mask and mask_tokens are"
+        raise ValueError(f"{count} connected: connect one of them.")
+    image = pixels.as_image(image)
+    size = tuple(image.shape[1:3])
+    fit = geometry.keep_scale(size, policy)
+    image = pixels.fit_image(image, fit)
+    if mask is not None:
+        mask = pixels.resize_mask(pixels.as_mask(mask), *size)
+        mask = pixels.binarise(pixels.fit_mask(mask, fit))
+    else:
+        needed = fit.panel[0] * fit.panel[1] // packing.MASK_CHANNELS
+        if mask_tokens.ndim == 3 and mask_tokens.shape[1] != needed:
+            raise ValueError(
+                f"mask_tokens are {mask_tokens.shape[1]} tokens but the {fit.panel[1]}x{fit.panel[0]} image"
+                f" needs {needed}: connect this image to the Mask Packer as well."
+            )
+        mask = packing.unpack_mask(mask_tokens, *fit.panel).float()
+    mask = mask.to(image.device)
+    batch = max(len(image), len(mask))
+    mask = pixels.repeat_batch(mask, batch)
+    image = image if len(image) == 1 else pixels.repeat_batch(image, batch)
+    gray = torch.full((), GRAY, device=image.device)
+    masked = torch.lerp(image.expand(batch, -1, -1, -1), gray, mask[..., None])  # exact at 0 and 1
+    return FillInput(image, masked, mask[:, None])
+
+
+class Reference(NamedTuple):
+    """A picture [B,H,W,3] at a size Kontext takes, its mask [B,1,H,W] or None, and the layout that undoes
+    it."""
+
+    image: Tensor
+    mask: Tensor | None
+    layout: Layout
+
+
+def reference(
+    image: Tensor,
+    *,
+    size: str = "preferred",
+    policy: str = "stretch",
+    megapixels: float = 1.0,
+    mask: Tensor | None = None,
+) -> Reference:
+    """Bring an image [B,H,W,C] to a size for FLUX Kontext.
+
+    - `size`: `preferred` is the one of the 17 trained sizes with the nearest aspect, `keep` the image's own
+      in multiples of 16, `megapixels` about that many times 2**20 pixels at the image's aspect.
+    - `policy`: `stretch` (as FluxKontextPipeline), `crop` or `pad`.
+    - `mask`: repaint only there (binarised at 0.5); the layout then returns the source itself elsewhere.
+    """
+    check_choice("size", size, SIZE_POLICIES)
+    source = pixels.as_image(image)
+    source_size = tuple(source.shape[1:3])
+    if size == "keep":
+        fit = geometry.keep_scale(source_size, policy)
+    elif size == "preferred":
+        fit = geometry.place(source_size, geometry.kontext_size(source_size), policy)
+    else:
+        fit = geometry.place(source_size, geometry.area_size(source_size, megapixels), policy)
+    if mask is not None:
+        mask = pixels.binarise(pixels.resize_mask(pixels.as_mask(mask), *source_size)).to(source.device)
+        batch = max(len(source), len(mask))
+        source, mask = pixels.repeat_batch(source, batch), pixels.repeat_batch(mask, batch)
+    layout = Layout(source_size, fit.panel, "none", policy, fit.shown, fit.filled, source, mask)
+    panel_mask = None if mask is None else pixels.fit_mask(mask, fit, cover=True)[:, None]
+    return Reference(pixels.fit_image(source, fit), panel_mask, layout)
