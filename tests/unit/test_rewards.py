@@ -21,7 +21,7 @@ class Fixed(Reward):
     def __init__(self, name, values):
         self.name, self.values = name, torch.tensor(values)
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         return self.values[: len(images)]
 
 
@@ -133,7 +133,7 @@ def test_shapes_reward_tells_success_from_near_miss():
     from comfyui_diptych.training.rewards.shapes import ShapesEdit
 
     pairs = list(shapes.edit_pairs(0, 4, "test"))
-    wanted = [pair.edit.target for pair in pairs]
-    done = ShapesEdit().score(torch.stack([pair.target for pair in pairs]), scenes=wanted)
-    not_done = ShapesEdit().score(torch.stack([pair.source for pair in pairs]), scenes=wanted)
+    targets = torch.stack([pair.target for pair in pairs])
+    done = ShapesEdit().score(targets, targets=targets)
+    not_done = ShapesEdit().score(torch.stack([pair.source for pair in pairs]), targets=targets)
     assert (done == 1.0).all() and (not_done < 0.5).all() and (not_done > 0).any()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import clip, fidelity, vision, vlm  # noqa: F401  (each registers its rewards)
+from . import clip, fidelity, shapes, vision, vlm  # noqa: F401  (each registers its rewards)
 from .base import Reward, create, names, register
 from .composite import Composite, CompositeScores, group_normalise
 

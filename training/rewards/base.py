@@ -13,7 +13,7 @@ class Reward:
 
     name: how recipes, logs and file headers call it.
     range: (lowest, highest) usual value, for plots and documentation; scores are not clamped to it.
-    needs: which of "prompts", "sources", "masks" must be given.
+    needs: which of "prompts", "sources", "masks", "targets" must be given.
     """
 
     name: str = ""
@@ -27,13 +27,15 @@ class Reward:
         prompts: Sequence[str] | None = None,
         sources: Tensor | None = None,
         masks: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Score images [N,H,W,3] in 0..1 -> float32 [N] on the CPU; a picture that cannot be judged is NaN.
 
-        prompts: N strings; sources: the pictures before the edit [N,H,W,3]; masks: [N,H,W], 1 = edited.
+        prompts: N strings; sources: the pictures before the edit [N,H,W,3]; masks: [N,H,W], 1 = edited;
+        targets: the pictures wanted [N,H,W,3], where the data has them.
         Raises ValueError if something that the reward needs is missing or counts differ.
         """
-        given = {"prompts": prompts, "sources": sources, "masks": masks}
+        given = {"prompts": prompts, "sources": sources, "masks": masks, "targets": targets}
         count = len(images)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(
@@ -56,7 +58,12 @@ class Reward:
         return torch.where(torch.isfinite(joined), joined, torch.nan)
 
     def _score(
-        self, images: Tensor, prompts: Sequence[str] | None, sources: Tensor | None, masks: Tensor | None
+        self,
+        images: Tensor,
+        prompts: Sequence[str] | None,
+        sources: Tensor | None,
+        masks: Tensor | None,
+        targets: Tensor | None,
     ) -> Tensor:
         """One batch, already validated, under no_grad."""
         raise NotImplementedError

@@ -101,7 +101,7 @@ class ClipText(Reward):
     ):
         self.name, self.clip, self.scale, self.range = name, clip, scale, usual
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         return self.scale * (self.clip.image_features(images) * self.clip.text_features(prompts)).sum(-1)
 
 
@@ -113,7 +113,7 @@ class ClipImage(Reward):
     def __init__(self, clip: ClipModel):
         self.clip = clip
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         return (self.clip.image_features(images) * self.clip.image_features(sources)).sum(-1)
 
 

@@ -81,10 +81,11 @@ class Composite:
         prompts: Sequence[str] | None,
         sources: Tensor | None = None,
         masks: Tensor | None = None,
+        targets: Tensor | None = None,
         groups: Tensor | None = None,
     ) -> CompositeScores:
         """As `Reward.score`; groups [N] tells which pictures compete (default: all with all)."""
-        raw = {reward.name: reward.score(images, prompts, sources, masks) for reward in self.rewards}
+        raw = {reward.name: reward.score(images, prompts, sources, masks, targets) for reward in self.rewards}
         groups = torch.zeros(len(images), dtype=torch.long) if groups is None else groups.cpu()
         combined = combine(raw, self.weights, groups)
         return CompositeScores(raw, combined, {name: int(s.isnan().sum()) for name, s in raw.items()})

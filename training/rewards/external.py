@@ -45,7 +45,7 @@ class CallableReward(Reward):
             ) from error
         return cls(function, target)
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         try:
             scores = torch.as_tensor(self.function(images, prompts, sources, masks), dtype=torch.float32)
         except Exception as error:  # user code: one failing batch must not end a run of hours
@@ -82,7 +82,7 @@ class HttpReward(Reward):
         self.url, self.timeout, self.retries, self.wait = url, timeout, retries, wait
         self.name, self.batch_size = url, batch_size
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         payload = {
             "images": [_png(image) for image in images],
             "prompts": None if prompts is None else list(prompts),

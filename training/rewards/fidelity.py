@@ -24,7 +24,7 @@ class KeepL1(Reward):
 
     name, range, needs = "keep_l1", (0.0, 1.0), frozenset({"sources", "masks"})
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         keep = 1 - _as_pixels(masks, images)
         error = ((images - sources.to(images)).abs() * keep).sum((1, 2, 3))
         return 1 - error / (keep.sum((1, 2, 3)) * images.shape[-1])
@@ -36,7 +36,7 @@ class KeepSSIM(Reward):
 
     name, range, needs = "keep_ssim", (-1.0, 1.0), frozenset({"sources", "masks"})
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         from ..metrics import ssim_map
 
         keep = 1 - _as_pixels(masks, images).squeeze(-1)
@@ -53,7 +53,7 @@ class JpegSize(Reward):
 
     name, range = "jpeg_size", (-1.0, 0.0)
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         from PIL import Image
 
         sizes = []
@@ -78,7 +78,7 @@ class KeepLPIPS(Reward):
             raise ValueError("reward keep_lpips needs the package lpips: pip install lpips.") from error
         self.model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         sources, edited = sources.to(images), _as_pixels(masks, images)
         kept = images * (1 - edited) + sources * edited
         distance = self.model(kept.movedim(-1, 1) * 2 - 1, sources.movedim(-1, 1) * 2 - 1)

@@ -29,7 +29,7 @@ class DinoImage(Reward):
         tokens = self.model(pixel_values=pixels.to(self.model.dtype)).last_hidden_state
         return F.normalize(tokens[:, 0].float(), dim=-1)
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         return (self.features(images) * self.features(sources)).sum(-1)
 
 
@@ -52,7 +52,7 @@ class Aesthetic(Reward):
     def __init__(self, clip: ClipModel, head: nn.Module):
         self.clip, self.head = clip, head.eval().requires_grad_(False)
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         features = self.clip.image_features(images)
         return self.head.to(features.device)(features).squeeze(-1)
 

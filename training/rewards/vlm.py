@@ -37,7 +37,7 @@ class YesNo(Reward):
     def _first_tokens(tokenizer, words: tuple[str, ...]) -> list[int]:
         return sorted({tokenizer.encode(word, add_special_tokens=False)[0] for word in words})
 
-    def _score(self, images, prompts, sources, masks):
+    def _score(self, images, prompts, sources, masks, targets):
         return torch.stack(
             [
                 self._answer(image, prompt, None if sources is None else sources[number])
