@@ -1,0 +1,201 @@
+"""`diptych doctor`: what is installed, what is missing, and what to do about it.
+
+Exit code 0 if the pack can run. Missing models or ComfyUI are told, not counted as faults: the bundled tiny
+models run without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from . import installed
+
+PYTHONS = ((3, 10), (3, 13))
+TORCH = "2.4"
+COMFYUI = "0.3.64"
+HUB_MODELS = {
+    "FLUX.1 Fill": "black-forest-labs/FLUX.1-Fill-dev",
+    "FLUX.1 Kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+}
+ICEDIT_LORA = "RiverZ/normal-lora"
+
+
+class Finding(NamedTuple):
+    """state: "ok"; "missing", which the pack can do without; or "fault", which it cannot."""
+
+    state: str
+    what: str
+    remedy: str = ""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "doctor", help="say what is installed, what is missing and what to do about it"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    marks = {"ok": "[ ok ]", "missing": "[ -- ]", "fault": "[FAIL]"}
+    faults = 0
+    for title, findings in examine():
+        print(title)
+        for finding in findings:
+            faults += finding.state == "fault"
+            print(f"  {marks[finding.state]} {finding.what}")
+            if finding.remedy:
+                print(f"         -> {finding.remedy}")
+    print()
+    if faults:
+        print(f"{faults} thing(s) to fix before the pack can run.")
+        return 1
+    print('The pack can run. Try: diptych edit   (or: diptych edit photo.png "make the sky orange")')
+    return 0
+
+
+def examine() -> Iterator[tuple[str, Iterable[Finding]]]:
+    """Each section's title and its findings, slow ones last."""
+    yield "Python and libraries", [python(), *libraries()]
+    yield "Compute", compute()
+    comfyuis = installed.comfyui_folders()
+    yield "ComfyUI", comfyui(comfyuis)
+    yield "Models", [*tiny(), *flux_models(comfyuis)]
+
+
+def python() -> Finding:
+    version = sys.version_info[:2]
+    what = f"Python {platform.python_version()} ({sys.executable})"
+    if PYTHONS[0] <= version <= PYTHONS[1]:
+        return Finding("ok", what)
+    span = " to ".join(".".join(map(str, bound)) for bound in PYTHONS)
+    return Finding("fault", what, f"use Python {span}")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
+    return tuple(int(part) for part in re.match(r"[\d.]*", version).group().split(".") if part)
+
+
+def requirements() -> list[tuple[str, str]]:
+    """(package, lower bound) of the run-time dependencies: requirements.txt, or the installed metadata."""
+    path = installed.PACK / "requirements.txt"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = [line for line in importlib.metadata.requires("comfyui-diptych") or [] if ";" not in line]
+    found = (re.match(r"\s*([\w.-]+)\s*>=\s*([\d.]+)", line) for line in lines)
+    return [match.groups() for match in found if match]
+
+
+def libraries() -> Iterator[Finding]:
+    for name, bound in requirements():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("fault", f"{name} is not installed", f'pip install "{name}>={bound}"')
+            continue
+        if numbers(version) < numbers(bound):
+            remedy = f'pip install "{name}>={bound}"'
+            yield Finding("fault", f"{name} {version} is older than {bound}", remedy)
+        else:
+            yield Finding("ok", f"{name} {version} (needs {bound})")
+
+
+def compute() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError:
+        yield Finding("fault", "torch is not installed", "install it for your machine: https://pytorch.org")
+        return
+    if numbers(torch.__version__) < numbers(TORCH):
+        yield Finding("fault", f"torch {torch.__version__} is older than {TORCH}", "install a newer torch")
+    else:
+        yield Finding("ok", f"torch {torch.__version__} (needs {TORCH})")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            memory = device.total_memory / 2**30
+            advice = (
+                "" if memory > 36 else "FLUX in bfloat16 wants about 34 GiB: add --offload to diptych edit"
+            )
+            yield Finding("ok", f"GPU {index}: {device.name}, {memory:.0f} GiB", advice)
+    elif torch.backends.mps.is_available():
+        yield Finding("ok", "GPU: Apple MPS")
+    else:
+        advice = "the tiny models run on the CPU; FLUX needs a GPU to be practical"
+        yield Finding(
+            "missing", f"no GPU that torch can use, CPU with {torch.get_num_threads()} threads", advice
+        )
+    memory = main_memory()
+    if memory:
+        yield Finding("ok", f"main memory: {memory:.0f} GiB")
+
+
+def main_memory() -> float | None:
+    """In GiB; None where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def comfyui(folders: list[Path]) -> Iterator[Finding]:
+    if not folders:
+        remedy = "set COMFYUI_PATH to its folder, or clone https://github.com/comfyanonymous/ComfyUI"
+        yield Finding("missing", "no ComfyUI found (the command line runs without it)", remedy)
+    for folder in folders:
+        if not installed.is_comfyui(folder):
+            yield Finding("missing", f"{folder} is not a ComfyUI folder", "correct COMFYUI_PATH")
+            continue
+        version = installed.comfyui_version(folder)
+        what = f"ComfyUI {version or 'of unknown version'} in {folder}"
+        old = version and numbers(version) < numbers(COMFYUI)
+        yield Finding("missing" if old else "ok", what, f"update it to {COMFYUI} or newer" if old else "")
+        if not installed.holds_pack(folder):
+            remedy = f"put or link {installed.PACK} into {folder / 'custom_nodes'}"
+            yield Finding("missing", "this pack is not in its custom_nodes", remedy)
+
+
+def tiny() -> Iterator[Finding]:
+    from ..models import tiny as bundled
+
+    folder = bundled.folder()
+    found = [name for name in ("fill", "kontext") if (folder / name / "model_index.json").is_file()]
+    if len(found) < 2:
+        yield Finding("missing", f"bundled tiny models are not in {folder}", "reinstall the whole pack")
+        return
+    trained = bundled.card().get("trained")
+    what = f"bundled tiny models: {', '.join(found)} ({'trained' if trained else 'untrained'})"
+    yield Finding("ok", what, "" if trained else "their pictures are noise until they are trained")
+
+
+def flux_models(comfyuis: list[Path]) -> Iterator[Finding]:
+    for name, hub_id in HUB_MODELS.items():
+        folder = installed.cached_model(hub_id)
+        files = _named(comfyuis, name.split()[-1].lower(), "diffusion_models", "unet", "checkpoints")
+        if folder:
+            yield Finding("ok", f"{name} for the command line: {folder}")
+        if files:
+            yield Finding("ok", f"{name} for ComfyUI: {', '.join(str(path) for path in files[:3])}")
+        if not folder and not files:
+            remedy = f"accept its licence at https://huggingface.co/{hub_id}, then: hf download {hub_id}"
+            yield Finding("missing", f"{name} is not on this machine", remedy)
+    loras = [path for comfyui in comfyuis for path in installed.model_files(comfyui, "loras")]
+    if loras:
+        yield Finding("ok", f"{len(loras)} LoRA file(s) for ComfyUI, e.g. {loras[0].name}")
+    if not any("icedit" in path.name.lower() for path in loras):
+        remedy = f"save https://huggingface.co/{ICEDIT_LORA}'s weights there as icedit_lora.safetensors"
+        yield Finding("missing", "no ICEdit LoRA in ComfyUI's models/loras", remedy)
+
+
+def _named(comfyuis: list[Path], word: str, *kinds: str) -> list[Path]:
+    files = (path for comfyui in comfyuis for path in installed.model_files(comfyui, *kinds))
+    return [path for path in files if word in path.name.lower()]

@@ -1,0 +1,296 @@
+"""`diptych edit`: a picture and an instruction to an edited picture, and both side by side.
+
+Everything that can be wrong with the input is found before a model is loaded. The work is
+`models/editing.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import pictures
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("fill", "kontext")
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "edit",
+        help="edit a picture by instruction",
+        description="Edit a picture by instruction. Without --model the bundled tiny model does it, which "
+        "knows only small pictures of coloured shapes; without a picture one of those is drawn.",
+    )
+    add = parser.add_argument
+    add("image", nargs="?", metavar="IMAGE", help="picture to edit")
+    add("instruction", nargs="?", metavar="INSTRUCTION", help='what to change, e.g. "make the sky orange"')
+    add("-o", "--output", type=Path, default=Path("edited.png"), metavar="OUT.png", help="default edited.png")
+    add("--engine", choices=ENGINES, help="ICEdit diptych on FLUX Fill, or Kontext (default: by the model)")
+    add("--model", metavar="DIR_OR_HUB_ID", help="diffusers folder or Hugging Face id (default: bundled)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="LoRA file or folder; may be repeated",
+    )
+    add("--lora-strength", type=float, default=1.0, help="strength of LoRAs that name none (default 1)")
+    add("--steps", type=int, help="sampling steps (default 28)")
+    add("--guidance", type=float, help="embedded guidance (default 50 for fill, 2.5 for kontext)")
+    add("--negative", help="kontext: negative prompt")
+    add("--cfg", type=float, default=1.0, help="kontext: scale of the negative prompt (default 1, off)")
+    add("--seed", type=int, default=0)
+    add("--rule", default="ode", help="step rule: ode, flow, dance, cps or rf_ancestral (default ode)")
+    add("--eta", type=float, help="noise of an SDE rule (default: the rule's own)")
+    add("--mask", metavar="MASK", help="fill: edit only where this picture is white")
+    add("--reference", action="append", default=[], metavar="IMAGE", help="kontext: a further picture")
+    add(
+        "--panel-width",
+        type=int,
+        help="width in pixels at which the model sees the picture, 0 for its own (default: as trained)",
+    )
+    add("--policy", default="stretch", choices=("stretch", "crop", "pad"), help="how sizes are made to fit")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--dtype", default="auto", choices=DTYPES, help="default bfloat16, float32 for the tiny models")
+    add("--offload", action="store_true", help="keep model parts in main memory until used (small GPUs)")
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command: nothing in it can fail any more except the model itself."""
+
+    image: Tensor
+    instruction: str
+    engine: str
+    folder: str
+    tiny: dict[str, Any] | None
+    mask: Tensor | None
+    further: tuple[Tensor, ...]
+    loras: tuple[tuple[Any, float], ...]
+    panel_width: int | None
+    guidance: float
+    sampling: Any
+
+
+def run(args: argparse.Namespace) -> int:
+    request = check(args)
+    if request.tiny is not None:
+        _say_what_tiny_is(request.tiny)
+    _quiet()
+    denoiser = _load(request, args)
+    handles = _apply_loras(denoiser, request)
+    edited = _edit(denoiser, request, handles, args)
+    before, after = request.image[0], edited[0]
+    beside = pictures.side_by_side_path(args.output)
+    pictures.save(pictures.to_pil(after), args.output)
+    pictures.save(pictures.side_by_side(before, after, request.instruction), beside)
+    print(f"wrote {args.output} and {beside}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> Request:
+    """Read and check every input. Raises ValueError or FileNotFoundError in one sentence."""
+    from ..models import diptych, editing
+    from ..models.flux import check_folder
+    from ..models.flux_fill import FluxFill
+    from ..models.flux_kontext import FluxKontext
+    from ..samplers.rules import resolve_eta
+
+    pictures.check_writable(args.output)
+    tiny = None if args.model else _tiny_card()
+    engine = args.engine or _engine_of(args.model)
+    kind = FluxFill if engine == "fill" else FluxKontext
+    folder = args.model or str(_tiny_folder() / engine)
+    check_folder(folder, "transformer", kind.in_channels, kind.name)
+    sampling = editing.Sampling(
+        steps=args.steps or (tiny or {}).get("steps") or 28, seed=args.seed, rule=args.rule, eta=args.eta
+    )
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}: at least one step is needed")
+    resolve_eta(args.rule, args.eta)
+
+    image, instruction = _picture_and_words(args.image, args.instruction)
+    mask = pictures.load_mask(args.mask) if args.mask else None
+    further = tuple(pictures.load_image(path) for path in args.reference)
+    for option, given, wanted in (
+        ("--mask", mask is not None, "fill"),
+        ("--reference", bool(further), "kontext"),
+        ("--negative", args.negative is not None, "kontext"),
+    ):
+        if given and engine != wanted:
+            raise ValueError(f"{option} works with --engine {wanted} only: leave it out or change the engine")
+    panel_width = args.panel_width
+    if panel_width is None:
+        panel_width = tiny["panel"] if tiny else diptych.PANEL_WIDTH if engine == "fill" else None
+    if engine == "fill":
+        diptych.build(image, instruction, edit_mask=mask, panel_width=panel_width, policy=args.policy)
+    else:
+        editing.kontext_layout(image, args.policy, panel_width)
+    default = editing.ICEDIT_GUIDANCE if engine == "fill" else editing.KONTEXT_GUIDANCE
+    guidance = args.guidance if args.guidance is not None else (tiny or {}).get("guidance", default)
+    loras = [_read_lora(text, args.lora_strength) for text in args.lora or _tiny_loras(tiny, engine)]
+    return Request(
+        image=image,
+        instruction=instruction,
+        engine=engine,
+        folder=folder,
+        tiny=tiny,
+        mask=mask,
+        further=further,
+        loras=tuple(loras),
+        panel_width=panel_width,
+        guidance=guidance,
+        sampling=sampling,
+    )
+
+
+def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tensor, str]:
+    """Both, drawing a demo picture where none is named. One argument that is no file is the instruction."""
+    if image is not None and instruction is None:
+        if Path(image).exists():
+            raise ValueError(f'an instruction is missing: write it after the image, "{image}" "make it red"')
+        if Path(image).suffix.lower() in pictures.WRITABLE:
+            raise FileNotFoundError(f"image {image} does not exist: check the path")
+        image, instruction = None, image
+    if instruction is not None and not instruction.strip():
+        raise ValueError("the instruction is empty: say what to change")
+    if image is not None:
+        return pictures.load_image(image), instruction
+    from ..training.shapes import edit_pairs
+
+    pair = next(edit_pairs(0, 1, "test"))
+    return pair.source[None], instruction or pair.instruction
+
+
+def _engine_of(model: str | None) -> str:
+    """By the input channels of a local folder, else by the name of a hub id."""
+    if model is None:
+        return "fill"
+    config = Path(model) / "transformer" / "config.json"
+    if config.is_file():
+        return (
+            "kontext" if json.loads(config.read_text(encoding="utf-8")).get("in_channels") == 64 else "fill"
+        )
+    return "kontext" if "kontext" in model.lower() else "fill"
+
+
+def _tiny_folder() -> Path:
+    from ..models import tiny
+
+    folder = tiny.folder()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the bundled tiny models are missing from {folder}: name one with --model")
+    return folder
+
+
+def _tiny_card() -> dict[str, Any]:
+    from ..models import tiny
+    from ..models.tiny import build
+
+    _tiny_folder()
+    return {"panel": build.PANEL, **tiny.card()}
+
+
+def _tiny_loras(card: dict[str, Any] | None, engine: str) -> list[str]:
+    """The bundled LoRA that makes an editor of the tiny model, unless the user chose LoRAs."""
+    names = (card or {}).get("default_loras", {}).get(engine, [])
+    return [str(_tiny_folder() / "loras" / name) for name in names]
+
+
+def _say_what_tiny_is(card: dict[str, Any]) -> None:
+    if card.get("trained"):
+        print("bundled tiny model: it knows small pictures of coloured shapes; --model names a real one")
+    else:
+        print(
+            "bundled tiny model: UNTRAINED random weights, the result will be noise; --model names a real one"
+        )
+
+
+def _read_lora(text: str, strength: float) -> tuple[Any, float]:
+    """PATH or PATH:STRENGTH to the LoRA and its strength. A path that exists is taken whole (C:\\...)."""
+    from ..models.lora.read import read
+
+    path = text
+    if not Path(text).exists() and ":" in text:
+        path, _, number = text.rpartition(":")
+        try:
+            strength = float(number)
+        except ValueError:
+            path = text
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"LoRA {path} does not exist: give a file or folder, with :0.8 for a strength"
+        )
+    return read(path), strength
+
+
+def _quiet() -> None:
+    """One progress bar, ours: the libraries' own bars and warnings about optional parts go."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _load(request: Request, args: argparse.Namespace) -> Any:
+    import torch
+
+    from ..models.flux_fill import FluxFill
+    from ..models.flux_kontext import FluxKontext
+
+    name = args.dtype if args.dtype != "auto" else "float32" if request.tiny else "bfloat16"
+    kind = FluxFill if request.engine == "fill" else FluxKontext
+    device = args.device or ("cpu" if request.tiny else None)
+    return kind.load(request.folder, getattr(torch, name), device, offload=args.offload)
+
+
+def _apply_loras(denoiser: Any, request: Request) -> list[Any]:
+    from ..models.lora.diffusers import apply_to_diffusers
+
+    handles = []
+    for weights, strength in request.loras:
+        handles.append(apply_to_diffusers(denoiser.transformer, weights, strength))
+        print(handles[-1].report)
+    return handles
+
+
+def _edit(denoiser: Any, request: Request, handles: list[Any], args: argparse.Namespace) -> Tensor:
+    from tqdm import tqdm
+
+    from ..models import editing
+
+    with tqdm(total=request.sampling.steps, desc=f"editing ({request.engine})", unit="step") as bar:
+        sampling = replace(
+            request.sampling,
+            callback=lambda _: bar.update(),
+            at_sigma=lambda sigma: [handle.at_sigma(sigma) for handle in handles],
+        )
+        common = {"panel_width": request.panel_width, "policy": args.policy, "guidance": request.guidance}
+        if request.engine == "fill":
+            return editing.edit_with_fill(
+                denoiser,
+                request.image,
+                request.instruction,
+                edit_mask=request.mask,
+                sampling=sampling,
+                **common,
+            ).image
+        return editing.edit_with_kontext(
+            denoiser,
+            request.image,
+            request.instruction,
+            further=request.further,
+            negative=args.negative,
+            cfg=args.cfg,
+            sampling=sampling,
+            **common,
+        ).image

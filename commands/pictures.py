@@ -1,0 +1,118 @@
+"""Pictures in and out of the command line: files to IMAGE tensors, IMAGE tensors to files, before beside
+after.
+
+Not for resizing to a model's size: that is `models/diptych.py`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+WRITABLE = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+SHOWN_HEIGHT = 256  # smaller pictures are enlarged in the side-by-side so that its words can be read
+MARGIN = 12
+
+
+def load_image(path: str | Path) -> Tensor:
+    """Read a picture as IMAGE [1,H,W,C] float32 0..1, upright; C is 4 if it has transparency, else 3.
+
+    Raises FileNotFoundError or ValueError in one sentence.
+    """
+    with _open(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16") or picture.mode == "I":
+            values = np.asarray(picture, dtype=np.float32) / 65535
+            return torch.from_numpy(values)[None, ..., None].expand(-1, -1, -1, 3).clone()
+        mode = "RGBA" if "A" in picture.getbands() or "transparency" in picture.info else "RGB"
+        return _from_pil(picture.convert(mode))
+
+
+def load_mask(path: str | Path) -> Tensor:
+    """Read a mask as MASK [1,H,W]: white repaints; of a picture with transparency, what is transparent.
+
+    Raises FileNotFoundError or ValueError in one sentence.
+    """
+    with _open(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if "A" in picture.getbands():
+            return 1 - _from_pil(picture.getchannel("A"))[..., 0]
+        return _from_pil(picture.convert("L"))[..., 0]
+
+
+def _open(path: str | Path) -> Image.Image:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image {path} does not exist: check the path")
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"image {path} cannot be read as a picture: {error}") from error
+    return picture
+
+
+def _from_pil(picture: Image.Image) -> Tensor:
+    values = torch.from_numpy(np.array(picture, dtype=np.uint8)).float() / 255
+    return values[None] if values.ndim == 3 else values[None, ..., None]
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One picture of an IMAGE, [H,W,3] or [H,W,4] 0..1, rounded to 8 bits."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError, before any work, for an output that could not be written."""
+    if path.suffix.lower() not in WRITABLE:
+        raise ValueError(f"output {path} has no picture suffix: use one of {', '.join(WRITABLE)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"output {path} cannot be written: its folder does not exist, create {path.parent}")
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    if path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+        picture = picture.convert("RGB")
+    picture.save(path)
+
+
+def side_by_side_path(path: Path) -> Path:
+    """`out.png` -> `out_side_by_side.png`."""
+    return path.with_name(f"{path.stem}_side_by_side.png")
+
+
+def side_by_side(before: Tensor, after: Tensor, caption: str) -> Image.Image:
+    """Before | after, [H,W,C] each, under their names and over a caption, on a white sheet."""
+    panels = [_enlarged(_on_white(to_pil(image))) for image in (before, after)]
+    font = ImageFont.load_default(size=15)
+    width = sum(panel.width for panel in panels) + 3 * MARGIN
+    height = max(panel.height for panel in panels)
+    letters = max(int((width - 2 * MARGIN) / max(font.getlength("n"), 1)), 8)
+    lines = textwrap.wrap(caption, letters) or [""]
+    line = 20
+    sheet = Image.new("RGB", (width, MARGIN + line + height + MARGIN + line * len(lines) + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = MARGIN
+    for name, panel in zip(("before", "after"), panels, strict=True):
+        draw.text((left, MARGIN - 2), name, fill="#666666", font=font)
+        sheet.paste(panel, (left, MARGIN + line))
+        left += panel.width + MARGIN
+    for number, text in enumerate(lines):
+        draw.text((MARGIN, 2 * MARGIN + line + height + number * line - 4), text, fill="black", font=font)
+    return sheet
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode != "RGBA":
+        return picture.convert("RGB")
+    ground = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(ground, picture).convert("RGB")
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    times = -(-SHOWN_HEIGHT // picture.height)
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
