@@ -47,22 +47,22 @@ def apply_to_comfy(
     check_applicable(weights)
     window = check_window(weights.info.sigma_window if window == "file" else window)
     layers = _Layers(model)
+    loaded: list[str] = []
     notes, skipped = list(weights.notes), list(weights.skipped)
     patches: dict = {}
-    deltas: list[tuple[str, Delta]] = []
+    deltas: dict[str, tuple[str, Delta]] = {}
     for path, module in weights.modules.items():
         target = layers.target(path)
         if target is None:
             skipped.append((path, NO_SUCH_LAYER))
             continue
-        module = fit_module(
-            path, module, *layers.shape(target), notes, may_grow=layers.may_grow(path, window)
-        )
-        if window is None and isinstance(module, LowRank | Factored):
-            patches[_patch_key(target)] = _adapter(module, layers.shape(target))
+        shape, mergeable = layers.shape(target), window is None and isinstance(module, LowRank | Factored)
+        module = fit_module(path, module, *shape, notes, may_grow=mergeable and layers.is_flux)
+        if mergeable:
+            patches[_patch_key(target)] = _adapter(module, shape)
         else:
-            deltas.append((target[0].removesuffix(".weight"), _delta(module, target)))
-    loaded = [p for p in weights.modules if layers.target(p) is not None]
+            deltas[path] = target[0].removesuffix(".weight"), _delta(module, target)
+        loaded.append(path)
     for path, tensor in weights.full.items():
         key = layers.parameter(path)
         if key is None:
@@ -75,31 +75,23 @@ def apply_to_comfy(
     refuse_if_nothing_fits(weights, len(loaded), layers.model_name)
 
     clone = model.clone()
-    accepted = clone.add_patches(patches, strength) if strength else list(patches)
-    if len(accepted) != len(patches):
-        lost = next(k for k in patches if k not in accepted)
-        raise LoraError(
-            f"ComfyUI refused the patch of {lost}: is this model already quantised by another loader?"
-        )
-    if deltas and strength:
-        _attach(clone, deltas, strength, window)
-    runtime = tuple(p for p, m in weights.modules.items() if p in loaded) if window is not None else ()
-    runtime = runtime or tuple(p for p in loaded if p in weights.modules and _is_routed(weights.modules[p]))
+    if strength:
+        if len(accepted := clone.add_patches(patches, strength)) != len(patches):
+            lost = next(k for k in patches if k not in accepted)
+            raise LoraError(f"ComfyUI refused the patch of {lost}: use the loader the model itself came from")
+        if deltas:
+            _attach(clone, list(deltas.values()), strength, window)
     report = Report(
         weights.name,
         weights.info,
         tuple(loaded),
-        runtime,
+        tuple(deltas),
         tuple(skipped),
         tuple(dict.fromkeys(notes)),
         window,
         strength,
     )
     return clone, report
-
-
-def _is_routed(module: Module) -> bool:
-    return not isinstance(module, LowRank | Factored)
 
 
 class _Layers:
@@ -135,7 +127,7 @@ class _Layers:
         return _patch_key(target) if target is not None and self._exists(target) else None
 
     def shape(self, target: Target) -> tuple[int, int]:
-        """(outputs, inputs) of the target; from the layer, since a GGUF tensor's shape is that of its bytes."""
+        """(outputs, inputs) of the target; from the layer, as a GGUF tensor's shape is that of its bytes."""
         layer = comfy.utils.get_attr(self.root, target[0].removesuffix(".weight"))
         if hasattr(layer, "in_features"):
             out, width = layer.out_features, layer.in_features
@@ -143,9 +135,9 @@ class _Layers:
             out, width = layer.weight.shape[0], layer.weight.shape[1]
         return (out if target[1] is None else target[1][2]), width
 
-    def may_grow(self, path: str, window: object) -> bool:
-        """BFL's control LoRAs enlarge img_in from 64 to 128 inputs; core patches the larger weight in."""
-        return path == "x_embedder" and window is None and self.map.get("diffusion_model.img_in") is not None
+    @property
+    def is_flux(self) -> bool:
+        return "diffusion_model.img_in" in self.map and "transformer.x_embedder" in self.map
 
     def _exists(self, hit) -> bool:
         try:

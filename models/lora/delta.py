@@ -34,7 +34,8 @@ class Delta(nn.Module):
         change = self.change(x, layer)
         if self.rows is None:
             return y + change
-        y = y.clone()
+        # The layer's own fresh output: in place saves a copy of a fused layer's wide result.
+        y = y.clone() if y.requires_grad else y
         y.narrow(-1, *self.rows).add_(change)
         return y
 

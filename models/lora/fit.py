@@ -17,8 +17,8 @@ def check_applicable(weights: LoraWeights) -> None:
     """Raises LoraError for a whole checkpoint, which is a model and not a change to one."""
     if weights.is_checkpoint:
         raise LoraError(
-            f"{weights.name} is a full fine-tuned model ({len(weights.full)} tensors), not a LoRA: load it as "
-            "the model (Load Diffusion Model), or extract a LoRA with `extract(base, weights, rank)`"
+            f"{weights.name} is a full fine-tuned model ({len(weights.full)} tensors), not a LoRA: load it "
+            "as the model (Load Diffusion Model), or extract a LoRA with `extract(base, weights, rank)`"
         )
 
 
@@ -29,7 +29,8 @@ def fit_module(
 
     x_embedder of fewer inputs than the model's (a FLUX dev LoRA on FLUX Fill) gets zero columns: the noise
     latents are the first 64 inputs of every FLUX, what follows are conditions this LoRA never saw.
-    may_grow: allow an x_embedder of more inputs than the model has (the host enlarges the layer).
+    may_grow: allow the x_embedder of a BFL control LoRA (128 inputs on a 64-input model); the host enlarges
+    the layer.
     """
     rows, columns = module.shape
     if (rows, columns) == (out, width):
@@ -40,7 +41,7 @@ def fit_module(
                 f"x_embedder has {columns} inputs, the model {width}: padded with zero columns, not dropped"
             )
             return replace(module, A=F.pad(module.A, (0, width - columns)))
-        if may_grow:
+        if may_grow and (columns, width) == (128, 64):
             notes.append(f"x_embedder grows from {width} to {columns} inputs")
             return module
         wanted = _FAMILY.get(columns, f"a model with {columns} inputs")
