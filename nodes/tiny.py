@@ -12,9 +12,9 @@ OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background
 class DiptychTinyModelLoader:
     DISPLAY_NAME = "Load Tiny Demo Model"
     DESCRIPTION = (
-        "Loads one of the small FLUX-shaped models that come with this pack, as ordinary MODEL, CLIP and VAE. They "
-        "know only small pictures of coloured shapes (64x64, a diptych 128x64) and run on any computer in seconds, "
-        "so that every workflow can be tried before a large model is downloaded."
+        "Loads one of the small FLUX-shaped models that come with this pack, as normal MODEL, CLIP and VAE. "
+        "They know only small pictures of coloured shapes (64x64, a diptych 128x64) and run anywhere in "
+        "seconds, so that every workflow can be tried before a large model is downloaded."
     )
     CATEGORY = "diptych/demo"
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
@@ -50,9 +50,9 @@ class DiptychTinyModelLoader:
 class DiptychDemoImage:
     DISPLAY_NAME = "Demo Image (Shapes)"
     DESCRIPTION = (
-        "Draws a small picture of coloured shapes with an edit to ask for, the region it touches, and the picture "
-        "that a perfect edit would give. This is the world that the tiny demo models were trained on; these pictures "
-        "were held out of their training."
+        "Draws a small picture of coloured shapes with an edit to ask for, the region it touches, and the "
+        "picture that a perfect edit would give. This is the world that the tiny demo models know; "
+        "these pictures were held out of their training."
     )
     CATEGORY = "diptych/demo"
     RETURN_TYPES = ("IMAGE", "STRING", "MASK", "IMAGE", "STRING")

@@ -27,6 +27,7 @@ class AnyType(str):
 
 
 KEPT: dict[str, Any] = {}
+GIVEN: dict[str, Any] = {}
 
 
 class KeepValue:
@@ -40,17 +41,37 @@ class KeepValue:
         return {}
 
 
+class GivenValue:
+    """Test-only source node: the value that the case put under this name, as a socket of any type."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"name": ("STRING",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = (AnyType("*"),), "give", "test"
+
+    def give(self, name: str) -> tuple:
+        return (GIVEN[name],)
+
+
 class Graph:
     """An API-format prompt made in code: `decoded = graph.add("VAEDecode", samples=other[0], vae=vae[0])`."""
 
-    def __init__(self):
+    def __init__(self, nodes: dict[str, type]):
+        self.nodes = nodes
         self.prompt: dict[str, dict] = {}
 
     def add(self, class_type: str, **inputs: Any) -> list[list]:
-        """Add a node and return references to its first eight outputs."""
+        """Add a node, widgets left out at their defaults; returns references to its first eight outputs."""
+        for name, definition in self.nodes[class_type].INPUT_TYPES().get("required", {}).items():
+            if name not in inputs and len(definition) > 1 and "default" in definition[1]:
+                inputs[name] = definition[1]["default"]
         node = str(len(self.prompt) + 1)
         self.prompt[node] = {"class_type": class_type, "inputs": inputs}
         return [[node, slot] for slot in range(8)]
+
+    def given(self, value: Any) -> list:
+        """A reference to a value made by the case."""
+        name = f"given {len(GIVEN)}"
+        GIVEN[name] = value
+        return self.add("TestGivenValue", name=name)[0]
 
     def keep(self, **values: list) -> Graph:
         for name, value in values.items():
@@ -109,7 +130,7 @@ class Host:
         self.link = base / "custom_nodes" / "ComfyUI-Diptych"
         asyncio.run(self._load())
         self.nodes = self.comfy_nodes.NODE_CLASS_MAPPINGS
-        self.nodes["TestKeepValue"] = KeepValue
+        self.nodes.update(TestKeepValue=KeepValue, TestGivenValue=GivenValue)
         self.executor = None
 
     async def _load(self) -> None:
@@ -133,7 +154,7 @@ class Host:
         return self.execution.PromptExecutor(server, cache_type=self.execution.CacheType.CLASSIC, **extra)
 
     def graph(self) -> Graph:
-        return Graph()
+        return Graph(self.nodes)
 
     def validate(self, prompt: dict) -> tuple[bool, Any, list, dict]:
         return asyncio.run(self.execution.validate_prompt("test", prompt, None))
@@ -166,6 +187,7 @@ def run_cases(host: Host, ids: list[str], report) -> None:
     comfy_cases.load_all()
     for case_id in ids:
         host.executor = None
+        GIVEN.clear()
         outcome, detail = "passed", ""
         try:
             function, arguments = comfy_cases.find(case_id)

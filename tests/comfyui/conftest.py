@@ -1,15 +1,20 @@
 """One pytest test per case, run by a child process in ComfyUI's own interpreter (booted once per ComfyUI).
 
-The child runs just the selected cases in their order and writes one JSON line each; a test waits for its line.
+The child runs just the selected cases in their order and writes a JSON line each; a test waits for its line.
+Also here: a real server (`main.py` in a process of its own) for the tests over HTTP and in a browser.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -117,5 +122,75 @@ class Child:
 @pytest.fixture(scope="session")
 def child(request, comfyui, base_folder):
     running = Child(comfyui, base_folder, request.config.stash[SELECTED].get(comfyui, []))
+    yield running
+    running.close()
+
+
+class Server:
+    """A running ComfyUI server with the pack in it, and the few requests the tests make."""
+
+    def __init__(self, comfyui: Path, base: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.base = f"http://127.0.0.1:{port}", base
+        self.log = base.parent / "server.log"
+        options = ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
+        options += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        if os.environ.get("DIPTYCH_TEST_DEVICE", "cpu") == "cpu":
+            options.append("--cpu")
+        self.process = subprocess.Popen(
+            [finding.interpreter(comfyui), str(comfyui / "main.py"), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+            env=finding.environment(),
+            cwd=comfyui,
+        )
+        self.poll(lambda: self.get("/system_stats"), BOOT_SECONDS)
+
+    def poll(self, question, seconds: float):
+        """Ask until the answer is true; a server that dies or stays silent fails the test with its log."""
+        tick = threading.Event()
+        for _ in range(int(seconds * 5)):
+            if self.process.poll() is not None:
+                break
+            try:
+                if answer := question():
+                    return answer
+            except urllib.error.URLError:
+                pass
+            tick.wait(0.2)
+        tail = self.log.read_text(encoding="utf-8", errors="replace")[-4000:]
+        pytest.fail(f"the ComfyUI server did not answer; the end of its log:\n{tail}", pytrace=False)
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return answer.read()
+
+    def get_json(self, path: str):
+        return json.loads(self.get(path))
+
+    def post(self, path: str, content) -> bytes:
+        request = urllib.request.Request(self.url + path, json.dumps(content).encode(), method="POST")
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def run(self, prompt: dict, seconds: float = CASE_SECONDS) -> dict:
+        """Queue an API prompt and return its history entry when it is done."""
+        number = json.loads(self.post("/prompt", {"prompt": prompt}))["prompt_id"]
+        return self.poll(lambda: self.get_json(f"/history/{number}").get(number), seconds)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, tmp_path_factory):
+    """A server on a free port with a base folder of its own."""
+    base = finding.make_base(tmp_path_factory.mktemp("comfyui_server") / "base", comfyui)
+    running = Server(comfyui, base)
     yield running
     running.close()

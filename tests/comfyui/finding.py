@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
 
 
 def make_base(base: Path, comfyui: Path) -> Path:
-    """A folder for `--base-directory`: the pack under a hyphenated name, and ComfyUI's own example picture."""
+    """A folder for `--base-directory`: the pack under a hyphenated name, and ComfyUI's example picture."""
     for name in ("custom_nodes", "input", "output", "user", "temp", "models/loras"):
         (base / name).mkdir(parents=True)
     pack = base / "custom_nodes" / "ComfyUI-Diptych"

@@ -50,7 +50,7 @@ def find(case_id: str) -> tuple[Callable, tuple[str, ...]]:
 
 
 def node_ids() -> list[str]:
-    """The pack's node ids, read from the English help pages' folder neighbours: the package itself."""
+    """The ids of the pack's nodes."""
     import comfyui_diptych
 
     return sorted(comfyui_diptych.NODE_CLASS_MAPPINGS)

@@ -1,0 +1,145 @@
+"""Every example workflow opens without a missing node, names its files, and runs in the real executor."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import torch
+
+from . import ROOT, SkipCase, case, workflow, workflow_names
+
+# Where a loader looks for its files, and which of the tiny loader's outputs takes its place.
+LOADERS = {
+    "UNETLoader": {"unet_name": "diffusion_models"},
+    "DualCLIPLoader": {"clip_name1": "text_encoders", "clip_name2": "text_encoders"},
+    "VAELoader": {"vae_name": "vae"},
+}
+SLOTS = {"UNETLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
+LORA_NODES = ("DiptychGRPOLoraLoader", "LoraLoaderModelOnly")
+PICTURE = 64
+
+
+def convert(host, name: str) -> dict:
+    import workflow as convert_module
+
+    schemas = {cls: definition.INPUT_TYPES() for cls, definition in host.nodes.items() if _plain(definition)}
+    return convert_module.to_api(workflow(name), schemas)
+
+
+def _plain(definition) -> bool:
+    return hasattr(definition, "INPUT_TYPES")
+
+
+def files(prompt: dict) -> dict[str, str]:
+    """The model files a prompt asks for, with the folder each belongs in."""
+    found = {}
+    for node in prompt.values():
+        for key, folder in LOADERS.get(node["class_type"], {}).items():
+            found[node["inputs"][key]] = folder
+        if node["class_type"] in LORA_NODES and not node["inputs"]["lora_name"].startswith("tiny"):
+            found[node["inputs"]["lora_name"]] = "loras"
+    return found
+
+
+def placeholders(host, prompt: dict) -> None:
+    """Empty files where the models would be, and a tiny LoRA under each LoRA's name."""
+    import folder_paths
+
+    for name, folder in files(prompt).items():
+        path = host.base / "models" / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if folder == "loras":
+            shutil.copy(tiny_lora(host, moe="moe" in name), path)
+        else:
+            path.touch()
+    folder_paths.filename_list_cache.clear()
+
+
+def tiny_lora(host, *, moe: bool) -> Path:
+    folder = host.pack("models.tiny").folder() / "loras"
+    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    match = [path for path in found if ("moe" in path.stem) == moe]
+    if not match:
+        raise SkipCase(f"no bundled tiny LoRA in {folder}")
+    return match[0]
+
+
+def swapped(prompt: dict) -> dict:
+    """The same prompt on the tiny model, on small pictures, in two steps."""
+    kontext = any(node["class_type"] == "DiptychKontextConditioner" for node in prompt.values())
+    slots = {key: SLOTS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SLOTS}
+    small = {key: node for key, node in prompt.items() if key not in slots}
+    for node in small.values():
+        inputs = node["inputs"]
+        for key, value in inputs.items():
+            if isinstance(value, list) and value[0] in slots:
+                inputs[key] = ["tiny", slots[value[0]]]
+        if "steps" in inputs:
+            inputs["steps"] = 2
+        if inputs.get("panel_width", 0) > PICTURE:
+            inputs["panel_width"] = PICTURE
+    if slots:
+        which = "kontext" if kontext else "fill"
+        small["tiny"] = {"class_type": "DiptychTinyModelLoader", "inputs": {"which": which}}
+    return small
+
+
+def small_example(host) -> None:
+    """ComfyUI's example picture at the tiny model's size."""
+    from PIL import Image
+
+    path = host.base / "input" / "example.png"
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").resize((PICTURE, PICTURE))
+    small.save(path)
+
+
+@case(each=workflow_names)
+def it_opens_without_a_missing_node_and_validates(host, name):
+    known = set(host.nodes) | {"Note", "MarkdownNote"}
+    assert [node["type"] for node in workflow(name)["nodes"] if node["type"] not in known] == []
+    prompt = convert(host, name)
+    placeholders(host, prompt)
+    valid, error, _, node_errors = host.validate(prompt)
+    assert valid, (error, node_errors)
+
+
+@case(each=workflow_names)
+def its_note_names_every_file_it_needs(host, name):
+    import workflow as convert_module
+
+    text = convert_module.notes(workflow(name))
+    assert text, "no note"
+    for file, folder in files(convert(host, name)).items():
+        assert file in text and folder in text, f"{folder}/{file} is not in the note"
+
+
+@case(each=workflow_names)
+def it_has_a_square_jpeg_thumbnail(host, name):
+    from PIL import Image
+
+    path = ROOT / "example_workflows" / f"{name}.jpg"
+    with Image.open(io.BytesIO(path.read_bytes())) as thumbnail:
+        assert thumbnail.format == "JPEG" and thumbnail.width == thumbnail.height
+    assert path.stat().st_size < 100_000
+
+
+@case(each=workflow_names)
+def it_runs_changes_no_input_and_is_cached_when_queued_again(host, name):
+    from fingerprint import watch
+
+    prompt = convert(host, name)
+    placeholders(host, prompt)
+    small_example(host)
+    prompt = swapped(prompt)
+    changed: list[str] = []
+    with watch({node: host.nodes[node] for node in host.pack_nodes}, changed):
+        first = host.run(prompt)
+    assert changed == []
+    assert set(prompt) == set(first.executed), "a node did not run"
+    pictures = [image for output in first.outputs.values() for image in output.get("images", [])]
+    assert pictures
+    assert host.run(prompt).executed == []
+    assert torch.is_inference_mode_enabled() is False

@@ -1,0 +1,41 @@
+"""A real server process: it lists the nodes, serves help and templates, runs a prompt, returns a picture."""
+
+from __future__ import annotations
+
+import io
+from urllib.parse import quote
+
+import comfy_cases
+import pytest
+import workflow
+from PIL import Image
+
+
+def test_object_info_lists_every_node(server):
+    info = server.get_json("/object_info")
+    for node in comfy_cases.node_ids():
+        assert info[node]["category"].startswith("diptych"), node
+        assert info[node]["python_module"] == "custom_nodes.ComfyUI-Diptych"
+
+
+def test_help_pages_and_templates_are_served(server):
+    for node in comfy_cases.node_ids():
+        assert server.get(f"/extensions/ComfyUI-Diptych/docs/{node}.md").startswith(b"# ")
+    templates = server.get_json("/workflow_templates")["ComfyUI-Diptych"]
+    assert sorted(templates) == comfy_cases.workflow_names()
+    for name in templates:
+        thumbnail = server.get(f"/api/workflow_templates/ComfyUI-Diptych/{quote(name)}.jpg")
+        assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
+
+
+@pytest.mark.parametrize("name", ["instruction_edit_tiny", "kontext_edit"])
+def test_an_example_workflow_posted_as_a_prompt_gives_a_picture(server, name):
+    info = server.get_json("/object_info")
+    schemas = {node: definition["input"] for node, definition in info.items()}
+    result = server.run(workflow.to_api(comfy_cases.workflow(name), schemas))
+    assert result["status"]["status_str"] == "success", result["status"]["messages"]
+    images = [image for output in result["outputs"].values() for image in output.get("images", [])]
+    assert images
+    for image in images:
+        query = "&".join(f"{key}={quote(image[key])}" for key in ("filename", "subfolder", "type"))
+        assert Image.open(io.BytesIO(server.get(f"/view?{query}"))).size[1] == 64
