@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..samplers import ddim, flow_match
+from ..samplers.gaussian import sde_seed
 from ..samplers.schedule import sigmas, token_count
 from . import diptych, geometry, pixels
 from .denoiser import Condition
@@ -32,10 +33,11 @@ KONTEXT_GUIDANCE = 2.5
 class Sampling:
     """How the picture is sampled. rule, eta, window: see `samplers/flow_match.py`.
 
-    seed: of the one CPU generator that draws the initial noise in float32, then any noise of an SDE rule; the
-    same seed gives the same noise in ComfyUI and in diffusers. posterior: "mode" of the VAE encoding, or
-    "sample" with the same generator in FluxFillPipeline's order. callback: called once per step with a dict.
-    at_sigma: called before each prediction, for LoRAs that work in a part of the schedule only.
+    seed: of the CPU generator that draws the initial noise in float32; the noise of an SDE rule comes from a
+    second one, seeded by `sde_seed`. The same seed gives the same noise in ComfyUI and here.
+    posterior: "mode" of the VAE encoding, or "sample" with the first generator in FluxFillPipeline's order.
+    callback: called once per step with a dict. at_sigma: called before each prediction, for LoRAs that work
+    in a part of the schedule only.
     """
 
     steps: int = 28
@@ -56,6 +58,9 @@ class Sampling:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
+    def sde_generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(sde_seed(self.seed))
+
     def encoder_generator(self, generator: torch.Generator) -> torch.Generator | None:
         return generator if self.posterior == "sample" else None
 
@@ -73,7 +78,6 @@ def run(
     condition: Condition,
     noise: Tensor,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Sample and decode: noise [B,16,h,w] to IMAGE [B,8h,8w,3] on the CPU.
 
@@ -92,7 +96,7 @@ def run(
         rule=sampling.rule,
         eta=sampling.eta,
         window=sampling.window,
-        generator=generator,
+        generator=sampling.sde_generator(),
         callback=sampling.callback,
     )
     return denoiser.decode(latents).cpu()
@@ -135,7 +139,7 @@ def fill_canvas(
         cfg=cfg,
         generator=sampling.encoder_generator(generator),
     )
-    return run(denoiser, condition, noise, sampling, generator)
+    return run(denoiser, condition, noise, sampling)
 
 
 def edit_with_fill(
@@ -214,7 +218,7 @@ def edit_with_kontext(
         method=method,
         generator=sampling.encoder_generator(generator),
     )
-    canvas = run(denoiser, condition, noise, sampling, generator)
+    canvas = run(denoiser, condition, noise, sampling)
     return Edit(diptych.split(canvas, layouts[0]).edited, canvas)
 
 
