@@ -1,0 +1,101 @@
+"""`diptych train RECIPE`: supervised training from a YAML recipe, with live progress."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+WORLD_TASKS = {"vae": ("vae", "VaeRecipe"), "text": ("text", "TextRecipe"), "tiny": ("tiny", "TinyRecipe")}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a LoRA, MoE-LoRA or full model from a recipe",
+        description="Train from a YAML recipe (a file or a bundled name). Several GPUs or machines: "
+        "accelerate launch -m comfyui_diptych train RECIPE ...",
+    )
+    parser.add_argument("recipe", nargs="?", help="YAML file or bundled recipe, for example icedit")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe option"
+    )
+    parser.add_argument("--resume", default=None, help="auto, or a checkpoint folder")
+    parser.add_argument("--help-config", action="store_true", help="list every recipe option and leave")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training import config as configs
+
+    if args.help_config:
+        sys.stdout.write(configs.describe() + "\n")
+        return 0
+    if not args.recipe:
+        raise ValueError("recipe is missing: name a YAML file or a bundled recipe, or use --help-config")
+    overrides = list(args.set) + ([f"resume={args.resume}"] if args.resume is not None else [])
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    values = configs.read(args.recipe, overrides)
+    if values.get("task") in WORLD_TASKS:
+        return _train_world(values)
+    config = configs.from_dict(values)
+    from ..training.sft import Trainer
+
+    with TrainingBar(config.max_steps) as bar:
+        trainer = Trainer(config, on_report=bar.report, progress=bar.wrap)
+        path = trainer.run()
+    if trainer.main:
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _train_world(values: dict[str, Any]) -> int:
+    """The parts of the bundled tiny models have trainers of their own; they go on from their last state."""
+    import importlib
+
+    from ..training import config as configs
+
+    module_name, class_name = WORLD_TASKS[values.pop("task")]
+    module = importlib.import_module(f"..training.{module_name}", __package__)
+    values.pop("resume", None)
+    recipe = configs.from_dict(values, getattr(module, class_name))
+    with TrainingBar(recipe.steps) as bar:
+        path = module.train(recipe, bar.step)
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+class TrainingBar:
+    """tqdm on stderr: caching bars, then one bar of steps with loss, rate and time left."""
+
+    def __init__(self, steps: int):
+        self.steps, self.bar = steps, None
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def wrap(self, items: Any, label: str) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(items, desc=label) if len(items) else items
+
+    def report(self, report: Any) -> None:
+        """A log line of the trainer."""
+        self._show(report.step, loss=report.loss, lr=report.lr, rows_s=report.rows_per_second)
+
+    def step(self, step: int, steps: int, loss: float) -> None:
+        self._show(step, loss=loss)
+
+    def _show(self, step: int, **figures: float) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=self.steps, initial=step, desc="training", unit="step")
+        self.bar.n = step
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})

@@ -1,0 +1,97 @@
+"""From a `Sample` to what a model sees as pixels: one size, the diptych, the mask, the prompt. No
+encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from .data import buckets, masks
+from .data.sample import Sample, fit
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None; the
+    prompt."""
+
+    pixels: Tensor
+    prompt: str
+    mask: Tensor | None = None
+    reference: Tensor | None = None
+    weight: float = 1.0
+    prior: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.pixels.shape[-2:])
+
+    @property
+    def encoded_parts(self) -> list[Tensor]:
+        """What the content key of the latents covers."""
+        return [part for part in (self.pixels, self.mask, self.reference) if part is not None]
+
+
+def _model_pixels(picture: Tensor) -> Tensor:
+    return (picture.movedim(-1, 0) * 2 - 1).contiguous()
+
+
+class Arranger:
+    """Applies a configuration's sizing, layout, masks and prompt template to samples."""
+
+    def __init__(self, config, default_template: str):
+        self.config = config
+        self.template = config.prompt_template or default_template
+        if "{instruction}" not in self.template:
+            raise ValueError(f"prompt_template is {self.template!r}: it must contain {{instruction}}")
+        self.sizes = [(config.resolution, config.resolution)]
+        if config.sizing == "buckets":
+            self.sizes = buckets.bucket_sizes(config.resolution**2, multiple=config.bucket_step)
+
+    def is_diptych(self, sample: Sample) -> bool:
+        """Whether source and target go side by side. Raises ValueError if they should but there is no
+        source."""
+        if self.config.task != "fill" or self.config.layout == "inpaint":
+            return False
+        if self.config.layout == "diptych" and sample.source is None:
+            raise ValueError(
+                "layout is diptych but the row has no source picture: use layout inpaint or auto"
+            )
+        return sample.source is not None
+
+    def variants(self, sample: Sample) -> int:
+        """How many random masks the row gets: none is drawn where the mask is given or not used."""
+        if self.is_diptych(sample) or self.config.task == "kontext":
+            return 1
+        return 1 if sample.mask is not None else self.config.mask_variants
+
+    def prompt(self, sample: Sample) -> str:
+        edit = self.config.task == "kontext" or self.is_diptych(sample)
+        return (
+            self.template.replace("{instruction}", sample.prompt)
+            if edit and not sample.literal
+            else sample.prompt
+        )
+
+    def __call__(self, sample: Sample, generator: Generator) -> Arranged:
+        """`generator` draws the random mask of rows that have none."""
+        size = self.sizes[buckets.nearest(*sample.target.shape[:2], self.sizes)]
+        policy = "stretch" if self.config.sizing == "squash" else "crop"
+        sample = fit(sample, size, policy=policy)
+        pixels, mask, reference = _model_pixels(sample.target), None, None
+        if self.is_diptych(sample):
+            repaint = sample.mask if sample.mask is not None and self.config.edit_masks else torch.ones(size)
+            pixels = torch.cat([_model_pixels(sample.source), pixels], dim=-1)
+            mask = torch.cat([torch.zeros(size), repaint], dim=-1)[None]
+        elif self.config.task == "kontext":
+            reference = _model_pixels(sample.source) if sample.source is not None else None
+        else:
+            drawn = (
+                masks.draw(self.config.mask_kinds, *size, generator=generator)
+                if sample.mask is None
+                else sample.mask
+            )
+            mask = drawn[None]
+        return Arranged(pixels, self.prompt(sample), mask, reference, sample.weight, sample.prior)

@@ -1,0 +1,301 @@
+"""The one configuration of supervised training: a documented dataclass, read from YAML plus overrides.
+
+Every field's `metadata["help"]` is its documentation (`diptych train --help-config` prints it). Nothing here
+imports torch; the trainer reads the dataclass, it never reads YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+RECIPES = Path(__file__).parent / "recipes"
+
+TASKS = ("fill", "kontext", "sd_inpaint")
+CHOICES = {
+    "task": TASKS,
+    "method": ("lora", "moe_lora", "full"),
+    "init": ("pretrained", "random"),
+    "layout": ("auto", "diptych", "inpaint"),
+    "sizing": ("squash", "buckets"),
+    "loss_on": ("all", "edited", "weighted"),
+    "time_sampling": ("logit_normal", "uniform", "mode"),
+    "loss_weighting": ("none", "sigma_sqrt", "cosmap"),
+    "moe_gate": ("softmax_topk", "softmax_all"),
+    "optimizer": ("adamw", "prodigy", "adamw8bit"),
+    "lr_schedule": ("constant", "cosine", "linear"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "base_dtype": ("float32", "bfloat16", "float16", "float8_e4m3fn"),
+    "cache_dtype": ("float32", "bfloat16", "float16"),
+    "mask_downsample": ("max", "nearest"),
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its documentation; mutable defaults are copied."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """What to train, on what, how. The defaults are ICEdit's where ICEdit has one."""
+
+    # what
+    task: str = option("fill", "fill | kontext | sd_inpaint: which model family and training target.")
+    model: str = option("", "Base model: a diffusers folder or hub id with VAE and text encoders beside it.")
+    init: str = option("pretrained", "pretrained, or random: build the denoiser from its config.json only.")
+    method: str = option("lora", "lora | moe_lora | full: what is trained.")
+    train_text_encoder: bool = option(
+        False, "Train the text encoder(s) too (full: all weights; lora: q,k,v,out)."
+    )
+    recipe: str = option(
+        "", "Name written into the saved file's header; the file name of the recipe if empty."
+    )
+    output_dir: str = option("output", "Folder for checkpoints, samples, logs and the final weights.")
+    output_name: str = option("", "File name of the saved LoRA without extension; recipe name if empty.")
+
+    # data
+    data: list[str] = option(
+        [],
+        "Sources as KIND:LOCATION[?option=value][@WEIGHT]; KIND is pairs, jsonl, magicbrush, omniedit, "
+        "precomputed or shapes (see training/data/sources.py).",
+    )
+    sample_data: list[str] = option([], "Sources of the sample pictures; the first rows of `data` if empty.")
+    data_limit: int = option(0, "Use at most this many rows of each source; 0 = all.")
+    layout: str = option(
+        "auto", "fill: diptych (source|target) or inpaint; auto = diptych if rows have a source."
+    )
+    resolution: int = option(512, "Side of one panel in pixels (squash) or sqrt of the area (buckets); k*16.")
+    sizing: str = option("squash", "squash to a square like ICEdit, or aspect buckets of equal area.")
+    bucket_step: int = option(
+        64, "buckets: sides are multiples of this many pixels (itself a multiple of 16)."
+    )
+    edit_masks: bool = option(
+        False, "Diptychs: repaint only the row's own mask where it has one, not the whole panel."
+    )
+    prompt_template: str = option(
+        "", "Text around the instruction, with {instruction}; ICEdit's for a diptych if empty."
+    )
+    prompt_drop: float = option(0.1, "Chance of replacing the whole prompt by one space.")
+    max_sequence_length: int = option(
+        512, "T5 tokens per prompt; 128 is ample for instructions and 4x cheaper."
+    )
+    mask_kinds: list[str] = option(
+        ["noise", "rectangles", "ellipses", "strokes"],
+        "Random masks where a row has none: noise, rectangles, ellipses, strokes, full, half.",
+    )
+    mask_variants: int = option(1, "Random masks drawn (and cached) per row.")
+    mask_downsample: str = option(
+        "max", "sd_inpaint: mask to latent size by max (no seams) or nearest (diffusers)."
+    )
+    class_prompt: str = option("", "Prior preservation: prompt of the class; empty = off.")
+    class_dir: str = option("", "Prior preservation: folder of class pictures, topped up automatically.")
+    num_class_images: int = option(100, "Prior preservation: how many class pictures.")
+    prior_loss_weight: float = option(1.0, "Prior preservation: weight of the class loss.")
+
+    # cache
+    cache_dir: str = option("", "Folder of the latent and text caches; output_dir/cache if empty.")
+    cache: bool = option(True, "Encode pictures and prompts once; off = every step, as the original does.")
+    cache_dtype: str = option(
+        "bfloat16", "Storage type of cached latents and text: float32 | bfloat16 | float16."
+    )
+    cache_in_memory: bool = option(False, "Hold the cache in memory (small worlds).")
+    encode_batch: int = option(8, "Pictures per VAE call while caching.")
+    vae_sample: bool = option(
+        False, "Draw latents from the VAE posterior (once, at caching) instead of its mode."
+    )
+
+    # loss
+    loss_on: str = option(
+        "all", "all: both panels (ICEdit); edited: repainted area only; weighted: see below."
+    )
+    mask_loss_weight: float = option(
+        4.0, "loss_on=weighted: weight of the repainted area against 1 elsewhere."
+    )
+    time_sampling: str = option("logit_normal", "logit_normal (ICEdit) | uniform | mode: how sigma is drawn.")
+    logit_mean: float = option(0.0, "Mean of the logit-normal.")
+    logit_std: float = option(1.0, "Standard deviation of the logit-normal.")
+    mode_scale: float = option(1.29, "Scale of the SD3 `mode` distribution.")
+    loss_weighting: str = option("none", "none | sigma_sqrt | cosmap: SD3's weights of the squared error.")
+    guidance: float = option(1.0, "Embedded guidance value during training.")
+    noise_offset: float = option(0.0, "Strength of a per-channel constant added to the noise (0.1 is usual).")
+
+    # adapters
+    rank: int = option(32, "LoRA rank.")
+    lora_alpha: Optional[float] = option(None, "LoRA alpha; the rank if empty.")  # noqa: UP045
+    lora_dropout: float = option(0.0, "Dropout on the LoRA input.")
+    target_modules: list[str] = option(
+        [], "Regular expressions (full match) of trained linears; the task's default if empty."
+    )
+    moe_experts: int = option(4, "moe_lora: experts on ff.net.2 and single proj_out.")
+    moe_top_k: int = option(1, "moe_lora: experts per token.")
+    moe_gate: str = option(
+        "softmax_all",
+        "softmax_topk: the original's gate, whose router gets no gradient; softmax_all: trained.",
+    )
+    moe_balance: float = option(0.01, "Weight of the load-balance loss (softmax_all only).")
+
+    # optimisation
+    max_steps: int = option(1000, "Optimiser steps.")
+    batch_size: int = option(1, "Rows per process and micro-step.")
+    accumulation: int = option(1, "Micro-steps per optimiser step.")
+    optimizer: str = option("prodigy", "prodigy (lr 1) | adamw | adamw8bit (bitsandbytes).")
+    lr: float = option(1.0, "Learning rate; 1 for Prodigy.")
+    adam_beta1: float = option(0.9, "First moment decay.")
+    adam_beta2: float = option(0.999, "Second moment decay.")
+    weight_decay: float = option(0.01, "Decoupled weight decay.")
+    lr_schedule: str = option("constant", "constant | cosine | linear, all after the warm-up.")
+    lr_warmup: int = option(0, "Optimiser steps of linear warm-up.")
+    grad_clip: float = option(0.5, "Largest gradient norm; 0 = off.")
+    ema: float = option(0.0, "Decay of the moving average of the trained weights; 0 = off.")
+    mixed_precision: str = option(
+        "bf16", "Autocast: no | bf16 | fp16 (bf16 also uses AMX on CPUs that have it)."
+    )
+    base_dtype: str = option(
+        "bfloat16", "Storage of the frozen base: float32 | bfloat16 | float16 | float8_e4m3fn."
+    )
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
+    seed: int = option(0, "Seed of weights, order, noise, sigma and prompt drop.")
+    threads: int = option(0, "torch CPU threads; 0 = leave as it is.")
+
+    # watching and stopping
+    save_every: int = option(500, "Optimiser steps between checkpoints.")
+    keep_last: int = option(2, "Checkpoints kept.")
+    sample_every: int = option(1000, "Optimiser steps between sample pictures; 0 = none.")
+    sample_count: int = option(4, "Sample pictures.")
+    sample_steps: int = option(28, "Denoising steps of the sample pictures.")
+    sample_guidance: float = option(50.0, "Embedded guidance (cfg for sd_inpaint) of the sample pictures.")
+    log_every: int = option(10, "Optimiser steps between log lines.")
+    log_with: list[str] = option(
+        ["tensorboard"], "Trackers of accelerate: tensorboard, wandb, ...; `none` for none."
+    )
+    resume: str = option("", "auto: newest checkpoint of output_dir if any; or a checkpoint folder.")
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
+        for name in (
+            "max_steps",
+            "batch_size",
+            "accumulation",
+            "rank",
+            "save_every",
+            "keep_last",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.resolution < 16 or self.resolution % 16:
+            near = max(16, round(self.resolution / 16) * 16)
+            raise ValueError(f"resolution is {self.resolution}: use a multiple of 16, for example {near}")
+        if self.bucket_step % 16:
+            raise ValueError(f"bucket_step is {self.bucket_step}: use a multiple of 16")
+        if self.method == "moe_lora" and not 1 <= self.moe_top_k <= self.moe_experts:
+            raise ValueError(
+                f"moe_top_k is {self.moe_top_k}: it must lie in 1..moe_experts ({self.moe_experts})"
+            )
+        if self.init == "random" and self.method != "full":
+            raise ValueError(f"init is random with method {self.method}: an adapter needs pretrained weights")
+
+    @property
+    def alpha(self) -> float:
+        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+
+def recipe_path(name: str) -> Path:
+    """A YAML file, or the bundled recipe of that name. Raises ValueError naming the bundled ones."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = RECIPES / (name if name.endswith(".yaml") else f"{name}.yaml")
+    if bundled.is_file():
+        return bundled
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise ValueError(f"recipe {name!r} is neither a file nor a bundled recipe: use one of {known}")
+
+
+def load(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
+    """A recipe with overrides, typed and checked. Raises ValueError on any mistake."""
+    return from_dict(read(recipe, overrides))
+
+
+def read(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Keys and values of a recipe (its `extends:` recipe first) and `key=value` overrides, not yet
+    checked."""
+    import yaml
+
+    path = recipe_path(recipe)
+    values = _read(path)
+    for text in overrides or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text!r} is not of the form key=value")
+        values[key.strip()] = yaml.safe_load(value) if value else ""
+    if values.get("task", "fill") in TASKS:
+        values.setdefault("recipe", path.stem)
+    return values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} is not a YAML mapping of keys to values")
+    parent = values.pop("extends", None)
+    if parent:
+        beside = path.parent / f"{parent}.yaml"
+        values = {**_read(beside if beside.is_file() else recipe_path(parent)), **values}
+    return values
+
+
+def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
+    """Type and check the values with transformers' HfArgumentParser ("1e-4" and 1e-4 are the same there).
+
+    kind: the configuration's dataclass. Raises ValueError naming the option.
+    """
+    from transformers import HfArgumentParser
+
+    names = [f.name for f in dataclasses.fields(kind)]
+    argv: list[str] = []
+    empty: list[str] = []
+    for key, value in values.items():
+        if key not in names:
+            hint = difflib.get_close_matches(key, names, 1)
+            remedy = f"did you mean {hint[0]!r}?" if hint else "see `diptych train --help-config`"
+            raise ValueError(f"unknown option {key!r} in the recipe: {remedy}")
+        if value is None or value == []:
+            empty.append(key)
+        elif isinstance(value, list):
+            argv += [f"--{key}", *map(str, value)]
+        elif str(kind.__dataclass_fields__[key].type).startswith("list"):
+            argv += [f"--{key}", str(value)]
+        else:
+            argv.append(f"--{key}={value}")
+    parser = HfArgumentParser(kind, allow_abbrev=False)
+
+    def fail(message: str) -> None:
+        raise ValueError(f"recipe: {message}")
+
+    parser.error = fail  # argparse would print its usage and exit
+    (config,) = parser.parse_args_into_dataclasses(args=argv)
+    for key in empty:
+        if values[key] == []:
+            setattr(config, key, [])
+    return config
+
+
+def describe() -> str:
+    """All options with defaults and help, one per line."""
+    lines = []
+    for f in dataclasses.fields(TrainConfig):
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        lines.append(f"{f.name} = {default!r}\n    {f.metadata['help']}")
+    return "\n".join(lines)

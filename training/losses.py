@@ -1,0 +1,157 @@
+"""Training targets and losses of the flow-matching and epsilon models. Pure tensor code, no models, no data.
+
+Randomness is stateless: `row_generator(seed, position, stream)` gives the generator of one training row, so
+what a
+row sees depends on nothing but the seed and its place in the run. That makes resuming, more processes and
+accumulation give the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def row_generator(seed: int, position: int, stream: str = "") -> torch.Generator:
+    """CPU generator of row `position` (global count of rows since step 0) for the use named `stream`."""
+    digest = hashlib.blake2b(f"{seed}/{position}/{stream}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def row_noise(seed: int, positions: list[int], shape: tuple[int, ...], offset: float = 0.0) -> Tensor:
+    """Standard normal noise [B, *shape] float32; `offset` adds that strength times one normal per channel."""
+    rows = []
+    for position in positions:
+        generator = row_generator(seed, position, "noise")
+        noise = torch.randn(shape, generator=generator)
+        if offset:
+            per_channel = (shape[0],) + (1,) * (len(shape) - 1)
+            noise = noise + offset * torch.randn(per_channel, generator=generator)
+        rows.append(noise)
+    return torch.stack(rows)
+
+
+def row_uniform(seed: int, positions: list[int], stream: str) -> Tensor:
+    """One uniform number in [0, 1) per row, float64 [B]."""
+    return torch.tensor(
+        [
+            torch.rand((), generator=row_generator(seed, p, stream), dtype=torch.float64).item()
+            for p in positions
+        ],
+        dtype=torch.float64,
+    )
+
+
+def sigma_from_uniform(
+    u: Tensor, sampling: str, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+) -> Tensor:
+    """Map uniform u [B] to sigma in (0, 1), float32 [B].
+
+    logit_normal: sigmoid(mean + std * Phi^-1(u)) (ICEdit: mean 0, std 1, no resolution shift);
+    mode: 1 - u - s (cos^2(pi u / 2) - 1 + u) (SD3, arXiv 2403.03206, eq. 20); uniform: u.
+    """
+    u = u.double().clamp(1e-6, 1 - 1e-6)
+    if sampling == "logit_normal":
+        normal = math.sqrt(2.0) * torch.erfinv(2 * u - 1)
+        sigma = torch.sigmoid(logit_mean + logit_std * normal)
+    elif sampling == "mode":
+        sigma = 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    elif sampling == "uniform":
+        sigma = u
+    else:
+        raise ValueError(f"time_sampling is {sampling!r}: use logit_normal, uniform or mode")
+    return sigma.clamp(1e-5, 1 - 1e-5).float()
+
+
+def sigma_weight(sigma: Tensor, scheme: str) -> Tensor:
+    """Weight of the squared error at each sigma [B] (SD3): sigma_sqrt 1/sigma^2, cosmap 2/(pi(1-2s+2s^2))."""
+    if scheme == "none":
+        return torch.ones_like(sigma)
+    if scheme == "sigma_sqrt":
+        return sigma**-2.0
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    raise ValueError(f"loss_weighting is {scheme!r}: use none, sigma_sqrt or cosmap")
+
+
+def noised(data: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """x_sigma = (1 - sigma) data + sigma noise, and the velocity target noise - data; sigma [B]."""
+    s = sigma.view(-1, *[1] * (data.ndim - 1)).to(data.dtype)
+    return (1 - s) * data + s * noise, noise - data
+
+
+def region(mask: Tensor | None, latents: Tensor, loss_on: str, weight: float) -> Tensor | None:
+    """Per-cell weights [B,1,h,w] from a repaint mask [B,1,H,W] (1 = repaint); None = every cell alike.
+
+    A cell counts as repainted in proportion to its repainted pixels.
+    """
+    if loss_on == "all" or mask is None:
+        return None
+    cells = torch.nn.functional.interpolate(mask.float(), size=latents.shape[-2:], mode="area")
+    return cells if loss_on == "edited" else 1 + (weight - 1) * cells
+
+
+def weighted_mse(
+    prediction: Tensor, target: Tensor, cells: Tensor | None = None, row_weight: Tensor | None = None
+) -> Tensor:
+    """Squared error per row [B] in float32: mean over cells weighted by `cells` [B,1,h,w], times row_weight
+    [B]."""
+    error = (prediction.float() - target.float()) ** 2
+    if cells is None:
+        rows = error.flatten(1).mean(1)
+    else:
+        cells = cells.expand_as(error)
+        rows = (error * cells).flatten(1).sum(1) / cells.flatten(1).sum(1).clamp_min(1e-6)
+    return rows if row_weight is None else rows * row_weight
+
+
+def total(rows: Tensor, prior: Tensor | None = None, prior_weight: float = 1.0) -> Tensor:
+    """Mean over instance rows plus prior_weight times the mean over class rows (`prior` bool [B]).
+
+    With as many class as instance rows and weight 1 this is twice the joint mean (DreamBooth).
+    """
+    if prior is None or not bool(prior.any()):
+        return rows.mean()
+    instance = rows[~prior].mean() if bool((~prior).any()) else rows.new_zeros(())
+    return instance + prior_weight * rows[prior].mean()
+
+
+def load_balance(gates: Tensor, chosen: Tensor) -> Tensor:
+    """Switch-Transformer load-balance loss E * sum_e f_e P_e (arXiv 2101.03961, eq. 4); 1 when perfectly
+    even.
+
+    gates: softmax probabilities over all experts [..., E]; chosen: 0/1 [..., E] of the experts taken.
+    """
+    experts = gates.shape[-1]
+    share = chosen.float().flatten(0, -2).mean(0)
+    share = share / share.sum().clamp_min(1e-9)
+    return experts * (share * gates.float().flatten(0, -2).mean(0)).sum()
+
+
+def alphas_cumprod(scheduler_config: dict) -> Tensor:
+    """Cumulative alphas [T] float32 of a DDPM beta schedule (scaled_linear for SD1.5)."""
+    steps = scheduler_config.get("num_train_timesteps", 1000)
+    start, end = scheduler_config.get("beta_start", 0.00085), scheduler_config.get("beta_end", 0.012)
+    kind = scheduler_config.get("beta_schedule", "scaled_linear")
+    if kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    elif kind == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+    else:
+        raise ValueError(f"beta_schedule is {kind!r}: only scaled_linear and linear are supported")
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def diffused(data: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """DDPM forward process: x_t = sqrt(a) x0 + sqrt(1-a) eps, and the target of `prediction` (epsilon |
+    v)."""
+    a = alpha_bar.view(-1, *[1] * (data.ndim - 1)).to(data.dtype)
+    x = a.sqrt() * data + (1 - a).sqrt() * noise
+    if prediction == "epsilon":
+        return x, noise
+    if prediction == "v_prediction":
+        return x, a.sqrt() * noise - (1 - a).sqrt() * data
+    raise ValueError(f"prediction_type is {prediction!r}: only epsilon and v_prediction can be trained")

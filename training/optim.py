@@ -1,0 +1,86 @@
+"""Optimisers, learning-rate schedule and the moving average of the trained weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy. Raises ValueError naming the package to install."""
+    parameters = list(parameters)
+    if not parameters:
+        raise ValueError("nothing is trained: check method and target_modules")
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=decay)
+    if config.optimizer == "prodigy":
+        try:
+            from prodigyopt import Prodigy
+        except ImportError:
+            raise ValueError(
+                "optimizer is prodigy but prodigyopt is not installed: pip install prodigyopt, or set "
+                "optimizer: adamw and lr: 1e-4"
+            ) from None
+        return Prodigy(
+            parameters,
+            lr=config.lr,
+            betas=betas,
+            weight_decay=decay,
+            use_bias_correction=True,
+            safeguard_warmup=True,
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError(
+            "optimizer is adamw8bit but bitsandbytes is not installed: pip install bitsandbytes, or use adamw"
+        ) from None
+    return AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=decay)
+
+
+def lr_factor(step: int, config) -> float:
+    """Factor on the learning rate at optimiser step `step` (0-based): linear warm-up, then the schedule."""
+    if step < config.lr_warmup:
+        return (step + 1) / config.lr_warmup
+    if config.lr_schedule == "constant":
+        return 1.0
+    along = (step - config.lr_warmup) / max(1, config.max_steps - config.lr_warmup)
+    along = min(1.0, along)
+    return 0.5 * (1 + math.cos(math.pi * along)) if config.lr_schedule == "cosine" else 1.0 - along
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, config) -> float:
+    """Set the rate of every group for this step; returns it."""
+    rate = config.lr * lr_factor(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+class MovingAverage:
+    """Exponential moving average in float32: decay min(d, (1 + n) / (10 + n)) after n updates."""
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float):
+        self.decay, self.updates = decay, 0
+        self.values = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, Tensor]) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        names = list(self.values)
+        torch._foreach_lerp_(
+            [self.values[n] for n in names], [parameters[n].detach().float() for n in names], 1 - decay
+        )
+
+    @torch.no_grad()
+    def swap(self, parameters: dict[str, Tensor]) -> None:
+        """Exchange the averages with the parameters; call again to undo."""
+        for name, value in self.values.items():
+            kept = parameters[name].detach().float().clone()
+            parameters[name].copy_(value)
+            value.copy_(kept)

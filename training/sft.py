@@ -1,0 +1,472 @@
+"""Supervised training of Fill, Kontext and SD inpainting: LoRA, MoE-LoRA or full, on accelerate.
+
+The story in order: encoders -> caches -> denoiser and what is trained of it -> resume -> steps -> export.
+Data order,
+noise, sigma and prompt drop are functions of (seed, position), so a resumed run continues bit-equal and two
+processes
+see what one with twice the batch sees. Losses stand in `losses.py`, model families in `tasks.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import adapters, checkpoint, export, feed, losses, optim
+from .checkpoint import TrainingError
+from .config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One log line: mean loss since the last one, gradient norm, learning rate, rows per second, seconds
+    left."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    lr: float
+    rows_per_second: float
+    seconds_left: float
+
+
+def make_task(config: TrainConfig, device: torch.device | str = "cpu") -> Any:
+    """The task named by the configuration."""
+    if config.task == "sd_inpaint":
+        from .task_sd import SDInpaintTask
+
+        return SDInpaintTask(config, device)
+    from .tasks import FillTask, KontextTask
+
+    return {"fill": FillTask, "kontext": KontextTask}[config.task](config, device)
+
+
+class Trainer:
+    """One training run. `run()` does all; `on_report`, `on_sample` and `should_stop` are for faces (CLI,
+    node)."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        on_report: Callable[[Report], None] | None = None,
+        on_sample: Callable[[int, Tensor], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        progress: Callable[[Any, str], Any] | None = None,
+    ):
+        self.config = config
+        self.on_report, self.on_sample = on_report, on_sample
+        self.should_stop = should_stop or (lambda: False)
+        self.progress = progress or (lambda items, label: items)
+        self.output = Path(config.output_dir)
+        self.step = self.micro = 0
+
+    # ---------------------------------------------------------------- preparation
+
+    def prepare(self) -> None:
+        """Everything before the first step. All errors of the recipe and the data come from here."""
+        from accelerate import Accelerator
+
+        c = self.config
+        if c.threads:
+            torch.set_num_threads(c.threads)
+        trackers = [t for t in c.log_with if t != "none"]
+        self.accelerator = Accelerator(
+            mixed_precision=c.mixed_precision,
+            gradient_accumulation_steps=c.accumulation,
+            log_with=trackers or None,
+            project_dir=str(self.output / "logs"),
+        )
+        kind = self.accelerator.distributed_type.value
+        self.sharded = kind in ("FSDP", "DEEPSPEED")
+        if kind == "DEEPSPEED":
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
+                c.batch_size
+            )
+        if self.sharded and c.ema:
+            raise ValueError(f"ema is {c.ema} under {kind}: set ema: 0, the shards keep no average")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.output.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(c.seed)
+        self.task = make_task(c, self.accelerator.device)
+        self.task.load_encoders()
+        self._prepare_data()
+        if not c.train_text_encoder and c.cache:
+            self.task.free_text()
+        self._prepare_model()
+        if self.main and trackers:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(c).items()}
+            self.accelerator.init_trackers("diptych", config=flat)
+        self._resume()
+        # The cursor of the data is the number of micro-batches: the order is a function of it.
+        self.order = iter(self.sampler.start_at(self.micro))
+        if self.class_sampler is not None:
+            self.class_order = iter(self.class_sampler.start_at(self.micro))
+
+    def _prepare_data(self) -> None:
+        c = self.config
+        corpus = feed.Corpus(c, self.task.default_template)
+        sample_corpus = (
+            feed.Corpus(c, self.task.default_template, c.sample_data, c.sample_count)
+            if c.sample_data
+            else None
+        )
+        self.template = corpus.arranger.template
+        if c.cache:
+            self.latents: feed.Latents | None = feed.Latents(self.task, self._cache_folder)
+            entries = self._encode(corpus)
+            samples = self._encode(sample_corpus) if sample_corpus else entries
+            if not c.train_text_encoder:
+                self._encode_prompts(entries + samples)
+            if c.cache_in_memory:
+                self.latents.memory = {}
+        else:
+            self.latents, entries = None, feed.list_corpus(corpus)
+            samples = feed.list_corpus(sample_corpus) if sample_corpus else entries
+        self.batches = feed.Batches(entries, self.task, self.latents, corpus)
+        self.sample_batches = feed.Batches(
+            samples[: c.sample_count], self.task, self.latents, sample_corpus or corpus
+        )
+        order = (c.batch_size, c.seed, self.rank, self.world)
+        self.sampler = self.batches.sampler(*order, prior=False)
+        self.class_sampler = self.batches.sampler(*order, prior=True)
+        if self.class_sampler is not None and len({e.size for e in entries}) > 1:
+            raise ValueError("prior preservation needs pictures of one size: set sizing: squash")
+
+    @property
+    def _cache_folder(self) -> Path:
+        return Path(self.config.cache_dir or self.output / "cache")
+
+    def _encode(self, corpus: feed.Corpus) -> list[feed.Entry]:
+        progress = self.progress if self.main else feed.silent
+        feed.encode_corpus(
+            corpus, self.task, self.latents, self._cache_folder, progress, self.rank, self.world
+        )
+        self.accelerator.wait_for_everyone()
+        return feed.read_entries(corpus, self.latents, self._cache_folder)
+
+    def _encode_prompts(self, entries: list[feed.Entry]) -> None:
+        prompts = {e.prompt for e in entries} | {feed.DROPPED_PROMPT, ""}
+        progress = self.progress if self.main else feed.silent
+        feed.encode_prompts(prompts, self.task, self.latents, progress, self.rank, self.world)
+        self.accelerator.wait_for_everyone()
+        self.latents.texts.refresh()
+
+    def _prepare_model(self) -> None:
+        c = self.config
+        module = self.task.load_denoiser()
+        parts: dict[str, nn.Module] = {self.task.denoiser_part: module}
+        if c.train_text_encoder:
+            parts |= {n: p for n, p in self.task.parts.items() if isinstance(p, nn.Module)}
+        for name, part in parts.items():
+            if c.method == "full":
+                adapters.train_all(part)
+            else:
+                patterns = (
+                    self.task.targets() if name == self.task.denoiser_part else adapters.TARGETS["text"]
+                )
+                adapters.add_lora(part, patterns, c)
+            part.train()
+        self.parts = parts
+        self.names = {
+            f"{part}/{name}": p
+            for part, m in parts.items()
+            for name, p in adapters.trained_parameters(m).items()
+        }
+        optimizer = optim.make_optimizer(self.names.values(), c)
+        prepared = self.accelerator.prepare(*parts.values(), optimizer)
+        self.optimizer = prepared[-1]
+        self.prepared = dict(zip(parts, prepared[:-1], strict=True))
+        if self.sharded:  # FSDP2 replaces the parameters
+            self.names = {
+                f"{part}/{name}": p
+                for part, m in self.prepared.items()
+                for name, p in adapters.trained_parameters(m).items()
+            }
+        if c.train_text_encoder:
+            self.task.parts |= {n: m for n, m in self.prepared.items() if n != self.task.denoiser_part}
+        self.task.make_host(self.prepared[self.task.denoiser_part])
+        self.average = optim.MovingAverage(self.names, c.ema) if c.ema else None
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _resume(self) -> None:
+        folder = checkpoint.find(self.output / "checkpoints", self.config.resume)
+        if folder is None:
+            return
+        state = checkpoint.read_state(folder)
+        if self.sharded:
+            self.accelerator.load_state(str(folder / "engine"))
+        else:
+            checkpoint.copy_into(
+                self.names, checkpoint.read_tensors(folder, "trained.safetensors"), str(folder)
+            )
+            self.optimizer.load_state_dict(
+                torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            )
+            if self.average is not None and (folder / "ema.safetensors").is_file():
+                self.average.values = {
+                    k: v.to(self.accelerator.device)
+                    for k, v in checkpoint.read_tensors(folder, "ema.safetensors").items()
+                }
+                self.average.updates = state["ema_updates"]
+        rng = folder / f"rng_{self.rank:03d}.pt"
+        if rng.is_file():
+            checkpoint.set_rng_state(torch.load(rng, weights_only=True))
+        if state["data"] != self.batches.fingerprint():
+            logger.warning("the data changed since %s was written: the rows come in another order", folder)
+        self.step, self.micro = state["step"], state["micro"]
+        logger.info("resumed at step %d from %s", self.step, folder)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step; all processes call it."""
+        writer = checkpoint.Writer(self.output / "checkpoints", self.step, self.config.keep_last)
+        if not self.main:
+            self.accelerator.wait_for_everyone()
+            torch.save(checkpoint.rng_state(), writer.folder / f"rng_{self.rank:03d}.pt")
+            if self.sharded:
+                self.accelerator.save_state(str(writer.folder / "engine"))
+            self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
+            return writer.final
+        with writer:
+            self.accelerator.wait_for_everyone()
+            torch.save(checkpoint.rng_state(), writer.folder / f"rng_{self.rank:03d}.pt")
+            if self.sharded:
+                self.accelerator.save_state(str(writer.folder / "engine"))
+            else:
+                writer.tensors("trained.safetensors", self.names)
+                torch.save(self.optimizer.state_dict(), writer.folder / "optimizer.pt")
+                if self.average is not None:
+                    writer.tensors("ema.safetensors", self.average.values)
+            writer.state(
+                {
+                    "step": self.step,
+                    "micro": self.micro,
+                    "ema_updates": self.average.updates if self.average is not None else 0,
+                    "data": self.batches.fingerprint(),
+                    "world": self.world,
+                    "config": dataclasses.asdict(self.config),
+                }
+            )
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
+        return writer.final
+
+    # ---------------------------------------------------------------- steps
+
+    def _batch(self) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The next micro-batch of this process: tensors, noise and one uniform number per row."""
+        c = self.config
+        first = self.micro * c.batch_size * self.world + self.rank * c.batch_size
+        positions = [first + i for i in range(c.batch_size)]
+        numbers = next(self.order)
+        if self.class_sampler is not None:
+            numbers = numbers + next(self.class_order)
+            positions += [p + (1 << 40) for p in positions]  # another stretch of the random stream
+        self.micro += 1
+        drop = (losses.row_uniform(c.seed, positions, "drop") < c.prompt_drop).tolist()
+        batch = self.batches(numbers, drop)
+        shape = tuple(batch["latents"].shape[1:])
+        noise = losses.row_noise(c.seed, positions, shape, c.noise_offset)
+        u = losses.row_uniform(c.seed, positions, "sigma")
+        return self._to_device(batch), noise.to(self.accelerator.device), u
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = {k: v.to(self.accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.config.train_text_encoder:
+            batch |= {k: v.float() for k, v in self.task.encode_text(batch["prompts"]).items()}
+        return batch
+
+    def _loss(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
+        rows = self.task.row_losses(batch, noise, u)
+        loss = losses.total(rows, batch["prior"], self.config.prior_loss_weight)
+        if self.config.method == "moe_lora" and self.config.moe_gate == "softmax_all":
+            balance = adapters.balance_loss(self.parts[self.task.denoiser_part])
+            if balance is not None:
+                loss = loss + self.config.moe_balance * balance
+        return loss
+
+    def train_step(self) -> tuple[Tensor, float]:
+        """One optimiser step; returns (mean loss of this process, gradient norm before clipping)."""
+        c = self.config
+        optim.set_lr(self.optimizer, self.step, c)
+        total = torch.zeros((), device=self.accelerator.device)
+        norm: Any = float("nan")
+        for _ in range(c.accumulation):
+            with self.accelerator.accumulate(*self.prepared.values()):
+                loss = self._loss(*self._batch())
+                self.accelerator.backward(loss)
+                total += loss.detach() / c.accumulation
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(
+                        list(self.names.values()), c.grad_clip or float("inf")
+                    )
+                    norm = float(norm) if norm is not None else 0.0
+                    if c.mixed_precision != "fp16" and not torch.isfinite(torch.tensor(norm)):
+                        raise self._not_finite(float(total))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.names)
+        return total, norm
+
+    def _not_finite(self, loss: float) -> TrainingError:
+        complete = checkpoint.folders(self.output / "checkpoints")
+        last = (
+            f"the last good checkpoint {complete[-1]} is intact"
+            if complete
+            else "no checkpoint was written yet"
+        )
+        return TrainingError(
+            f"loss is {loss} and its gradient is not finite at step {self.step + 1}: lower lr or grad_clip, "
+            f"or look for broken pictures; {last}"
+        )
+
+    def run(self) -> Path:
+        """Prepare, train, save. Returns the LoRA file or the diffusers folder (the last checkpoint if
+        stopped)."""
+        self.prepare()
+        c = self.config
+        started, at, since = time.monotonic(), self.step, self.step
+        running = torch.zeros((), device=self.accelerator.device)
+        while self.step < c.max_steps:
+            loss, norm = self.train_step()
+            running += loss
+            last = self.step == c.max_steps
+            if self.step % c.log_every == 0 or last:
+                mean = float(self.accelerator.reduce(running, "mean")) / (self.step - since)
+                running.zero_()
+                pace = (time.monotonic() - started) / (self.step - at)
+                self._report(mean, norm, pace)
+                since = self.step
+            stop = self._stopping()
+            if self.step % c.save_every == 0 or last or stop:
+                self.save()
+            if c.sample_every and (self.step % c.sample_every == 0 or last):
+                self.sample()
+            if stop:
+                return self.output / "checkpoints" / f"step_{self.step:08d}"
+        path = self.export()
+        self.accelerator.end_training()
+        return path
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop."""
+        if self.world == 1:
+            return self.should_stop()
+        flag = torch.tensor(float(self.should_stop()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _report(self, loss: float, norm: float, pace: float) -> None:
+        if not self.main:
+            return
+        c = self.config
+        report = Report(
+            step=self.step,
+            steps=c.max_steps,
+            loss=loss,
+            grad_norm=norm,
+            lr=self.optimizer.param_groups[0]["lr"],
+            rows_per_second=c.batch_size * c.accumulation * self.world / pace,
+            seconds_left=pace * (c.max_steps - self.step),
+        )
+        values = {k: v for k, v in dataclasses.asdict(report).items() if k not in ("step", "steps")}
+        self.accelerator.log(values, step=self.step)
+        with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(report)) + "\n")
+        if self.on_report is not None:
+            self.on_report(report)
+
+    # ---------------------------------------------------------------- results
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """Sample pictures with the averaged weights if there are any: `samples/step_*.png`, and to the
+        trackers."""
+        if not self.main and not self.sharded:
+            return
+        from .preview import contact_sheet, write
+
+        for part in self.parts.values():
+            part.eval()
+        if self.average is not None:
+            self.average.swap(self.names)
+        if not self.sharded:
+            self.task.make_host(self.parts[self.task.denoiser_part])
+        try:
+            sheet = contact_sheet(self.task, self.sample_batches, self.config.seed, self._to_device)
+        finally:
+            self.task.make_host(self.prepared[self.task.denoiser_part])
+            if self.average is not None:
+                self.average.swap(self.names)
+            for part in self.parts.values():
+                part.train()
+        if self.main:
+            write(sheet, self.output / "samples" / f"step_{self.step:08d}.png")
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images({"samples": sheet[None].numpy()}, step=self.step, dataformats="NHWC")
+            if self.on_sample is not None:
+                self.on_sample(self.step, sheet)
+
+    def header(self) -> dict[str, Any]:
+        """The `diptych` block of saved files."""
+        c = self.config
+        header = {
+            "base": c.model,
+            "task": c.task,
+            "recipe": c.recipe,
+            "steps": self.step,
+            "data": self.batches.fingerprint(),
+            "prompt_template": self.template,
+        }
+        if c.method == "moe_lora":
+            header |= {"moe_gate": c.moe_gate, "moe_top_k": c.moe_top_k, "moe_experts": c.moe_experts}
+        return header
+
+    def export(self) -> Path:
+        """Write the final weights (averaged if there is an average): a LoRA file or a diffusers folder."""
+        c = self.config
+        path = self.output / f"{c.output_name or c.recipe or c.task}.safetensors"
+        if c.method == "full":
+            path = self.output / "model"
+        if self.average is not None:
+            self.average.swap(self.names)
+        states = (
+            {n: self.accelerator.get_state_dict(m) for n, m in self.prepared.items()}
+            if self.sharded
+            else None
+        )
+        try:
+            if self.main:
+                if c.method == "full":
+                    export.save_pipeline(path, c.model, self.parts, states)
+                else:
+                    tensors = {n: export.part_tensors(m, states and states[n]) for n, m in self.parts.items()}
+                    export.save_lora(
+                        path,
+                        tensors,
+                        scale=c.alpha / c.rank,
+                        rank=c.rank,
+                        header=self.header(),
+                        kohya=c.task == "sd_inpaint",
+                    )
+        finally:
+            if self.average is not None:
+                self.average.swap(self.names)
+        self.accelerator.wait_for_everyone()
+        return path

@@ -1,0 +1,104 @@
+"""Stable Diffusion 1.5 / 2 inpainting as a training task: nine channels, epsilon (or v) targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .arrange import Arranged
+from .tasks import Task, component
+
+
+class SDInpaintTask(Task):
+    """UNet input: noisy latents 4, mask 1, masked picture 4; uniform timesteps of the model's own
+    schedule."""
+
+    name = "sd_inpaint"
+    denoiser_part = "unet"
+    text_parts = ("text_encoder", "tokenizer")
+
+    def load_encoders(self) -> None:
+        super().load_encoders()
+        scheduler = component(self.config.model, "scheduler")
+        self.scheduler_config = dict(scheduler.config)
+        self.alpha_bar = losses.alphas_cumprod(self.scheduler_config)
+
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        tokenizer = self.parts["tokenizer"]
+        length = tokenizer.model_max_length
+        ids = tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return {"tokens": self.parts["text_encoder"](ids.input_ids.to(self.device))[0]}
+
+    @torch.no_grad()
+    def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        pixels = torch.stack([r.pixels for r in rows])
+        mask = torch.stack([r.mask for r in rows])
+        return {
+            "latents": self.latents(pixels),
+            "masked_latents": self.latents(pixels * (1 - mask)),
+            "mask": mask.to(torch.uint8),
+        }
+
+    def make_host(self, module: nn.Module) -> None:
+        from ..models.sd_inpaint import SDInpaint
+
+        self.host = SDInpaint(
+            self.module,
+            self.vae,
+            self.parts.get("tokenizer"),
+            self.parts.get("text_encoder"),
+            scheduler_config=self.scheduler_config,
+            device=self.device,
+        )
+        self.host.unet = module
+        if self.config.method == "full":
+            self.host.dtype = torch.float32
+
+    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
+        from ..models.denoiser import Condition, TextEmbedding
+        from ..models.sd_inpaint import latent_mask
+
+        cells = latent_mask(batch["mask"].float(), self.config.mask_downsample)
+        features = torch.cat([cells.to(batch["masked_latents"]), batch["masked_latents"]], dim=1)
+        negative = TextEmbedding(batch["empty_tokens"]) if "empty_tokens" in batch else None
+        return Condition(
+            text=TextEmbedding(batch["tokens"]), features=features, negative=negative, cfg=guidance
+        )
+
+    def empty_tokens(self, batches: Any) -> Tensor:
+        """Text of the empty prompt [1,L,D], for guidance."""
+        tokens = self.encode_text([""]) if self.config.train_text_encoder else batches.text([""])
+        return tokens["tokens"].float().to(self.device)
+
+    def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
+        count = len(self.alpha_bar)
+        timestep = (u * count).long().clamp_max(count - 1)
+        alpha = self.alpha_bar[timestep].to(noise.device)
+        kind = self.scheduler_config.get("prediction_type", "epsilon")
+        x, target = losses.diffused(batch["latents"], noise, alpha, kind)
+        plain = {k: v for k, v in batch.items() if k != "empty_tokens"}
+        prediction = self.host.epsilon(x, timestep.to(noise.device), self.condition(plain, 1.0))
+        cells = losses.region(batch.get("mask"), x, self.config.loss_on, self.config.mask_loss_weight)
+        return losses.weighted_mse(prediction, target, cells, batch.get("weight"))
+
+    def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
+        """DDIM (eta 0) with classifier-free guidance against the empty prompt."""
+        condition = self.condition(batch, self.config.sample_guidance)
+        count = len(self.alpha_bar)
+        stride = max(1, count // self.config.sample_steps)
+        times = list(range(0, count, stride))[: self.config.sample_steps][::-1]
+        x = noise
+        for i, t in enumerate(times):
+            a = self.alpha_bar[t].to(x)
+            below = self.alpha_bar[times[i + 1]].to(x) if i + 1 < len(times) else self.alpha_bar[0].to(x)
+            predicted = self.host.epsilon(x, t, condition)
+            if self.scheduler_config.get("prediction_type") == "v_prediction":
+                predicted = a.sqrt() * predicted + (1 - a).sqrt() * x
+            x0 = (x - (1 - a).sqrt() * predicted) / a.sqrt()
+            x = x0 if i + 1 == len(times) else below.sqrt() * x0 + (1 - below).sqrt() * predicted
+        return self.host.decode(x)

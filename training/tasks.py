@@ -1,0 +1,255 @@
+"""The model families a trainer knows: how pictures and prompts become tensors, and those a per-row loss.
+
+A task loads the frozen encoders (for caching), then the denoiser, and hides behind one batch dictionary:
+`latents` [B,C,h,w], `tokens` [B,L,D], `pooled` [B,P] and, by family, `masked_latents`, `mask` [B,1,H,W],
+`references` [B,16,h,w]. The prediction itself is the denoisers' of `models/`, so what is trained is what
+runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import adapters, losses
+from .arrange import Arranged
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def component(model: str, name: str, dtype: torch.dtype | None = None, *, random: bool = False) -> Any:
+    """One part of a diffusers folder or hub id by its name in model_index.json. Raises ValueError if
+    absent."""
+    import importlib
+
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(model)
+    if index.get(name) is None or index[name][0] is None:
+        raise ValueError(f"model {model} has no {name}: pass a complete diffusers folder or hub id")
+    library, kind = index[name]
+    cls = getattr(importlib.import_module(library), kind)
+    if random:
+        return cls.from_config(cls.load_config(model, subfolder=name)).to(dtype)
+    kwargs = {"torch_dtype": dtype} if dtype is not None else {}
+    return cls.from_pretrained(model, subfolder=name, **kwargs)
+
+
+class Task:
+    """Base of the families; `denoiser_part` is the trained component's folder."""
+
+    name: str
+    denoiser_part: str
+    text_parts: tuple[str, ...]
+    default_template = "{instruction}"
+
+    def __init__(self, config, device: torch.device | str = "cpu"):
+        if not config.model:
+            raise ValueError("model is empty: set it to a diffusers folder or hub id")
+        if not Path(config.model).exists() and (
+            config.model.startswith((".", "/")) or config.model.count("/") != 1
+        ):
+            raise FileNotFoundError(
+                f"model {config.model} does not exist: pass a diffusers folder or a hub id"
+            )
+        self.config, self.device = config, torch.device(device)
+        self.dtype = DTYPES.get(config.base_dtype, torch.bfloat16)
+        self.vae: Any = None
+        self.parts: dict[str, Any] = {}
+        self.module: nn.Module | None = None
+        self.host: Any = None
+
+    def load_encoders(self) -> None:
+        """VAE (float32) and text encoders with tokenizers, frozen."""
+        self.vae = (
+            component(self.config.model, "vae", torch.float32).to(self.device).requires_grad_(False).eval()
+        )
+        for name in self.text_parts:
+            part = component(self.config.model, name, self.dtype if "encoder" in name else None)
+            if isinstance(part, nn.Module):
+                part = part.to(self.device).requires_grad_(False).eval()
+            self.parts[name] = part
+
+    def free_text(self) -> None:
+        """Drop the text encoders (not the tokenizers) once every prompt is cached."""
+        self.parts = {k: v for k, v in self.parts.items() if not isinstance(v, nn.Module)}
+
+    def load_denoiser(self) -> nn.Module:
+        """The module to train: base weights in base_dtype, frozen, before any adapter."""
+        random = self.config.init == "random"
+        module = component(self.config.model, self.denoiser_part, self.dtype, random=random)
+        if self.config.base_dtype == "float8_e4m3fn":
+            module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+        self.module = module.requires_grad_(False).to(self.device)
+        if self.config.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        return module
+
+    def targets(self) -> list[str]:
+        return self.config.target_modules or adapters.TARGETS[self.name]
+
+    def latents(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B,3,H,W] in -1..1 to model-space latents float32."""
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        z = posterior.sample(generator) if self.config.vae_sample else posterior.mode()
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (z.float() - shift) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        """Same-sized rows to `latents` and whatever the family's condition needs, batched."""
+        raise NotImplementedError
+
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Prompts to `tokens` (and `pooled`), batched; with gradient if the text encoders are trained."""
+        raise NotImplementedError
+
+    def make_host(self, module: nn.Module) -> None:
+        """Wrap the (possibly distributed) module as the denoiser of `models/`."""
+        raise NotImplementedError
+
+    def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
+        """Loss per row [B] from clean latents, noise and one uniform number per row."""
+        raise NotImplementedError
+
+    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
+        raise NotImplementedError
+
+    def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
+        """Pictures [B,H,W,3] in 0..1 made from the batch's condition."""
+        raise NotImplementedError
+
+
+class FluxTask(Task):
+    denoiser_part = "transformer"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+    @property
+    def tokens(self) -> int:
+        return min(self.config.max_sequence_length, self.parts["tokenizer_2"].model_max_length)
+
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        from ..models.flux_text import _token_ids
+
+        clip = _token_ids(self.parts["tokenizer"], prompts, self.parts["tokenizer"].model_max_length)
+        t5 = _token_ids(self.parts["tokenizer_2"], prompts, self.tokens)
+        pooled = self.parts["text_encoder"](clip.to(self.device)).pooler_output
+        tokens = self.parts["text_encoder_2"](t5.to(self.device))[0]
+        return {"tokens": tokens, "pooled": pooled.to(tokens.dtype)}
+
+    def make_host(self, module: nn.Module) -> None:
+        from ..models.flux_text import FluxText
+
+        text = FluxText(
+            *(self.parts.get(n) for n in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
+        )
+        kwargs = {
+            "device": self.device,
+            "max_text_tokens": self.tokens if "tokenizer_2" in self.parts else 512,
+        }
+        self.host = self.host_class()(self.module, self.vae, text, **kwargs)
+        self.host.transformer = module
+        if self.config.method == "full":
+            self.host.dtype = torch.float32
+        elif self.config.base_dtype == "float8_e4m3fn":
+            self.host.dtype = torch.bfloat16
+
+    def host_class(self) -> type:
+        raise NotImplementedError
+
+    def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
+        c = self.config
+        sigma = losses.sigma_from_uniform(
+            u, c.time_sampling, logit_mean=c.logit_mean, logit_std=c.logit_std, mode_scale=c.mode_scale
+        ).to(noise.device)
+        x, target = losses.noised(batch["latents"], noise, sigma)
+        prediction = self.host.velocity(x, sigma, self.condition(batch, c.guidance))
+        cells = losses.region(batch.get("mask"), x, c.loss_on, c.mask_loss_weight)
+        rows = losses.weighted_mse(prediction, target, cells, batch.get("weight"))
+        return rows * losses.sigma_weight(sigma, c.loss_weighting)
+
+    def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
+        from ..samplers.schedule import sigmas
+
+        condition = self.condition(batch, self.config.sample_guidance)
+        x = noise
+        steps = sigmas(self.config.sample_steps, seq_len=noise.shape[-1] * noise.shape[-2] // 4).to(
+            noise.device
+        )
+        for sigma, below in zip(steps[:-1], steps[1:], strict=True):
+            x = x + (below - sigma) * self.host.velocity(x, sigma, condition)
+        return self.host.decode(x)
+
+
+class FillTask(FluxTask):
+    """FLUX.1 Fill and ICEdit: masked picture and mask beside the noisy latents."""
+
+    name = "fill"
+
+    @property
+    def default_template(self) -> str:
+        from ..models.diptych import ICEDIT_TEMPLATE
+
+        return ICEDIT_TEMPLATE
+
+    def host_class(self) -> type:
+        from ..models.flux_fill import FluxFill
+
+        return FluxFill
+
+    @torch.no_grad()
+    def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        pixels = torch.stack([r.pixels for r in rows])
+        mask = torch.stack([r.mask for r in rows])
+        return {
+            "latents": self.latents(pixels),
+            "masked_latents": self.latents(pixels * (1 - mask)),
+            "mask": mask.to(torch.uint8),
+        }
+
+    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
+        from ..models.denoiser import Condition, TextEmbedding
+        from ..models.packing import pack_latents, pack_mask
+
+        masked = pack_latents(batch["masked_latents"])
+        features = torch.cat([masked, pack_mask(batch["mask"].float()).to(masked)], dim=-1)
+        return Condition(
+            text=TextEmbedding(batch["tokens"], batch["pooled"]),
+            guidance=self.host.guidance_tensor(guidance, len(masked)),
+            features=features,
+        )
+
+
+class KontextTask(FluxTask):
+    """FLUX.1 Kontext: the source picture as further tokens with index 1; the loss is on the target's tokens
+    only."""
+
+    name = "kontext"
+
+    def host_class(self) -> type:
+        from ..models.flux_kontext import FluxKontext
+
+        return FluxKontext
+
+    @torch.no_grad()
+    def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        out = {"latents": self.latents(torch.stack([r.pixels for r in rows]))}
+        if rows[0].reference is not None:
+            out["references"] = self.latents(torch.stack([r.reference for r in rows]))
+        return out
+
+    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
+        from ..models.denoiser import Condition, TextEmbedding
+
+        tokens = ids = None
+        if "references" in batch:
+            tokens, ids = self.host.place([batch["references"]])
+        return Condition(
+            text=TextEmbedding(batch["tokens"], batch["pooled"]),
+            guidance=self.host.guidance_tensor(guidance, len(batch["latents"])),
+            references=tokens,
+            reference_ids=ids,
+        )
