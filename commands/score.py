@@ -1,0 +1,150 @@
+"""`diptych score`: the figures of a model, with a contact sheet and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ENGINES = ("fill", "kontext", "sd_inpaint")
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # the ones ICEdit reports
+QUESTIONS = {
+    "edit": "does it make the edit that was asked for, and keep the rest",
+    "fill": "does it fill a mask as the caption says (base models)",
+    "vae": "how well does the VAE reconstruct",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "score",
+        help="measure edit success, preservation, PSNR, SSIM (CLIP and DINO where on disk)",
+        description="Score a model on held-out shapes edits or on your own data. "
+        + "; ".join(f"{name}: {text}" for name, text in QUESTIONS.items()),
+    )
+    parser.add_argument(
+        "--model", help="diffusers folder or hub id (default: the bundled tiny model of the engine)"
+    )
+    parser.add_argument("--lora", help="LoRA file or folder, of any format")
+    parser.add_argument("--strength", type=float, default=1.0, help="LoRA strength (default 1)")
+    parser.add_argument("--engine", choices=ENGINES, default="fill", help="model family (default fill)")
+    parser.add_argument(
+        "--what", choices=tuple(QUESTIONS), default="edit", help="what to measure (default edit)"
+    )
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument(
+        "--world", choices=("shapes",), help="synthetic held-out edits with an exact checker (default)"
+    )
+    data.add_argument("--data", help="folder of pairs, or KIND:LOCATION as in a training recipe")
+    parser.add_argument("--split", default="test", help="split of the world (default test)")
+    parser.add_argument("-n", "--n", type=int, default=500, help="pictures (default 500)")
+    parser.add_argument(
+        "--size", type=int, help="side of one panel in pixels (default 64 for shapes, else 512)"
+    )
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps (default 12)")
+    parser.add_argument(
+        "--guidance", type=float, help="embedded guidance (default 50 diptych, 30 fill, 2.5 kontext)"
+    )
+    parser.add_argument("--cfg", type=float, help="sd_inpaint: classifier-free guidance (default 7.5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    parser.add_argument("--data-seed", type=int, default=0, help="seed of the shapes edits (default 0)")
+    parser.add_argument("--batch", type=int, help="pictures at a time (default 50 for shapes, else 1)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--dtype", help="weights as float32, bfloat16 or float16 (default: float32 on a CPU)")
+    parser.add_argument(
+        "--autocast", action="store_true", help="compute in bfloat16 (several times faster with AMX)"
+    )
+    parser.add_argument(
+        "--clip", default=CLIP, help="CLIP for clip_i, clip_t: folder, or hub id that is on disk"
+    )
+    parser.add_argument("--dino", default=DINO, help="DINO: folder, or hub id that is on disk")
+    parser.add_argument("-o", "--output", required=True, help="folder for score.json and contact-sheet.png")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training import judges, score
+
+    if args.n < 1 or (args.batch or 1) < 1 or args.steps < 1:
+        raise ValueError(f"n is {args.n}, batch {args.batch}, steps {args.steps}: each must be 1 or more")
+    missing: dict[str, str] = {}
+    size = args.size or (512 if args.data else 64)
+    if size < 16 or size % 16:
+        raise ValueError(
+            f"size is {size}: use a multiple of 16, for example {max(16, round(size / 16) * 16)}"
+        )
+    if args.data:
+        from ..training.data.sources import open_source
+
+        spec = f"pairs:{args.data}" if Path(args.data).is_dir() else args.data
+        source = open_source(spec)
+        total, cases = min(args.n, len(source)), judges.data_cases(source, args.n, size, missing)
+    else:
+        total, cases = args.n, judges.shapes_cases(args.n, split=args.split, seed=args.data_seed, size=size)
+    denoiser, at_sigma, lora = load(args)
+    settings = score.Settings(
+        steps=args.steps,
+        seed=args.seed,
+        batch=args.batch or (1 if args.data else 50),
+        guidance=args.guidance,
+        cfg=args.cfg,
+        autocast=args.autocast,
+        at_sigma=at_sigma,
+    )
+    more: dict[str, Any] = {}
+    if args.what != "vae":
+        more["more"] = judges.similarity_judges(missing, args.clip, args.dino, str(denoiser.device))
+    measure = {"edit": score.score_edits, "fill": score.score_fill, "vae": score.score_vae}[args.what]
+    scores = measure(denoiser, cases, settings, total=total, **more)
+    scores.missing |= missing
+    kept = (
+        "what",
+        "engine",
+        "model",
+        "lora",
+        "strength",
+        "data",
+        "split",
+        "steps",
+        "seed",
+        "data_seed",
+        "guidance",
+    )
+    about = {name: getattr(args, name) for name in kept}
+    about |= {"size": size, "batch": settings.batch, "autocast": args.autocast, "lora_report": lora}
+    path = scores.save(args.output, about)
+    for name, value in scores.figures().items():
+        sys.stdout.write(f"{name:24} {value:.4f}\n")
+    for name, why in scores.missing.items():
+        sys.stdout.write(f"{name:24} not available: {why}\n")
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
+    """The denoiser with its LoRA on, the LoRA's sigma hook, and the LoRA's report."""
+    import torch
+
+    from ..models import lora as loras
+    from ..models import tiny
+    from ..models.flux import default_device
+
+    folder = args.model or tiny.folder() / args.engine
+    device = torch.device(args.device) if args.device else default_device()
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {args.dtype!r}: use float32, bfloat16 or float16")
+    weights = loras.read(args.lora) if args.lora else None
+    if args.engine == "fill":
+        from ..models.flux_fill import FluxFill as Engine
+    elif args.engine == "kontext":
+        from ..models.flux_kontext import FluxKontext as Engine
+    else:
+        from ..models.sd_inpaint import SDInpaint as Engine
+    denoiser = Engine.load(folder, dtype=dtype, device=device)
+    if weights is None:
+        return denoiser, None, ""
+    module = denoiser.unet if args.engine == "sd_inpaint" else denoiser.transformer
+    applied = loras.apply_to_diffusers(module, weights, args.strength)
+    return denoiser, applied.at_sigma, str(applied)

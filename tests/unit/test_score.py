@@ -1,0 +1,121 @@
+"""Scores tell a perfect editor from an idle one, and their report is strict JSON."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_diptych.training import judges, pictures, score
+from PIL import Image
+
+QUIET = score.Settings(batch=8, progress=False)
+HOST = SimpleNamespace(device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return judges.shapes_cases(30, seed=1)
+
+
+def editor(monkeypatch, cases, paint):
+    """Replace the model by `paint(case) -> picture`, found by source and instruction."""
+    table = {(c.sample.prompt, c.sample.source.sum().item()): c for c in cases}
+
+    def edit(denoiser, sources, instructions, settings, number):
+        return torch.stack(
+            [paint(table[w, s.sum().item()]) for w, s in zip(instructions, sources, strict=True)]
+        )
+
+    monkeypatch.setattr(score, "edit", edit)
+
+
+def test_the_perfect_editor_scores_everything(monkeypatch, cases):
+    editor(monkeypatch, cases, lambda case: case.sample.target)
+    figures = score.score_edits(HOST, cases, QUIET).figures()
+    assert figures["success"] == figures["made"] == figures["kept"] == 1
+    assert figures["kept_l1"] == 0 and figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1)
+    assert all(figures[f"success/{case.sample.task}"] == 1 for case in cases)
+
+
+def test_the_idle_editor_keeps_everything_and_makes_nothing(monkeypatch, cases):
+    editor(monkeypatch, cases, lambda case: case.sample.source)
+    figures = score.score_edits(HOST, cases, QUIET).figures()
+    assert figures["made"] == figures["success"] == 0 and figures["kept_l1"] == 0 and figures["psnr"] < 30
+
+
+def test_an_editor_that_spoils_the_rest_does_not_succeed(monkeypatch, cases):
+    local = [case for case in cases if len(case.edit.places) == 1]
+
+    def elsewhere(case):
+        picture = case.sample.target.clone()
+        rows, columns = (case.sample.mask == 0).nonzero(as_tuple=True)
+        picture[rows, columns] = picture[rows, columns] * 0.2 + 0.4
+        return picture
+
+    editor(monkeypatch, local, elsewhere)
+    figures = score.score_edits(HOST, local, QUIET).figures()
+    assert figures["success"] == 0 and figures["kept"] == 0 and figures["kept_l1"] > 0.1
+
+
+def test_a_base_model_is_scored_inside_its_mask_only(monkeypatch, cases):
+    painted = {}
+
+    def fill(denoiser, images, masks, captions, settings, number):
+        painted.update(zip(captions, masks, strict=True))
+        return images
+
+    monkeypatch.setattr(score, "fill", fill)
+    scores = score.score_fill(HOST, cases, QUIET)
+    assert scores.figures()["caption"] == 1
+    assert {row["prompt"] for row in scores.rows} == set(painted) == {c.sample.caption for c in cases}
+
+
+def test_reconstructions_are_read_back_by_the_checker(cases):
+    exact = SimpleNamespace(device=torch.device("cpu"), encode=lambda x: x, decode=lambda x: x)
+    grey = SimpleNamespace(
+        device=torch.device("cpu"), encode=lambda x: x, decode=lambda x: torch.full_like(x, 0.5)
+    )
+    assert score.score_vae(exact, cases, QUIET).figures()["checker"] == 1
+    assert score.score_vae(grey, cases, QUIET).figures()["checker"] == 0
+
+
+def test_the_report_is_strict_json_and_the_sheet_shows_the_first_rows(monkeypatch, cases, tmp_path):
+    editor(monkeypatch, cases, lambda case: case.sample.target)
+    scores = score.score_edits(HOST, cases, QUIET, shown=5)
+    scores.missing["dino"] = "not on disk"
+    path = scores.save(tmp_path / "out", {"steps": 12})
+    report = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert report["figures"]["success"] == 1 and report["not_available"] == {"dino": "not on disk"}
+    assert len(report["rows"]) == report["pictures"] == 30 and report["about"] == {"steps": 12}
+    assert Image.open(tmp_path / "out/contact-sheet.png").width > 3 * 128
+
+
+def test_pictures_of_different_sizes_are_batched_apart(cases):
+    small = judges.shapes_cases(5, size=32)
+    mixed = [case for pair in zip(cases, small, strict=False) for case in pair]
+    groups = list(judges.batches(mixed, 3))
+    assert sum(map(len, groups)) == 10
+    assert all(len({case.sample.target.shape for case in group}) == 1 for group in groups)
+
+
+def test_data_without_a_mask_is_judged_outside_what_changed():
+    source = torch.zeros(1, 16, 16, 3)
+    target = source.clone()
+    target[:, :8] = 1
+    sample = judges.Sample("p", target[0], source[0])
+    numbers = judges.edit_numbers([judges.Case(sample)], target * 0.5)
+    assert numbers["kept_l1"].item() == 0 and "success" not in numbers
+
+
+def test_models_that_are_not_on_disk_are_reported_not_downloaded():
+    missing = {}
+    assert judges.similarity_judges(missing, "nobody/no-clip", "nobody/no-dino") == []
+    assert set(missing) == {"clip_i and clip_t", "dino"} and "not on disk" in missing["dino"]
+
+
+def test_a_loss_curve_is_drawn_even_of_little():
+    for values in ([], [float("nan")], [1.0], [3.0, float("nan"), 1.0, 2.0]):
+        image = pictures.as_image(pictures.curve(values))
+        assert image.shape == (1, 360, 640, 3) and 0 < image.mean() < 1
