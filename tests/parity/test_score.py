@@ -1,0 +1,81 @@
+"""Scoring drives the real denoisers: what it scores is what the stock pipeline would have made."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from comfyui_diptych.cli import main
+from comfyui_diptych.models.diptych import format_prompt
+from comfyui_diptych.models.flux_fill import FluxFill
+from comfyui_diptych.models.flux_kontext import FluxKontext
+from comfyui_diptych.models.sd_inpaint import SDInpaint
+from comfyui_diptych.training import judges, score
+
+SETTINGS = score.Settings(steps=2, batch=2, guidance=7.0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return judges.shapes_cases(3, size=32)
+
+
+def test_an_icedit_score_looks_at_the_right_half_of_fluxfillpipeline(fill_pipeline, cases, mode_posterior):
+    denoiser = FluxFill.from_pipeline(fill_pipeline)
+    sample = cases[0].sample
+    edited = score.edit(denoiser, sample.source[None], [sample.prompt], SETTINGS, number=5)
+    diptych = torch.cat([sample.source, sample.source], 1)
+    mask = torch.cat([torch.zeros(32, 32), torch.ones(32, 32)], 1)
+    noise = torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(5))
+    packed = noise.reshape(1, 16, 2, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 8, 64)
+    theirs = fill_pipeline(
+        prompt=format_prompt(sample.prompt),
+        image=diptych.movedim(-1, 0)[None],
+        mask_image=mask[None, None],
+        height=32,
+        width=64,
+        guidance_scale=7.0,
+        num_inference_steps=2,
+        max_sequence_length=denoiser.max_text_tokens,
+        latents=packed,
+        output_type="pt",
+    ).images[0]
+    assert (edited[0] - theirs.movedim(0, -1)[:, 32:]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["fill", "kontext"])
+def test_every_engine_gives_one_row_per_picture(engine, fill_pipeline, kontext_pipeline, cases):
+    host = (
+        FluxFill.from_pipeline(fill_pipeline)
+        if engine == "fill"
+        else FluxKontext.from_pipeline(kontext_pipeline)
+    )
+    scores = score.score_edits(host, cases, SETTINGS)
+    assert [row["name"] for row in scores.rows] == ["shapes 0", "shapes 1", "shapes 2"]
+    assert {"success", "made", "kept", "kept_l1", "psnr", "ssim"} <= set(scores.figures())
+    again = score.score_edits(host, cases, SETTINGS)
+    assert [r["psnr"] for r in again.rows] == [r["psnr"] for r in scores.rows]
+
+
+def test_sd_inpainting_is_scored_as_a_base_model_and_refused_as_an_editor(sd_inpaint_pipeline, cases):
+    host = SDInpaint.from_pipeline(sd_inpaint_pipeline)
+    assert "caption" in score.score_fill(host, cases, SETTINGS).figures()
+    assert "checker" in score.score_vae(host, cases, SETTINGS).figures()
+    with pytest.raises(ValueError, match="score it as fill or vae"):
+        score.score_edits(host, cases, SETTINGS)
+
+
+def test_the_command_scores_a_folder_on_disk(fill_pipeline, tmp_path, capsys):
+    fill_pipeline.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--n", "2", "--size", "32", "--steps", "1", "--autocast"]
+    assert main(["score", *arguments, "-o", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/score.json").read_text())
+    assert report["pictures"] == 2 and report["about"]["engine"] == "fill"
+    assert (tmp_path / "out/contact-sheet.png").is_file()
+    assert "success" in capsys.readouterr().out
+
+
+def test_the_command_refuses_nonsense_in_one_sentence(tmp_path, capsys):
+    assert main(["score", "--size", "40", "-o", str(tmp_path)]) == 2
+    assert "size is 40" in capsys.readouterr().err
