@@ -104,3 +104,19 @@ def test_every_usual_mask_shape_is_taken(shape):
 def test_a_wrong_tensor_is_one_clear_sentence(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "size, to", [((40, 60), (20, 30)), ((40, 60), (90, 30)), ((9, 8), (16, 8)), ((9, 8), (9, 3))]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resizing_is_antialiased_bicubic_clamped(size, to, channels):
+    image = torch.rand(2, *size, channels, generator=torch.Generator().manual_seed(0)).round()
+    expected = torch.nn.functional.interpolate(image.movedim(-1, 1), to, mode="bicubic", antialias=True)
+    resized = pixels.resize_image(image, *to)
+    assert torch.allclose(resized, expected.clamp(0, 1).movedim(1, -1), atol=1e-5)
+
+
+def test_an_image_of_that_size_is_not_resized_nor_clamped():
+    image = torch.full((1, 8, 8, 3), 1.5)
+    assert pixels.resize_image(image, 8, 8) is image
