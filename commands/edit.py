@@ -132,7 +132,7 @@ def check(args: argparse.Namespace) -> Request:
     if engine == "fill":
         diptych.build(image, instruction, edit_mask=mask, panel_width=panel_width, policy=args.policy)
     else:
-        editing.kontext_layout(image, args.policy, panel_width)
+        editing.kontext_picture(image, args.policy, panel_width)
     default = editing.ICEDIT_GUIDANCE if engine == "fill" else editing.KONTEXT_GUIDANCE
     guidance = args.guidance if args.guidance is not None else (tiny or {}).get("guidance", default)
     loras = [_read_lora(text, args.lora_strength) for text in args.lora or _tiny_loras(tiny, engine)]

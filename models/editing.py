@@ -17,6 +17,7 @@ from ..samplers import ddim, flow_match
 from ..samplers.gaussian import sde_seed
 from ..samplers.schedule import sigmas, token_count
 from . import diptych, geometry, pixels
+from .condition import reference
 from .denoiser import Condition
 from .flux import FluxDenoiser
 from .flux_fill import FluxFill
@@ -169,16 +170,16 @@ def edit_with_fill(
     return Edit(diptych.split(canvas, built.layout, paste=paste).edited, canvas)
 
 
-def kontext_layout(image: Tensor, policy: str = "stretch", panel_width: int | None = None) -> diptych.Layout:
-    """One panel for a Kontext picture: the trained size of nearest aspect (None), its own (0), or a width."""
-    source = pixels.as_image(image)
-    size = tuple(source.shape[1:3])
-    if panel_width is None:
-        fit = geometry.place(size, geometry.kontext_size(size), policy)
-    else:
-        keep = panel_width == 0
-        fit = geometry.keep_scale(size, policy) if keep else geometry.fit_width(size, panel_width, policy)
-    return diptych.Layout(size, fit.panel, "none", policy, fit.shown, fit.filled, source)
+def kontext_picture(
+    image: Tensor, policy: str = "stretch", panel_width: int | None = None
+) -> tuple[Tensor, diptych.Layout]:
+    """A picture as Kontext takes it, and the way back: at the trained size of nearest aspect (None), its own
+    in multiples of 16 (0), or a width in pixels."""
+    if panel_width:
+        built = diptych.build(image, side="none", panel_width=panel_width, policy=policy)
+        return built.image, built.layout
+    made = reference(image, size="preferred" if panel_width is None else "keep", policy=policy)
+    return made.image, made.layout
 
 
 @torch.no_grad()
@@ -203,11 +204,11 @@ def edit_with_kontext(
     ComfyUI does, or `pad`. method: where several references are placed (`flux_kontext.reference_positions`).
     negative, cfg: classifier-free guidance.
     """
-    layouts = [kontext_layout(picture, policy, panel_width) for picture in (image, *further)]
-    references = [diptych.frame(layout.source, layout) for layout in layouts]
+    pictures = [kontext_picture(picture, policy, panel_width) for picture in (image, *further)]
+    references, layouts = zip(*pictures, strict=True)
     generator = sampling.generator()
     text = denoiser.encode_text(instruction)
-    batch = max(len(text), *(len(reference) for reference in references))
+    batch = max(len(text), *(len(picture) for picture in references))
     noise = _noise(batch, 16, references[0], generator)
     condition = denoiser.condition(
         text,

@@ -26,6 +26,14 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword of diffusers' `from_pretrained` for a dtype: renamed in 0.40, the old one warns."""
+    from diffusers import __version__
+
+    version = tuple(int(part) for part in __version__.split(".")[:2])
+    return {"dtype" if version >= (0, 40) else "torch_dtype": dtype}
+
+
 def check_folder(folder: str | Path, part: str, in_channels: int, what: str) -> None:
     """Refuse a local folder that is not the wanted diffusers model, before any weight is read.
 
@@ -112,7 +120,7 @@ class FluxDenoiser:
         """
         check_folder(folder, "transformer", cls.in_channels, cls.name)
         device = torch.device(device) if device is not None else default_device()
-        pipeline = cls._pipeline_class().from_pretrained(str(folder), torch_dtype=dtype)
+        pipeline = cls._pipeline_class().from_pretrained(str(folder), **dtype_argument(dtype))
         if offload and device.type != "cpu":
             pipeline.enable_model_cpu_offload(device=device)
         else:

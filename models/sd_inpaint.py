@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .denoiser import Condition, TextEmbedding, hard_mask, model_pixels, same_batch
-from .flux import check_folder, default_device
+from .flux import check_folder, default_device, dtype_argument
 from .geometry import check_choice
 from .packing import VAE_FACTOR
 
@@ -86,7 +86,7 @@ class SDInpaint:
 
         device = torch.device(device) if device is not None else default_device()
         pipeline = StableDiffusionInpaintPipeline.from_pretrained(
-            str(folder), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            str(folder), **dtype_argument(dtype), safety_checker=None, requires_safety_checker=False
         ).to(device)
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
