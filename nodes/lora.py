@@ -1,5 +1,197 @@
-"""LoRA loading nodes."""
+"""GRPO LoRA Loader: any LoRA file or folder onto a MODEL, mixtures of experts and sigma windows included."""
 
 from __future__ import annotations
 
-NODES: list[type] = []
+from pathlib import Path
+
+from ..models.lora import apply_to_comfy, read
+from ..models.lora.files import SIDECARS, WEIGHT_FILES
+
+BUNDLED = Path(__file__).resolve().parents[1] / "models" / "tiny" / "weights" / "loras"
+BUNDLED_PREFIX = "diptych tiny demo/"
+
+
+class DiptychGRPOLoraLoader:
+    DISPLAY_NAME = "GRPO LoRA Loader"
+    DESCRIPTION = (
+        "Loads a LoRA of any format at its trained strength and says what it did: diffusers, ICEdit and its "
+        "mixture of experts, PEFT and DanceGRPO folders (alpha read from their JSON), kohya, ai-toolkit, "
+        "XLabs, BFL. Can confine it to a range of noise levels, where reward tuning helps most."
+    )
+    CATEGORY = "diptych"
+    RETURN_TYPES = ("MODEL", "STRING")
+    RETURN_NAMES = ("model", "report")
+    OUTPUT_TOOLTIPS = (
+        "The model with the LoRA; the one given stays as it was.",
+        "What was loaded, what was not and why, rank, alpha and where it came from.",
+    )
+    FUNCTION = "load"
+    SEARCH_ALIASES = ["load lora", "icedit lora", "moe lora", "peft lora", "dancegrpo", "flow grpo", "lora"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From any loader: plain, fp8, GGUF, with LoRAs or not."}),
+                "lora": (
+                    lora_names(),
+                    {
+                        "tooltip": "A file in the loras folder, or a folder in it as PEFT and DanceGRPO "
+                        "save them (names that end in /). Alpha is found in either."
+                    },
+                ),
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -20.0,
+                        "max": 20.0,
+                        "step": 0.01,
+                        "tooltip": "1 is the strength it was trained at. 0 switches it off.",
+                    },
+                ),
+            },
+            "optional": {
+                "sigma_start": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "advanced": True,
+                        "tooltip": "Active from this noise level on (1 = pure noise, the first step).",
+                    },
+                ),
+                "sigma_end": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "advanced": True,
+                        "tooltip": "Off at and below this noise level (0 = never off). Reward-tuned LoRAs "
+                        "often spoil the last, fine steps: try 0.4.",
+                    },
+                ),
+                "file_window": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "advanced": True,
+                        "tooltip": "While sigma_start is 1 and sigma_end 0, use the window stored in the "
+                        "file, if there is one.",
+                    },
+                ),
+                "scale": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.01,
+                        "advanced": True,
+                        "tooltip": "alpha / rank, if the file does not say it. 0 = as the file says.",
+                    },
+                ),
+                "top_k": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 64,
+                        "advanced": True,
+                        "tooltip": "Mixture of experts: experts per token. 0 = as the file says, else 1.",
+                    },
+                ),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora: str) -> bool | str:
+        if lora_path(lora) is None:
+            return f"lora is {lora!r}, which is not in ComfyUI's loras folder: refresh, or put the file there"
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, lora: str, **_: object) -> str:
+        path = lora_path(lora)
+        return "missing" if path is None else _fingerprint(path)
+
+    def load(
+        self,
+        model,
+        lora: str,
+        strength: float,
+        sigma_start: float = 1.0,
+        sigma_end: float = 0.0,
+        file_window: bool = True,
+        scale: float = 0.0,
+        top_k: int = 0,
+    ) -> tuple:
+        path = lora_path(lora)
+        if path is None:
+            raise ValueError(f"lora is {lora!r}, which is not in ComfyUI's loras folder: put the file there")
+        weights = read(path, scale=scale or None, top_k=top_k or None)
+        whole = (sigma_start, sigma_end) == (1.0, 0.0)
+        window = "file" if whole and file_window else (sigma_start, sigma_end)
+        patched, report = apply_to_comfy(model, weights, strength, window=window)
+        return patched, str(report)
+
+
+def lora_names() -> list[str]:
+    """Files of the loras folder, folders among them that are one LoRA (with a final /), bundled ones.
+
+    Costs what ComfyUI's own cached list costs: folders are found by the names of the files in it.
+    """
+    files = _listed()
+    return files + sorted(_folders(files)) + [f"{BUNDLED_PREFIX}{p.name}" for p in _bundled()]
+
+
+def lora_path(name: str) -> Path | None:
+    """Where a name of the list is on disk; None if it is not there any more."""
+    if name.startswith(BUNDLED_PREFIX):
+        return next((p for p in _bundled() if p.name == name.removeprefix(BUNDLED_PREFIX)), None)
+    try:
+        import folder_paths
+    except ImportError:
+        return None
+    marker = _folders(_listed()).get(name)
+    found = folder_paths.get_full_path("loras", name if marker is None else marker)
+    if found is None:
+        return None
+    return Path(found) if marker is None else Path(found).parent
+
+
+def _listed() -> list[str]:
+    try:
+        import folder_paths
+    except ImportError:
+        return []
+    return list(folder_paths.get_filename_list("loras"))
+
+
+def _folders(files: list[str]) -> dict[str, str]:
+    """`folder/` -> the weights file in it that gave it away."""
+    found = {}
+    for file in files:
+        folder, _, name = file.replace("\\", "/").rpartition("/")
+        if folder and name in WEIGHT_FILES:
+            found[f"{folder}/"] = file
+    return found
+
+
+def _bundled() -> list[Path]:
+    return sorted(BUNDLED.glob("*.safetensors"))
+
+
+def _fingerprint(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    files = [p for p in folder.iterdir() if p.name in WEIGHT_FILES] if path.is_dir() else [path]
+    files += [folder / name for name in SIDECARS]
+    stats = [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(files) if p.is_file()]
+    return repr(stats)
+
+
+NODES = [DiptychGRPOLoraLoader]

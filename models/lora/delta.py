@@ -6,6 +6,7 @@ Host-neutral: `diffusers.py` and `comfy.py` decide which layers get one, and whe
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,8 +111,14 @@ def delta_for(module: Module, rows: tuple[int, int] | None = None) -> Delta:
 
 
 def in_window(sigma: float, window: tuple[float, float] | None) -> bool:
-    """True while start >= sigma > end (1 = noise); no window is always."""
-    return window is None or window[0] >= sigma > window[1]
+    """True while start >= sigma > end (1 = noise); no window is always.
+
+    Compared in float32, which schedules are in: 0.4 of a schedule and 0.4 of a widget are the same.
+    """
+    if window is None:
+        return True
+    start, end, sigma = np.float32(window[0]), np.float32(window[1]), np.float32(sigma)
+    return bool(start >= sigma > end)
 
 
 def check_window(window: tuple[float, float] | None) -> tuple[float, float] | None:

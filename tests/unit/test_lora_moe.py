@@ -132,6 +132,13 @@ def test_the_window_holds_its_start_and_not_its_end():
     assert in_window(0.0, None)
 
 
+@pytest.mark.parametrize("end", [0.4, 0.3, 0.1])
+def test_the_windows_ends_are_those_of_a_float32_schedule(end):
+    assert not in_window(float(torch.tensor(end)), (0.9, end)) and in_window(
+        float(torch.tensor(0.9)), (0.9, end)
+    )
+
+
 def test_the_whole_range_is_no_window():
     assert check_window((1.0, 0.0)) is None and check_window(None) is None
 
