@@ -446,3 +446,32 @@ def a_stable_diffusion_lora_of_ours_loads_here_and_in_core(host):
     sd = comfy.utils.load_torch_file(str(path))
     core = comfy.lora.load_lora(sd, comfy.lora.model_lora_keys_unet(model.model, {}))
     assert len(core) == len(shapes)
+
+
+@case
+def a_whole_sampling_run_switches_at_the_window(host):
+    """Equal to sampling the first steps with the merged LoRA and the rest with the base."""
+    import comfy.sample
+    import comfy.samplers
+
+    model = tiny_flux(16)
+    lora_weights = weights_of(host, factors(layers(64)), 0.5)
+    merged = apply(host, model, lora_weights)[0]
+    windowed = apply(host, model, lora_weights, window=(1.0, 0.5))[0]
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(1, 5, 32, generator=generator)
+    positive = [[text, {"pooled_output": torch.randn(1, 32, generator=generator), "guidance": 3.5}]]
+    sampler = comfy.samplers.sampler_object("euler")
+    steps = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+    latent, noise = torch.zeros(1, 16, 8, 8), torch.randn(1, 16, 8, 8, generator=generator)
+
+    def sample(patcher, sigmas, start, noise):
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(patcher, noise, 1.0, sampler, sigmas, positive, positive, start)
+
+    got = sample(windowed, steps, latent, noise)
+    # 1.0 and 0.8 lie in the window, 0.5 is its open end; a split run carries x on as its new latent
+    first = sample(merged, steps[:3], latent, noise)
+    want = sample(model, steps[2:], first, torch.zeros_like(noise))
+    assert change(got, sample(merged, steps, latent, noise)) > 1e-3
+    assert change(got, want) < 1e-4, change(got, want)
