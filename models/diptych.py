@@ -146,7 +146,7 @@ def build(
     else:
         prompt = format_prompt(instruction, template, side=side, keep_rest=keep_rest)
     if hard is not None:
-        hard = pixels.binarise(pixels.resize_mask(hard, *size))
+        hard = pixels.binarise(pixels.resize_mask(hard, *size)).to(source.device)
         batch = max(len(source), len(hard))
         source, hard = pixels.repeat_batch(source, batch), pixels.repeat_batch(hard, batch)
     layout = Layout(size, fit.panel, side, policy, fit.shown, fit.filled, source, hard)

@@ -62,6 +62,12 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
     return mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
 
 
+def painted(mask: Tensor | None, name: str = "mask") -> Tensor | None:
+    """The mask, or None if nothing is painted: what ComfyUI's Load Image gives for a picture without
+    alpha."""
+    return mask if mask is not None and bool(as_mask(mask, name).any()) else None
+
+
 def binarise(mask: Tensor) -> Tensor:
     """1 where the mask is at least 0.5, else 0; the rule of the whole pack. NaN counts as 0."""
     return (mask >= MASK_THRESHOLD).to(mask.dtype)

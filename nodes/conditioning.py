@@ -139,7 +139,10 @@ class DiptychKontextConditioner:
                 "image_3": ("IMAGE", {"tooltip": "A third reference, of any size."}),
                 "mask": (
                     "MASK",
-                    {"tooltip": "Repaint `image` only here; elsewhere Diptych Split returns it exactly."},
+                    {
+                        "tooltip": "Repaint `image` only here (an empty mask means all of it); elsewhere Diptych "
+                        "Split returns it exactly."
+                    },
                 ),
                 "size_policy": (
                     list(condition.SIZE_POLICIES),
@@ -212,7 +215,7 @@ class DiptychKontextConditioner:
         if batch == "references":
             images = [single for several in images for single in several.split(1)]
         first, *others = [
-            condition.reference(picture, mask=None if i else mask, **sizing)
+            condition.reference(picture, mask=None if i else pixels.painted(mask), **sizing)
             for i, picture in enumerate(images)
         ]
         references = [vae.encode(picture.image) for picture in (first, *others)]

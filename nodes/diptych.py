@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..models import diptych as dp
 from ..models.geometry import POLICIES
-from ..models.pixels import as_mask
+from ..models.pixels import painted
 
 
 class DiptychBuilder:
@@ -137,13 +137,11 @@ class DiptychBuilder:
         template: str = dp.ICEDIT_TEMPLATE,
         keep_rest: bool = False,
     ) -> tuple[Tensor, Tensor, str, dp.Layout]:
-        if edit_mask is not None and not as_mask(edit_mask, "edit_mask").any():
-            edit_mask = None  # what Load Image gives for a picture nobody painted on
         return tuple(
             dp.build(
                 image,
                 instruction,
-                edit_mask=edit_mask,
+                edit_mask=painted(edit_mask, "edit_mask"),
                 panel_width=panel_width,
                 policy=policy,
                 side=side,
@@ -195,7 +193,10 @@ class DiptychSplit:
                 ),
                 "mask": (
                     "MASK",
-                    {"tooltip": "Take the edit only here. Left open, the edit_mask of the builder counts."},
+                    {
+                        "tooltip": "Take the edit only here. Left open or empty, the edit_mask of the "
+                        "builder counts."
+                    },
                 ),
                 "paste": (
                     list(dp.PASTE),
@@ -256,7 +257,7 @@ class DiptychSplit:
                 image,
                 layout,
                 source=source,
-                mask=mask,
+                mask=painted(mask),
                 paste=paste,
                 feather=feather,
                 grow=grow,

@@ -232,9 +232,13 @@ def test_a_whole_edit_through_the_nodes_returns_the_source_outside_the_mask():
     assert torch.equal(edited[outside], image[outside]) and beside.shape == edited.shape == image.shape
 
 
-def test_an_empty_edit_mask_means_the_whole_picture():
-    mask = DiptychBuilder().build(picture(1, 32, 32, 3), "x", torch.zeros(1, 64, 64), panel_width=32)[1]
+def test_an_empty_mask_means_the_whole_picture():
+    """Load Image gives an empty 64x64 mask for a picture without alpha."""
+    image, empty = picture(1, 32, 32, 3), torch.zeros(1, 64, 64)
+    diptych, mask, _, layout = DiptychBuilder().build(image, "x", empty, panel_width=32)
     assert bool((mask[:, :, 32:] == 1).all())
+    assert not DiptychSplit().split(torch.zeros_like(diptych), layout, mask=empty)[0].any()
+    assert "noise_mask" not in kontext(image, mask=empty, size_policy="keep")[1]
 
 
 def digest(value):

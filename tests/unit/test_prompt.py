@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from comfyui_diptych.models.diptych import ICEDIT_TEMPLATE, build, format_prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import rand
 
 REFERENCE = (
@@ -73,3 +75,10 @@ def test_no_instruction_is_no_prompt(nothing):
 def test_a_template_without_a_place_is_one_clear_sentence():
     with pytest.raises(ValueError, match="{instruction}"):
         format_prompt("x", "a cat")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40), st.sampled_from(["right", "left", "bottom", "top"]), st.booleans())
+def test_formatting_a_prompt_again_changes_nothing(words, side, keep_rest):
+    once = format_prompt(words, side=side, keep_rest=keep_rest)
+    assert format_prompt(once, side=side, keep_rest=keep_rest) == once
