@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..models import tiny
 from ..models.lora import apply_to_comfy, read
 from ..models.lora.files import SIDECARS, WEIGHT_FILES
 
-BUNDLED = Path(__file__).resolve().parents[1] / "models" / "tiny" / "weights" / "loras"
 BUNDLED_PREFIX = "diptych tiny demo/"
 
 
@@ -183,7 +183,7 @@ def _folders(files: list[str]) -> dict[str, str]:
 
 
 def _bundled() -> list[Path]:
-    return sorted(BUNDLED.glob("*.safetensors"))
+    return sorted((tiny.folder() / "loras").glob("*.safetensors"))
 
 
 def _fingerprint(path: Path) -> str:
