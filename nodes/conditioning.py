@@ -140,8 +140,8 @@ class DiptychKontextConditioner:
                 "mask": (
                     "MASK",
                     {
-                        "tooltip": "Repaint `image` only here (an empty mask means all of it); elsewhere Diptych "
-                        "Split returns it exactly."
+                        "tooltip": "Repaint `image` only here (an empty mask means all of it); elsewhere "
+                        "Diptych Split returns it exactly."
                     },
                 ),
                 "size_policy": (
