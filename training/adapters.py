@@ -1,10 +1,8 @@
 """What is trained: LoRA (peft), MoE-LoRA, or everything; added to a diffusers module and read out again.
 
-Trained tensors are float32 whatever the base's dtype. Names in `trained_state` are the diffusers module
-paths with
-`lora_A.weight` / `lora_B.weight` (and `lora_A.expert_0.weight`, `lora_route.weight` for MoE), without peft's
-adapter
-name, which is how files spell them.
+Trained tensors are float32 whatever the base's dtype. Names in `trained_state` are the diffusers module paths
+with `lora_A.weight` / `lora_B.weight` (and `lora_A.expert_0.weight`, `lora_route.weight` for MoE), without
+peft's adapter name, which is how files spell them.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.lora.moe import gate_weights
 from .losses import load_balance
 
 ADAPTER = "default"
@@ -41,12 +40,9 @@ class MoELoRALinear(nn.Module):
     """A frozen linear plus token-wise routed low-rank experts (ICEdit's MoE-LoRA).
 
     y = base(x) + sum_i g_i(x) (alpha/r) B_i A_i x over the top_k experts. gate `softmax_topk`: softmax over
-    the kept
-    logits (with top_k = 1 always 1: the router gets no gradient, as in the original). gate `softmax_all`:
-    softmax
-    over all logits, then the top k of it (Switch): the router learns, helped by `balance`, the load-balance
-    loss of
-    the last forward.
+    the kept logits (with top_k = 1 always 1: the router gets no gradient, as in the original). gate
+    `softmax_all`: softmax over all logits, then the top k of it (Switch): the router learns, helped by
+    `balance`, the load-balance loss of the last forward.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, experts: int, top_k: int, gate: str):
@@ -70,15 +66,11 @@ class MoELoRALinear(nn.Module):
         return self.base_layer.weight
 
     def gates(self, x: Tensor) -> Tensor:
-        """Weights of the experts [..., E], zero for those not taken."""
+        """Weights of the experts [..., E], zero for those not taken; keeps the load-balance loss."""
         logits = self.lora_route(x).float()
-        if self.gate == "softmax_topk":
-            kept, chosen = logits.topk(self.top_k, dim=-1)
-            return torch.zeros_like(logits).scatter(-1, chosen, kept.softmax(-1))
-        gates = logits.softmax(-1)
-        chosen = torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
-        self.balance = load_balance(gates, chosen)
-        return gates * chosen
+        gates = gate_weights(logits, self.top_k, self.gate)
+        self.balance = load_balance(logits.softmax(-1), gates > 0) if self.gate == "softmax_all" else None
+        return gates
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)

@@ -1,10 +1,9 @@
 """Checkpoints that are whole or absent: written beside, synced, renamed; the last K kept.
 
 A checkpoint folder `step_00000500/` holds `trained.safetensors`, `ema.safetensors` (if averaged),
-`optimizer.pt`
-(tensors and numbers, read with weights_only=True), one `rng_<rank>.pt` per process and `state.json`.
-Distributed
-engines that shard the optimiser (FSDP, DeepSpeed) keep their own files in `engine/`.
+`optimizer.pt` (tensors and numbers, read with weights_only=True), one `rng_<rank>.pt` per process and
+`state.json`. Distributed engines that shard the optimiser (FSDP, DeepSpeed) keep their own files in
+`engine/`.
 """
 
 from __future__ import annotations
@@ -94,8 +93,7 @@ class Writer:
     """One checkpoint being written. Use as a context: on success it is renamed into place and old ones go.
 
     Only the main process calls `__enter__`/`__exit__`; others may write files into `.folder` in between. A
-    failure
-    removes the unfinished folder and leaves the earlier checkpoints alone.
+    failure removes the unfinished folder and leaves the earlier checkpoints alone.
     """
 
     def __init__(self, root: Path, step: int, keep: int):

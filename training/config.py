@@ -201,6 +201,10 @@ class TrainConfig:
             raise ValueError(
                 f"moe_top_k is {self.moe_top_k}: it must lie in 1..moe_experts ({self.moe_experts})"
             )
+        if self.train_text_encoder and self.task != "sd_inpaint" and self.method != "full":
+            raise ValueError(
+                "train_text_encoder with a FLUX LoRA: no loader reads it; use it with full training"
+            )
         if self.init == "random" and self.method != "full":
             raise ValueError(f"init is random with method {self.method}: an adapter needs pretrained weights")
 

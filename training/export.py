@@ -1,15 +1,13 @@
 """What training leaves behind: a LoRA file that every loader reads alike, or a complete diffusers folder.
 
-LoRA files carry diffusers names with the scale folded into the matrices (alpha = rank), so a reader that
-ignores
-alpha gets the same weights; SD1.5 files carry kohya names, the only ones ComfyUI's core reads there.
+The file format is `models/lora/save.py`'s; here trained tensors are brought into its canonical form.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +16,61 @@ from torch import Tensor, nn
 
 from .adapters import file_name, trained_parameters, trained_state
 
-
-def folded(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A and B each times sqrt(scale): B A becomes scale B A. Routers are left alone."""
-    root = abs(scale) ** 0.5
-    return {k: v if "lora_route" in k else v.float() * root for k, v in tensors.items()}
+BASES = {"fill": "FLUX.1 Fill", "kontext": "FLUX.1", "sd_inpaint": "Stable Diffusion UNet"}
 
 
-def kohya_names(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`a.b.lora_A.weight` to `<prefix>_a_b.lora_down.weight`, with an alpha per module equal to its rank."""
-    out: dict[str, Tensor] = {}
+def lora_weights(tensors: Mapping[str, Tensor], config: Any) -> Any:
+    """Trained tensors under their file names (`adapters.trained_state`) as `models.lora`'s canonical form."""
+    from ..models.lora.weights import LoraInfo, LoraWeights, LowRank, MoeLowRank
+
+    scale = config.alpha / config.rank
+    paths: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        path, _, side = name.removesuffix(".weight").rpartition(".")
-        module = f"{prefix}_{path.replace('.', '_')}"
-        if side == "lora_A":
-            out[f"{module}.lora_down.weight"] = tensor
-            out[f"{module}.alpha"] = torch.tensor(float(tensor.shape[0]))
-        else:
-            out[f"{module}.lora_up.weight"] = tensor
-    return out
+        path, _, rest = name.partition(".lora_")
+        paths.setdefault(path, {})[rest.removesuffix(".weight")] = tensor
+    modules: dict[str, Any] = {}
+    for path, parts in paths.items():
+        if "route" not in parts:
+            modules[path] = LowRank(parts["A"], parts["B"], scale, "recipe")
+            continue
+        experts = range(sum(name.startswith("A.") for name in parts))
+        down, up = (torch.stack([parts[f"{side}.expert_{i}"] for i in experts]) for side in "AB")
+        modules[path] = MoeLowRank(
+            down, up, parts["route"], scale, "recipe", config.moe_gate, config.moe_top_k
+        )
+    base = BASES[config.task]
+    return LoraWeights(modules, {}, LoraInfo("diptych", base, config.rank, config.alpha, "recipe"))
 
 
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def save_lora(path: Path, parts: dict[str, dict[str, Tensor]], config: Any, header: dict[str, Any]) -> Path:
+    """Write one LoRA file. parts: denoiser (and text encoder) -> names and tensors of `trained_state`.
+
+    header: the `diptych` block (base, recipe, steps, data hash, prompt template; the gate is added).
+    """
+    from ..models.lora.save import save
+
+    denoiser, *texts = parts
+    save(path, lora_weights(parts[denoiser], config), header)
+    for name in texts:
+        _add_text_encoder(path, parts[name], config)
+    return path
+
+
+def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any) -> None:
+    """The CLIP text encoder's LoRA beside the UNet's, in kohya's naming."""
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
-    os.replace(temporary, path)
-
-
-def save_lora(
-    path: Path,
-    parts: dict[str, dict[str, Tensor]],
-    *,
-    scale: float,
-    rank: int,
-    header: dict[str, Any],
-    kohya: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Write one LoRA file. parts: {"transformer": {...}, "text_encoder": {...}} with names of
-    `trained_parameters`.
-
-    header: the `diptych` block (base, recipe, steps, data hash, prompt template, MoE gate).
-    """
-    flat: dict[str, Tensor] = {}
-    adapter: dict[str, Any] = {}
-    kohya_prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}
-    for part, tensors in parts.items():
-        tensors = {k: v.to(dtype) for k, v in folded(tensors, scale).items()}
-        if kohya:
-            flat |= kohya_names(tensors, kohya_prefix[part])
-        else:
-            flat |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-            targets = sorted({n.split(".lora_")[0] for n in tensors})
-            adapter |= {f"{part}.r": rank, f"{part}.lora_alpha": rank, f"{part}.target_modules": targets}
-    metadata = {"format": "pt", "diptych": json.dumps(header, sort_keys=True)}
-    if kohya:
-        metadata |= {
-            "ss_network_dim": str(rank),
-            "ss_network_alpha": str(rank),
-            "ss_network_module": "networks.lora",
-        }
-    else:
-        metadata["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True)
-    _write(path, flat, metadata)
-    return path
+    with safe_open(path, framework="pt") as file:
+        header, flat = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    for name, tensor in tensors.items():
+        module, _, rest = name.partition(".lora_")
+        key = "lora_te_" + module.replace(".", "_")
+        flat[f"{key}.lora_{'down' if rest.startswith('A') else 'up'}.weight"] = tensor.contiguous()
+        flat[f"{key}.alpha"] = torch.tensor(float(config.alpha))
+    partial = path.with_name(path.name + ".part")
+    save_file(flat, partial, metadata=header)
+    os.replace(partial, path)
 
 
 def save_pipeline(

@@ -1,8 +1,7 @@
 """What the trainer eats: the rows of its data, encoded once (or every step), and the batch of any step.
 
 `Corpus` reads and lists, `encode_corpus` fills the caches and can be killed and resumed, `Batches` gives
-tensors.
-Which rows make up step n is `data.buckets.BucketBatchSampler`'s business.
+tensors. Which rows make up step n is `data.buckets.BucketBatchSampler`'s business.
 """
 
 from __future__ import annotations

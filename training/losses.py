@@ -1,9 +1,8 @@
 """Training targets and losses of the flow-matching and epsilon models. Pure tensor code, no models, no data.
 
 Randomness is stateless: `row_generator(seed, position, stream)` gives the generator of one training row, so
-what a
-row sees depends on nothing but the seed and its place in the run. That makes resuming, more processes and
-accumulation give the same numbers.
+what a row sees depends on nothing but the seed and its place in the run. That makes resuming, more processes
+and accumulation give the same numbers.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def sigma_from_uniform(
 ) -> Tensor:
     """Map uniform u [B] to sigma in (0, 1), float32 [B].
 
-    logit_normal: sigmoid(mean + std * Phi^-1(u)) (ICEdit: mean 0, std 1, no resolution shift);
-    mode: 1 - u - s (cos^2(pi u / 2) - 1 + u) (SD3, arXiv 2403.03206, eq. 20); uniform: u.
+    logit_normal: sigmoid(mean + std * Phi^-1(u)) (ICEdit: mean 0, std 1, no resolution shift); mode: 1 - u -
+    s (cos^2(pi u / 2) - 1 + u) (SD3, arXiv 2403.03206, eq. 20); uniform: u.
     """
     u = u.double().clamp(1e-6, 1 - 1e-6)
     if sampling == "logit_normal":

@@ -1,10 +1,9 @@
 """Supervised training of Fill, Kontext and SD inpainting: LoRA, MoE-LoRA or full, on accelerate.
 
 The story in order: encoders -> caches -> denoiser and what is trained of it -> resume -> steps -> export.
-Data order,
-noise, sigma and prompt drop are functions of (seed, position), so a resumed run continues bit-equal and two
-processes
-see what one with twice the batch sees. Losses stand in `losses.py`, model families in `tasks.py`.
+Data order, noise, sigma and prompt drop are functions of (seed, position), so a resumed run continues
+bit-equal and two processes see what one with twice the batch sees. Losses stand in `losses.py`, model
+families in `tasks.py`.
 """
 
 from __future__ import annotations
@@ -77,8 +76,12 @@ class Trainer:
     def prepare(self) -> None:
         """Everything before the first step. All errors of the recipe and the data come from here."""
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, PartialState
 
         c = self.config
+        if AcceleratorState._shared_state and PartialState().num_processes == 1:
+            # An earlier run in this process (ComfyUI, tests) may have had another precision.
+            AcceleratorState._reset_state(reset_partial_state=True)
         if c.threads:
             torch.set_num_threads(c.threads)
         trackers = [t for t in c.log_with if t != "none"]
@@ -426,17 +429,15 @@ class Trainer:
     def header(self) -> dict[str, Any]:
         """The `diptych` block of saved files."""
         c = self.config
-        header = {
+        return {
             "base": c.model,
+            "algorithm": "sft",
             "task": c.task,
             "recipe": c.recipe,
-            "steps": self.step,
+            "step": self.step,
             "data": self.batches.fingerprint(),
             "prompt_template": self.template,
         }
-        if c.method == "moe_lora":
-            header |= {"moe_gate": c.moe_gate, "moe_top_k": c.moe_top_k, "moe_experts": c.moe_experts}
-        return header
 
     def export(self) -> Path:
         """Write the final weights (averaged if there is an average): a LoRA file or a diffusers folder."""
@@ -457,14 +458,7 @@ class Trainer:
                     export.save_pipeline(path, c.model, self.parts, states)
                 else:
                     tensors = {n: export.part_tensors(m, states and states[n]) for n, m in self.parts.items()}
-                    export.save_lora(
-                        path,
-                        tensors,
-                        scale=c.alpha / c.rank,
-                        rank=c.rank,
-                        header=self.header(),
-                        kohya=c.task == "sd_inpaint",
-                    )
+                    export.save_lora(path, tensors, c, self.header())
         finally:
             if self.average is not None:
                 self.average.swap(self.names)

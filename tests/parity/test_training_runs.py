@@ -1,0 +1,221 @@
+"""Whole runs of the trainer on toy pipelines: resume after kill -9, two processes, NaN, every method."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_diptych.training import checkpoint, config, sft
+from safetensors.torch import load_file
+
+TOY = {
+    "data": ["shapes:24?size=32"],
+    "resolution": 32,
+    "rank": 4,
+    "batch_size": 2,
+    "max_steps": 4,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "mixed_precision": "no",
+    "base_dtype": "float32",
+    "cache_dtype": "float32",
+    "max_sequence_length": 24,
+    "gradient_checkpointing": False,
+    "log_with": ["none"],
+    "log_every": 1,
+    "sample_every": 0,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, fill_pipeline, kontext_pipeline, sd_inpaint_pipeline):
+    root = tmp_path_factory.mktemp("toys")
+    pipelines = {"fill": fill_pipeline, "kontext": kontext_pipeline, "sd_inpaint": sd_inpaint_pipeline}
+    for name, pipeline in pipelines.items():
+        pipeline.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def toy(folders, output, task="fill", **options):
+    values = {**TOY, "task": task, "model": str(folders / task), "output_dir": str(output)}
+    return config.from_dict({**values, **options})
+
+
+def run(c, **callbacks):
+    trainer = sft.Trainer(c, **callbacks)
+    return trainer, trainer.run()
+
+
+KILLED = """
+import os, signal, sys
+from comfyui_diptych.training import config, sft
+def die(report):
+    if report.step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+c = config.load(sys.argv[1])
+sft.Trainer(c, on_report=die).run()
+"""
+
+
+def write_recipe(c, path):
+    path.write_text(json.dumps({k: v for k, v in vars(c).items() if v is not None}), encoding="utf-8")
+    return path
+
+
+def test_20_steps_equal_9_then_kill_then_11_bit_for_bit(folders, tmp_path):
+    options = {"max_steps": 20, "save_every": 9, "ema": 0.9, "accumulation": 2, "lora_dropout": 0.1}
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    straight, path = run(toy(folders, tmp_path / "straight", **options, **cache))
+    broken = toy(folders, tmp_path / "broken", **options, **cache)
+    recipe = write_recipe(broken, tmp_path / "broken.yaml")
+    child = subprocess.run([sys.executable, "-c", KILLED, str(recipe)], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    kept = checkpoint.folders(tmp_path / "broken" / "checkpoints")
+    assert [p.name for p in kept] == ["step_00000009"]
+    broken.resume = "auto"
+    resumed, again = run(broken)
+    one, two = load_file(path), load_file(again)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    for name in ("trained.safetensors", "ema.safetensors"):
+        values = [
+            load_file(tmp_path / run / "checkpoints" / "step_00000020" / name)
+            for run in ("straight", "broken")
+        ]
+        assert all(torch.equal(values[0][k], values[1][k]) for k in values[0])
+
+
+def test_two_processes_equal_one_with_twice_the_batch(folders, tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    _, path = run(toy(folders, tmp_path / "one", batch_size=4, **cache))
+    c = toy(folders, tmp_path / "two", batch_size=2, **cache)
+    recipe = write_recipe(c, tmp_path / "two.yaml")
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", *launch, "-m", "comfyui_diptych", "train", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = load_file(path), load_file(tmp_path / "two" / path.name)
+    assert json.loads((tmp_path / "two/checkpoints/step_00000004/state.json").read_text())["world"] == 2
+    moved = max(t.abs().max().item() for k, t in one.items() if "lora_B" in k)
+    assert moved > 1e-3
+    assert max((one[k] - two[k]).abs().max().item() for k in one) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "options"),
+    [
+        ("fill", "moe_lora", {"ema": 0.9, "loss_on": "edited", "sample_every": 2, "sample_steps": 2}),
+        ("fill", "lora", {"layout": "inpaint", "mask_variants": 2, "cache": False, "loss_on": "weighted"}),
+        (
+            "fill",
+            "lora",
+            {"base_dtype": "bfloat16", "mixed_precision": "bf16", "gradient_checkpointing": True},
+        ),
+        ("fill", "full", {"init": "random", "train_text_encoder": True}),
+        ("kontext", "lora", {"sample_every": 4, "sample_steps": 2, "loss_weighting": "cosmap"}),
+        ("kontext", "full", {"prompt_drop": 1.0}),
+        ("sd_inpaint", "lora", {"sample_every": 4, "sample_steps": 2, "train_text_encoder": True}),
+        ("sd_inpaint", "full", {"mask_variants": 2}),
+    ],
+)
+def test_every_family_and_method_trains_only_what_it_should(folders, tmp_path, task, method, options):
+    if task == "sd_inpaint":
+        options = {**options, "data": ["shapes:24?size=32&task=inpaint"]}
+    trainer, path = run(toy(folders, tmp_path, task, method=method, **options))
+    assert path.exists()
+    base = load_file(next((folders / task / trainer.task.denoiser_part).glob("*.safetensors")))
+    module = trainer.parts[trainer.task.denoiser_part]
+    for name, parameter in module.named_parameters():
+        name = name.replace(".base_layer", "")
+        if not parameter.requires_grad:
+            assert torch.equal(parameter.data.float(), base[name].to(parameter.dtype).float()), name
+    trained = checkpoint.read_tensors(checkpoint.folders(tmp_path / "checkpoints")[-1], "trained.safetensors")
+    assert all(t.dtype == torch.float32 for t in trained.values())
+    if method != "full":
+        assert all("lora_" in name for name in trained)
+        assert any(t.abs().sum() > 0 for name, t in trained.items() if "lora_B" in name)
+    else:
+        assert (path / "model_index.json").is_file()
+        assert any("text_encoder" in n for n in trained) == trainer.config.train_text_encoder
+    if trainer.config.sample_every:
+        assert list((tmp_path / "samples").glob("*.png"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_nan_stops_with_one_sentence_and_leaves_the_last_checkpoint(folders, tmp_path, monkeypatch):
+    c = toy(folders, tmp_path, save_every=2)
+    real = sft.losses.row_noise
+
+    def poisoned(seed, positions, shape, offset=0.0):
+        return real(seed, positions, shape, offset) * (float("nan") if positions[0] >= 4 else 1)
+
+    monkeypatch.setattr(sft.losses, "row_noise", poisoned)
+    with pytest.raises(checkpoint.TrainingError, match=r"nan.*step 3.*step_00000002 is intact"):
+        run(c)
+    saved = checkpoint.read_tensors(tmp_path / "checkpoints" / "step_00000002", "trained.safetensors")
+    assert all(t.isfinite().all() for t in saved.values())
+
+
+def test_cached_and_uncached_training_see_the_same_batches(folders, tmp_path):
+    _, cached = run(toy(folders, tmp_path / "cached"))
+    _, live = run(toy(folders, tmp_path / "live", cache=False))
+    one, two = load_file(cached), load_file(live)
+    assert max((one[k] - two[k]).abs().max().item() for k in one) <= 1e-5
+
+
+def test_being_stopped_saves_and_the_same_settings_resume(folders, tmp_path):
+    c = toy(folders, tmp_path, resume="auto")
+    seen = []
+    trainer, path = run(c, on_report=seen.append, should_stop=lambda: len(seen) == 2)
+    assert path.name == "step_00000002" and trainer.step == 2
+    trainer, path = run(c, on_report=seen.append)
+    assert [r.step for r in seen] == [1, 2, 3, 4] and path.suffix == ".safetensors"
+
+
+def test_a_full_disk_during_a_run_keeps_the_last_checkpoint(folders, tmp_path, monkeypatch):
+    real = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(checkpoint.TrainingError, match="No space left.*step_00000002 is intact"):
+        run(toy(folders, tmp_path, save_every=2))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_killed_cache_is_completed_not_redone(folders, tmp_path):
+    c = toy(folders, tmp_path, max_steps=1)
+    run(c)
+    trainer = sft.Trainer(c)
+    seen = {}
+
+    def progress(items, label):
+        seen[label] = len(items)
+        return items
+
+    trainer.progress = progress
+    trainer.prepare()
+    assert seen == {"caching pictures": 0, "caching prompts": 0}
+    shutil.rmtree(Path(tmp_path) / "cache" / "pictures")
+    trainer = sft.Trainer(c, progress=progress)
+    trainer.prepare()
+    assert seen["caching pictures"] == 24

@@ -1,0 +1,165 @@
+"""The training nodes without ComfyUI: choices become recipes, scores tell good edits from bad."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_diptych.nodes import training as nodes
+from comfyui_diptych.training import session, shapes
+from comfyui_diptych.training.data.sources import spec_of
+from comfyui_diptych.training.shapes.words import understand
+from PIL import Image
+
+
+def model_at(folder: Path, part="transformer", channels=384) -> Path:
+    (folder / part).mkdir(parents=True)
+    (folder / part / "config.json").write_text(json.dumps({"in_channels": channels}))
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def comfyui(tmp_path, monkeypatch):
+    """A folder_paths module with an input folder of pairs and one base model."""
+    pairs = tmp_path / "input" / "cats"
+    pairs.mkdir(parents=True)
+    for name in ("a_source.png", "a_target.png"):
+        Image.new("RGB", (16, 16)).save(pairs / name)
+    (pairs / "a.txt").write_text("make it black")
+    model_at(tmp_path / "models" / "my-fill")
+    paths = SimpleNamespace(
+        get_input_directory=lambda: str(tmp_path / "input"),
+        get_folder_paths=lambda kind: [str(tmp_path / "models")] if kind == "diffusers" else [],
+    )
+    monkeypatch.setitem(sys.modules, "folder_paths", paths)
+    return tmp_path
+
+
+def test_the_menus_offer_what_is_on_disk_and_something_to_try(comfyui):
+    required = nodes.DiptychTrainLora.INPUT_TYPES()["required"]
+    assert required["dataset"][0] == [nodes.DEMO, "cats"]
+    assert required["base_model"][0] == [*nodes.TINY, "my-fill"]
+    assert nodes.data_spec("cats") == f"pairs:{comfyui / 'input' / 'cats'}"
+    assert nodes.model_folder("my-fill") == comfyui / "models" / "my-fill"
+
+
+def test_menu_entries_that_vanished_say_where_to_put_them(comfyui):
+    with pytest.raises(ValueError, match="'dogs'.*ComfyUI's input folder"):
+        nodes.data_spec("dogs")
+    with pytest.raises(ValueError, match="'gone'.*models/diffusers"):
+        nodes.model_folder("gone")
+
+
+def test_adding_a_picture_to_the_folder_trains_again(comfyui):
+    before = nodes.DiptychTrainLora.IS_CHANGED(dataset="cats", steps=1)
+    assert before == nodes.DiptychTrainLora.IS_CHANGED(dataset="cats")
+    Image.new("RGB", (16, 16)).save(comfyui / "input" / "cats" / "b_source.png")
+    assert before != nodes.DiptychTrainLora.IS_CHANGED(dataset="cats")
+
+
+@pytest.mark.parametrize(
+    "part, channels, task, recipe",
+    [
+        ("transformer", 384, "fill", "icedit"),
+        ("transformer", 64, "kontext", "kontext"),
+        ("unet", 9, "sd_inpaint", "sd_inpaint_dreambooth"),
+    ],
+)
+def test_the_base_model_picks_the_recipe(tmp_path, part, channels, task, recipe):
+    pytest.importorskip("transformers")
+    model = model_at(tmp_path / "m", part, channels)
+    choices = session.Choices("shapes:4", str(model), "cat", steps=7, rank=5, lr=0.5, resolution=48)
+    config = session.configure(choices, tmp_path)
+    assert (config.task, config.recipe, config.max_steps, config.rank, config.lr) == (task, recipe, 7, 5, 0.5)
+    assert config.resolution == 48 and config.model == str(model) and config.data == ["shapes:4"]
+    assert config.resume == "auto" and config.class_prompt == "" and config.optimizer == "adamw"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": "../evil"}, "plain file name"),
+        ({"name": ""}, "plain file name"),
+        ({"recipe": "kontext"}, "choose recipe auto"),
+        ({"resolution": 50}, "multiple of 16"),
+        ({"precision": "int3"}, "precision is 'int3'"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, change, message):
+    pytest.importorskip("transformers")
+    model = model_at(tmp_path / "m")
+    choices = session.Choices(**({"data": "shapes:4", "model": str(model), "name": "cat"} | change))
+    with pytest.raises(ValueError, match=message):
+        session.configure(choices, tmp_path)
+
+
+def test_other_models_are_refused_by_their_channels(tmp_path):
+    with pytest.raises(ValueError, match="takes 4 channels"):
+        session.task_of(model_at(tmp_path / "a", "unet", 4))
+    with pytest.raises(ValueError, match="no diffusers folder"):
+        session.task_of(tmp_path)
+
+
+def test_the_same_settings_find_their_run_again_and_others_do_not():
+    one = session.Choices("pairs:a", "m", "cat", steps=10)
+    assert one.folder() == session.Choices("pairs:a", "m", "cat", steps=99, preview_every=3).folder()
+    assert one.folder() != session.Choices("pairs:a", "m", "cat", steps=10, rank=8).folder()
+
+
+def test_a_lora_of_another_origin_is_never_overwritten(tmp_path):
+    loras, runs = tmp_path / "loras", [tmp_path / "run1", tmp_path / "run2"]
+    for number, run in enumerate(runs):
+        run.mkdir()
+        (run / "cat.safetensors").write_bytes(bytes([number]))
+    places = [session.publish(run / "cat.safetensors", loras, run) for run in (*runs, *runs)]
+    assert [place.name for place in places] == ["cat.safetensors", "cat_2.safetensors"] * 2
+    assert [place.read_bytes() for place in places[:2]] == [b"\x00", b"\x01"]
+
+
+def test_folders_are_recognised_by_their_files(tmp_path):
+    (tmp_path / "data.jsonl").write_text("{}")
+    assert spec_of(tmp_path) == f"jsonl:{tmp_path / 'data.jsonl'}"
+    (tmp_path / "x_target.png").write_bytes(b"")
+    assert spec_of(tmp_path) == f"pairs:{tmp_path}"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="NAME_source.png"):
+        spec_of(tmp_path / "empty")
+
+
+def test_every_instruction_of_the_world_is_understood():
+    edits = list(shapes.random_edits(7, 150, "val"))
+    for edit in edits:
+        understood = understand(edit.source, edit.instruction)
+        assert understood is not None and understood.target == edit.target, edit.instruction
+    assert understand(edits[0].source, "make it nicer") is None
+
+
+def score(*pictures, **options):
+    return nodes.DiptychEditScore().score(*pictures, **options)["result"]
+
+
+def test_scores_tell_the_edit_from_no_edit_and_from_a_spoilt_one():
+    pair = next(p for p in shapes.edit_pairs(3, 20, "test") if len(p.edit.places) == 1)
+    source, target, mask = pair.source[None], pair.target[None], pair.mask[None]
+    good = score(target, source, pair.instruction, mask)
+    idle = score(source, source, pair.instruction, mask)
+    spoilt = score(1 - target, source, pair.instruction, mask)
+    assert (good[0], good[3]) == (1, 1) and good[1] > 0
+    assert (idle[0], idle[1], idle[2], idle[3]) == (1, 0, pytest.approx(1), 0)
+    assert spoilt[0] < 0.9 and spoilt[3] == 0
+    assert score(target, source, "", mask, expected=target)[2:4] == (pytest.approx(1), 1)
+    assert "success" in good[4] and good[5].shape[0] == 1 and good[5].shape[-1] == 3
+
+
+def test_photographs_get_distances_and_no_verdict():
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.rand(2, 40, 30, 4, generator=generator)
+    kept, changed, similarity, success, report, _ = score(photo, photo[:1], "make it blue")
+    assert success == -1 and len(report.splitlines()) == 3
+    with pytest.raises(ValueError, match="source is 20x20 but edited is 30x40"):
+        score(photo, torch.zeros(1, 20, 20, 3))
