@@ -1,0 +1,384 @@
+"""Trains the tiny FLUX models of the shapes world: Fill base, ICEdit LoRA and MoE-LoRA, Kontext.
+
+The loss is that of `training/losses.py`, the packing and ids that of `models/`; what is particular is the speed: one
+process, one device, latents and text cached in memory, text of just the length that is needed (`tiny_data.Texts`).
+Not the trainer for real models: that is `training/sft.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.packing import image_ids, pack_latents, pack_mask, unpack_latents
+from ..models.tiny import build
+from . import adapters, losses, shapes, tiny_data
+from .tiny_data import Rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TinyRecipe:
+    """How a tiny denoiser is trained; every field is a key of the YAML recipe."""
+
+    family: str = "fill"  # fill | edit | kontext
+    method: str = "full"  # full | lora | moe_lora
+    output_dir: str = "runs/tiny_fill"
+    vae: str = "runs/tiny_vae/vae"
+    text: str = "runs/tiny_text"
+    start_from: str = ""  # transformer folder: base of a LoRA, or warm start of a full training
+    rank: int = 32
+    lora_alpha: float = 32.0
+    moe_experts: int = 4
+    moe_top_k: int = 1
+    moe_gate: str = "softmax_all"
+    moe_balance: float = 0.01
+    lora_dropout: float = 0.0
+    examples: int = 30_000
+    steps: int = 6000
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 200
+    weight_decay: float = 1e-3
+    ema_decay: float = 0.999
+    grad_clip: float = 1.0
+    mask_loss_weight: float = 4.0  # of the repainted cells against 1 elsewhere
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    prompt_drop: float = 0.03
+    bf16: bool = True
+    seed: int = 0
+    save_every: int = 500
+    score_every: int = 1000
+    score_pairs: int = 100
+
+    @property
+    def alpha(self) -> float:
+        return self.lora_alpha
+
+
+class ExplicitAttention:
+    """FLUX attention written out: on a CPU several times faster backward than `scaled_dot_product_attention`.
+
+    Rotary embedding is applied to the picture's tokens only, since text ids are zero, as a product with the
+    constant that maps (a, b) to (-b, a). Same numbers as diffusers' processor.
+    """
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
+        size = attn.head_dim
+        joint = encoder_hidden_states is not None
+        text = encoder_hidden_states.shape[1] if joint else attention_mask.text_tokens
+        query, key, value = (_heads(f(hidden_states), size) for f in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = _rms(query, attn.norm_q.weight), _rms(key, attn.norm_k.weight)
+        cos, sin = (t[text:].to(query.dtype) for t in image_rotary_emb)
+        if joint:
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            words = [_heads(f(encoder_hidden_states), size) for f in projections]
+            text_query, text_key = (
+                _rms(words[0], attn.norm_added_q.weight),
+                _rms(words[1], attn.norm_added_k.weight),
+            )
+            value = torch.cat([words[2], value], 2)
+        else:
+            text_query, query = query[:, :, :text], query[:, :, text:]
+            text_key, key = key[:, :, :text], key[:, :, text:]
+        turn = _turn(size).to(query.dtype)
+        query = torch.cat([text_query, query * cos + (query @ turn) * sin], 2)
+        key = torch.cat([text_key, key * cos + (key @ turn) * sin], 2)
+        logits = (query * size**-0.5) @ key.transpose(-1, -2) + attention_mask.bias
+        out = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        if joint:
+            return attn.to_out[0](out[:, text:]), attn.to_add_out(out[:, :text])
+        return out
+
+
+@dataclass
+class TextBias:
+    """Attention bias `[B,1,1,S]` and how many of the S tokens are text."""
+
+    bias: Tensor
+    text_tokens: int
+
+
+def _heads(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _rms(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), 1e-6)
+
+
+@lru_cache(maxsize=4)
+def _turn(size: int) -> Tensor:
+    even = torch.arange(0, size, 2)
+    turn = torch.zeros(size, size)
+    turn[even + 1, even], turn[even, even + 1] = -1.0, 1.0
+    return turn
+
+
+class Velocity:
+    """The transformer as `velocity(x, sigma, ...)` on spatial latents, for either family's rows."""
+
+    def __init__(self, transformer: nn.Module, family: str, bf16: bool = True):
+        self.transformer, self.family, self.bf16 = transformer, family, bf16
+        transformer.set_attn_processor(ExplicitAttention())
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        rows: dict[str, Tensor],
+        text: tuple[Tensor, Tensor, Tensor],
+        guidance: Tensor,
+    ) -> Tensor:
+        tokens, pooled, bias = text
+        height, width = x.shape[-2:]
+        target = pack_latents(x)
+        ids = image_ids(height, width)
+        condition = pack_latents(rows["condition"])
+        if self.family == "kontext":
+            packed = torch.cat([target, condition], 1)
+            ids = torch.cat([ids, image_ids(height, width, 1)])
+        else:
+            packed = torch.cat([target, condition, pack_mask(rows["mask"])], -1)
+        mask = torch.cat([bias, torch.zeros(len(x), packed.shape[1])], 1)[:, None, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            out = self.transformer(
+                hidden_states=packed,
+                timestep=sigma,
+                guidance=guidance,
+                pooled_projections=pooled,
+                encoder_hidden_states=tokens,
+                txt_ids=torch.zeros(tokens.shape[1], 3),
+                img_ids=ids,
+                joint_attention_kwargs={
+                    "attention_mask": TextBias(mask.bfloat16() if self.bf16 else mask, tokens.shape[1])
+                },
+                return_dict=False,
+            )[0]
+        return unpack_latents(out[:, : target.shape[1]].float(), height, width)
+
+
+def load_rows(recipe: TinyRecipe, n: int, split: str, seed: int) -> list[Rows]:
+    """Encoded examples, one `Rows` per canvas width; cached in the output folder."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(recipe.vae).eval()
+    drawn = tiny_data.canvases(recipe.family, seed, n, split)
+    kontext = recipe.family == "kontext"
+    groups = [drawn] if kontext else [[c for c in drawn if len(c.panels) == k] for k in (1, 2)]
+    out = []
+    for number, group in enumerate(g for g in groups if g):
+        cache = Path(recipe.output_dir) / f"rows_{recipe.family}_{split}_{seed}_{n}_{number}.pt"
+        if cache.exists():
+            rows = Rows(group, *torch.load(cache, weights_only=True))
+        else:
+            rows = tiny_data.encode(group, vae, reference=kontext, seed=seed)
+            torch.save([rows.latents, rows.condition, rows.mask], cache)
+        rows.text = tiny_data.embed([c.prompt for c in group], Path(recipe.text))
+        out.append(rows)
+    return out
+
+
+def transformer_for(recipe: TinyRecipe) -> nn.Module:
+    """The module to train: fresh with zero-initialised modulation, or loaded; with adapters for a LoRA."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(recipe.seed)
+    channels = 64 if recipe.family == "kontext" else 384
+    if recipe.start_from:
+        module = FluxTransformer2DModel.from_pretrained(recipe.start_from).float()
+        if module.config.in_channels != channels:
+            module = _with_inputs(module, channels)
+    else:
+        module = build.flux_transformer(channels)
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Linear) and (".norm" in name or "norm_out" in name or name == "proj_out"):
+                nn.init.zeros_(part.weight)
+                nn.init.zeros_(part.bias)
+    if recipe.method != "full":
+        adapters.add_lora(module, adapters.TARGETS["fill"], recipe)
+    return module
+
+
+def _with_inputs(module: nn.Module, channels: int) -> nn.Module:
+    """The same transformer reading only the first `channels` features of a token."""
+    fresh = build.flux_transformer(channels)
+    state = module.state_dict()
+    state["x_embedder.weight"] = state["x_embedder.weight"][:, :channels].clone()
+    fresh.load_state_dict(state)
+    return fresh
+
+
+def _pick(rows: Rows, index: list[int]) -> dict[str, Tensor]:
+    return {
+        "latents": rows.latents[index].float(),
+        "condition": rows.condition[index].float(),
+        "mask": rows.mask[index].float(),
+    }
+
+
+def step_loss(velocity: Velocity, rows: Rows, index: list[int], recipe: TinyRecipe, generator, rng) -> Tensor:
+    """Flow-matching loss of one batch: random sigma, guidance value and padded length."""
+    batch = _pick(rows, index)
+    length = rng.choice((64, 64, 64, 128, 256, 512))
+    text = rows.text.batch(index, length)
+    x0 = batch["latents"]
+    u = torch.rand(len(index), generator=generator)
+    sigma = losses.sigma_from_uniform(
+        u, "logit_normal", logit_mean=recipe.logit_mean, logit_std=recipe.logit_std
+    )
+    noise = torch.randn(x0.shape, generator=generator)
+    x, target = losses.noised(x0, noise, sigma)
+    guidance = 1 + 59 * torch.rand(len(index), generator=generator)
+    prediction = velocity(x, sigma, batch, text, guidance)
+    weighted = "all" if recipe.family == "kontext" else "weighted"
+    cells = losses.region(batch["mask"][:, None], x0, weighted, recipe.mask_loss_weight)
+    return losses.weighted_mse(prediction, target, cells).mean()
+
+
+@torch.no_grad()
+def generate(
+    velocity: Velocity, rows: Rows, index: list[int], vae: Any, steps: int = 16, seed: int = 0
+) -> Tensor:
+    """Pictures `[B,H,W,3]` in 0..1 by Euler steps on FLUX's shifted schedule, guidance 30."""
+    from ..samplers.schedule import sigmas
+
+    batch = _pick(rows, index)
+    text = rows.text.batch(index, 64)
+    x = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(seed))
+    schedule = sigmas(steps, seq_len=x.shape[-1] * x.shape[-2] // 4).tolist()
+    for now, then in zip(schedule[:-1], schedule[1:], strict=True):
+        sigma = torch.full((len(x),), now)
+        x = x + (then - now) * velocity(x, sigma, batch, text, torch.full((len(x),), 30.0))
+    z = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return (vae.decode(z).sample.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def score(velocity: Velocity, held_out: list[Rows], vae: Any, n: int, steps: int = 16) -> dict[str, float]:
+    """Share of held-out rows that come out right: edit success, or in-hole caption accuracy."""
+    rows = held_out[-1]
+    index = list(range(min(n, len(rows))))
+    pictures = torch.cat(
+        [generate(velocity, rows, index[i : i + 100], vae, steps, seed=i) for i in range(0, len(index), 100)]
+    )
+    panels = pictures[:, :, -pictures.shape[1] :]
+    chosen = [rows.canvases[i] for i in index]
+    if chosen[0].edit is not None:
+        result = shapes.edit_success(panels, [c.edit for c in chosen])
+        out = {name: value.float().mean().item() for name, value in result.items()}
+        for operation in shapes.OPERATIONS:
+            here = [i for i, c in enumerate(chosen) if c.edit.operation == operation]
+            out[operation] = result["success"][here].float().mean().item() if here else math.nan
+        return out
+    match = shapes.places_match(panels, [c.panels[-1] for c in chosen], [c.holes for c in chosen])
+    return {"in_mask": match.float().mean().item()}
+
+
+def train(recipe: TinyRecipe, progress: Callable[[int, int, float], None] | None = None) -> Path:
+    """Runs a recipe, going on from `state.pt` in its output folder; returns that folder."""
+    from diffusers import AutoencoderKL
+
+    out = Path(recipe.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(recipe.vae).eval()
+    clock = time.process_time()
+    data = load_rows(recipe, recipe.examples, "train", recipe.seed)
+    held_out = load_rows(recipe, max(recipe.score_pairs, 100), "val", 1)
+    log.info("rows %s, %.0f CPU s", [len(r) for r in data], time.process_time() - clock)
+    module = transformer_for(recipe).train()
+    trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    log.info("%.3f M trained parameters", sum(p.numel() for p in trained.values()) / 1e6)
+    ema = {k: p.detach().clone() for k, p in trained.items()}
+    optimizer = torch.optim.AdamW(
+        trained.values(), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+    start, spent, state = 0, 0.0, out / "state.pt"
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        module.load_state_dict(saved["trained"], strict=False)
+        ema = saved["ema"]
+        optimizer.load_state_dict(saved["optimizer"])
+        start, spent = saved["step"], saved["cpu_seconds"]
+    velocity = Velocity(module, recipe.family, recipe.bf16)
+    running, weights = math.nan, [len(r) for r in data]
+    for step in range(start, recipe.steps):
+        rng = random.Random(f"{recipe.seed} {step}")
+        generator = torch.Generator().manual_seed(recipe.seed * 10_000_019 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * schedule(step, recipe)
+        rows = rng.choices(data, weights)[0]
+        index = [rng.randrange(len(rows)) for _ in range(recipe.batch_size)]
+        loss = step_loss(velocity, rows, index, recipe, generator, rng)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss is {value} at step {step}: lower learning_rate ({recipe.learning_rate})"
+            )
+        balance = [m.balance for m in module.modules() if isinstance(m, adapters.MoELoRALinear)]
+        if balance and balance[0] is not None:
+            loss = loss + recipe.moe_balance * torch.stack(balance).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), recipe.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(recipe.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)
+        running = value if math.isnan(running) else 0.99 * running + 0.01 * value
+        last = step + 1 == recipe.steps
+        if progress and step % 50 == 49:
+            progress(step + 1, recipe.steps, running)
+        if step % recipe.save_every == recipe.save_every - 1 or last:
+            cpu = spent + time.process_time() - clock
+            current = {k: p.detach() for k, p in trained.items()}
+            content = {"trained": current, "ema": ema, "optimizer": optimizer.state_dict()}
+            torch.save({**content, "step": step + 1, "cpu_seconds": cpu}, out / "state.tmp")
+            (out / "state.tmp").replace(state)
+        if step % recipe.score_every == recipe.score_every - 1 or last:
+            kept = {k: p.detach().clone() for k, p in trained.items()}
+            _copy(trained, ema)
+            module.eval()
+            result = score(velocity, held_out, vae, recipe.score_pairs)
+            log.info("step %d: %s", step + 1, {k: round(v, 3) for k, v in result.items()})
+            if last:
+                save(module, recipe, out)
+            _copy(trained, kept)
+            module.train()
+    return out
+
+
+def save(module: nn.Module, recipe: TinyRecipe, out: Path) -> None:
+    """Full training: a `transformer` folder. LoRA: the trained tensors under the names that files use."""
+    from safetensors.torch import save_file
+
+    if recipe.method == "full":
+        module.save_pretrained(out / "transformer")
+    else:
+        state = {f"transformer.{k}": v.contiguous() for k, v in adapters.trained_state(module).items()}
+        save_file(state, out / "lora.safetensors")
+
+
+@torch.no_grad()
+def _copy(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def schedule(step: int, recipe: TinyRecipe) -> float:
+    """Linear warm-up, then cosine to 1 % of the learning rate."""
+    warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
