@@ -26,8 +26,8 @@ class BrokenSample(ValueError):
 class Broken:
     """The broken examples of one data set of `total` examples.
 
-    More than `limit` (a fraction) of the data set broken is a ValueError with the list: from `close`, so that the list
-    is complete, or from `record` as soon as the list is longer than a person would read.
+    More than `limit` (a fraction) of the data set broken is a ValueError with the list: from `close`, so
+    that the list is complete, or from `record` as soon as the list is longer than a person would read.
     """
 
     def __init__(self, total: int, limit: float = 0.05):

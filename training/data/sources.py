@@ -241,3 +241,34 @@ def _build(kind: str, where: str, options: dict[str, str], seed: int) -> Source:
     from .files import Pairs
 
     return Pairs(where, **options)
+
+
+def spec_of(folder: str | Path) -> str:
+    """The spec of the data set that a folder holds, recognised by its files.
+
+    Raises ValueError, naming what a folder may hold, when it holds nothing known; FileNotFoundError when it
+    is not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data folder {folder} does not exist")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if any(path.stem.endswith(("_source", "_target")) for path in files):
+        return f"pairs:{folder}"
+    if lines := [path for path in files if path.suffix == ".jsonl"]:
+        return f"jsonl:{lines[0]}"
+    if (folder / "masked_latents").is_dir() and (index := [path for path in files if path.suffix == ".json"]):
+        return f"precomputed:{index[0]}"
+    if tables := sorted(folder.rglob("*.parquet")):
+        from pyarrow import parquet
+
+        columns = parquet.read_schema(tables[0]).names
+        if "source_img" in columns:
+            return f"magicbrush:{folder}"
+        if "src_img" in columns:
+            return f"omniedit:{folder}"
+    raise ValueError(
+        f"data folder {folder} holds no training data: put NAME_source.png, NAME_target.png and NAME.txt "
+        "there (edit pairs), a .jsonl file with prompt, image and mask (inpainting), or MagicBrush or "
+        "OmniEdit parquet files"
+    )

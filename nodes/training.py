@@ -1,0 +1,326 @@
+"""Training and scoring nodes: a LoRA from a folder of pictures, and numbers about an edit."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+DEMO = "shapes demo (512 pairs)"
+DEMO_SPEC = "shapes:512?split=train&seed=0&size=64"
+TINY = {
+    "tiny fill (bundled)": "fill",
+    "tiny kontext (bundled)": "kontext",
+    "tiny sd_inpaint (bundled)": "sd_inpaint",
+}
+RECIPES = ["auto", "icedit", "icedit_moe", "kontext", "sd_inpaint_dreambooth"]
+PRECISIONS = ["auto", "bfloat16", "float8_e4m3fn", "float32"]
+
+
+def _folder_paths() -> Any:
+    """ComfyUI's module, or None outside ComfyUI."""
+    try:
+        import folder_paths
+    except ImportError:
+        return None
+    return folder_paths
+
+
+def datasets() -> dict[str, Path]:
+    """Subfolders of ComfyUI's input folder, by name."""
+    paths = _folder_paths()
+    top = Path(paths.get_input_directory()) if paths else None
+    if top is None or not top.is_dir():
+        return {}
+    return {p.name: p for p in sorted(top.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+
+
+def base_models() -> dict[str, Path]:
+    """Complete diffusers folders under ComfyUI's models/diffusers, by name."""
+    paths = _folder_paths()
+    found: dict[str, Path] = {}
+    for parent in paths.get_folder_paths("diffusers") if paths else []:
+        for index in sorted(Path(parent).glob("*/model_index.json")):
+            found.setdefault(index.parent.name, index.parent)
+    return found
+
+
+def _number(default: float, low: float, high: float, tooltip: str, **more: Any) -> dict:
+    return {"default": default, "min": low, "max": high, "tooltip": tooltip, **more}
+
+
+class DiptychTrainLora:
+    DISPLAY_NAME = "Train LoRA"
+    DESCRIPTION = (
+        "Trains a LoRA from a folder of pictures, right here: ICEdit on FLUX Fill (before/after pairs in a "
+        "diptych), FLUX Kontext, or SD inpainting. Interrupting saves a checkpoint; the same settings go on "
+        "from it. ComfyUI's own models are unloaded first; a diffusers copy of the base is trained."
+    )
+    CATEGORY = "diptych/training"
+    RETURN_TYPES = ("STRING", "IMAGE", "IMAGE", "STRING")
+    RETURN_NAMES = ("lora_name", "loss_curve", "samples", "report")
+    OUTPUT_TOOLTIPS = (
+        "Name of the file in ComfyUI's loras folder, for the LoRA loaders.",
+        "The loss over the steps, with its running mean.",
+        "The last sample pictures: what was given, what was made, what was wanted. The curve if there "
+        "are none.",
+        "What was trained on what, and how the loss went.",
+    )
+    FUNCTION = "train"
+    OUTPUT_NODE = True
+    SEARCH_ALIASES = [
+        "lora training",
+        "finetune",
+        "icedit training",
+        "kontext training",
+        "dreambooth",
+        "train",
+    ]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "dataset": (
+                    [DEMO, *datasets()],
+                    {
+                        "default": DEMO,
+                        "tooltip": "A folder in ComfyUI's input folder with NAME_source.png, "
+                        "NAME_target.png and "
+                        "NAME.txt (the instruction), or a .jsonl file with prompt, image and mask.",
+                    },
+                ),
+                "base_model": (
+                    [*TINY, *base_models()],
+                    {
+                        "default": next(iter(TINY)),
+                        "tooltip": "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, "
+                        "FLUX.1-Kontext-dev, an SD inpainting model), or a bundled tiny one to try it out.",
+                    },
+                ),
+                "steps": (
+                    "INT",
+                    _number(500, 1, 1_000_000, "Optimiser steps. More of them later go on from here."),
+                ),
+                "output_name": (
+                    "STRING",
+                    {
+                        "default": "my_edit_lora",
+                        "tooltip": "File name in the loras folder, without extension.",
+                    },
+                ),
+            },
+            "optional": {
+                "recipe": (
+                    RECIPES,
+                    {
+                        "default": "auto",
+                        "tooltip": "auto takes the one that fits the base model. icedit_moe: a mixture "
+                        "of experts.",
+                        "advanced": True,
+                    },
+                ),
+                "rank": ("INT", _number(0, 0, 512, "LoRA rank; 0 = the recipe's.", advanced=True)),
+                "learning_rate": (
+                    "FLOAT",
+                    _number(
+                        0.0,
+                        0.0,
+                        1.0,
+                        "Of AdamW; 0 = 1e-4 (1e-3 for the tiny models).",
+                        step=1e-6,
+                        round=False,
+                        advanced=True,
+                    ),
+                ),
+                "resolution": (
+                    "INT",
+                    _number(
+                        0,
+                        0,
+                        4096,
+                        "Side of one picture in pixels, a multiple of 16; 0 = the recipe's.",
+                        step=16,
+                        advanced=True,
+                    ),
+                ),
+                "batch_size": ("INT", _number(0, 0, 256, "Pairs per step; 0 = the recipe's.", advanced=True)),
+                "precision": (
+                    PRECISIONS,
+                    {
+                        "default": "auto",
+                        "tooltip": "Of the frozen base. auto: fp8 below 40 GB of GPU memory, else bfloat16.",
+                        "advanced": True,
+                    },
+                ),
+                "save_every": ("INT", _number(100, 1, 100_000, "Steps between checkpoints.", advanced=True)),
+                "preview_every": (
+                    "INT",
+                    _number(100, 0, 100_000, "Steps between sample pictures; 0 = none.", advanced=True),
+                ),
+                "class_prompt": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "SD inpainting: what the subject is a kind of (a photo of a dog), to "
+                        "keep the "
+                        "model's idea of it (prior preservation). Empty = off.",
+                        "advanced": True,
+                    },
+                ),
+                "training_seed": (
+                    "INT",
+                    _number(0, 0, 2**31 - 1, "Of noise, order and weights.", advanced=True),
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, dataset: str, **_: Any) -> str:
+        folder = datasets().get(dataset)
+        files = sorted(folder.rglob("*")) if folder else []
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+    def train(
+        self,
+        dataset: str,
+        base_model: str,
+        steps: int,
+        output_name: str,
+        recipe: str = "auto",
+        rank: int = 0,
+        learning_rate: float = 0.0,
+        resolution: int = 0,
+        batch_size: int = 0,
+        precision: str = "auto",
+        save_every: int = 100,
+        preview_every: int = 100,
+        class_prompt: str = "",
+        training_seed: int = 0,
+    ) -> dict:
+        from ..training import session
+
+        choices = session.Choices(
+            data=data_spec(dataset),
+            model=str(model_folder(base_model)),
+            name=output_name.strip(),
+            recipe=recipe,
+            steps=steps,
+            rank=rank,
+            lr=learning_rate,
+            resolution=resolution,
+            batch_size=batch_size,
+            seed=training_seed,
+            precision=precision,
+            save_every=save_every,
+            preview_every=preview_every,
+            class_prompt=class_prompt.strip(),
+        )
+        from ..training import comfy
+
+        lora, outcome = comfy.run(choices)
+        samples = outcome.curve if outcome.samples is None else outcome.samples
+        report = f"{outcome.report}\nLoRA: {lora}"
+        return {"ui": {"text": [report]}, "result": (lora.name, outcome.curve, samples, report)}
+
+
+def data_spec(dataset: str) -> str:
+    """The data source of an entry of the dataset menu. Raises ValueError when it is not there any more."""
+    from ..training.data.sources import spec_of
+
+    if dataset == DEMO:
+        return DEMO_SPEC
+    folder = datasets().get(dataset)
+    if folder is None:
+        raise ValueError(
+            f"dataset is {dataset!r}, which is not in ComfyUI's input folder: put a folder of pairs there"
+        )
+    return spec_of(folder)
+
+
+def model_folder(base_model: str) -> Path:
+    """The diffusers folder of an entry of the model menu. Raises ValueError when it is not there any more."""
+    from ..models import tiny
+
+    folder = tiny.folder() / TINY[base_model] if base_model in TINY else base_models().get(base_model)
+    if folder is None or not folder.is_dir():
+        raise ValueError(
+            f"base_model is {base_model!r}, which is not there: put a diffusers folder into ComfyUI's "
+            f"models/diffusers"
+        )
+    return folder
+
+
+class DiptychEditScore:
+    DISPLAY_NAME = "Edit Score"
+    DESCRIPTION = (
+        "Measures an edit: how much of the rest was kept, how much changed where it should, how near it "
+        "comes to "
+        "an expected picture. For pictures of the shapes world it also says whether the edit was made."
+    )
+    CATEGORY = "diptych/training"
+    RETURN_TYPES = ("FLOAT", "FLOAT", "FLOAT", "FLOAT", "STRING", "IMAGE")
+    RETURN_NAMES = ("kept", "changed", "similarity", "success", "report", "annotated")
+    OUTPUT_TOOLTIPS = (
+        "1 minus the mean difference to the source outside the mask: 1 is untouched.",
+        "Mean difference to the source inside the mask: 0 is no edit at all.",
+        "SSIM to the expected picture if one is connected, else to the source: 1 is equal.",
+        "Shapes world: share of pictures where the edit was made and all else kept. -1 for other pictures.",
+        "The numbers of every picture.",
+        "Source, edit and their difference side by side.",
+    )
+    FUNCTION = "score"
+    OUTPUT_NODE = True
+    SEARCH_ALIASES = ["evaluate edit", "ssim", "psnr", "compare images", "metrics", "edit success"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "edited": ("IMAGE", {"tooltip": "The result, from Diptych Split or VAE Decode."}),
+                "source": ("IMAGE", {"tooltip": "The picture before the edit, of the same size."}),
+            },
+            "optional": {
+                "instruction": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "What was asked for. Judged for shapes pictures, else only reported.",
+                    },
+                ),
+                "mask": (
+                    "MASK",
+                    {"tooltip": "1 where the edit may change something. Without it: what changed."},
+                ),
+                "expected": ("IMAGE", {"tooltip": "What a perfect edit looks like, if known."}),
+            },
+        }
+
+    def score(
+        self,
+        edited: Tensor,
+        source: Tensor,
+        instruction: str = "",
+        mask: Tensor | None = None,
+        expected: Tensor | None = None,
+    ) -> dict:
+        from ..training.edit_report import judge
+
+        result = judge(edited, source, instruction, mask, expected)
+        return {
+            "ui": {"text": [result.text]},
+            "result": (
+                result.kept,
+                result.changed,
+                result.similarity,
+                result.success,
+                result.text,
+                result.annotated,
+            ),
+        }
+
+
+NODES = [DiptychTrainLora, DiptychEditScore]

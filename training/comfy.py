@@ -1,0 +1,92 @@
+"""Training inside ComfyUI: its memory, its inference mode, its progress bar, its stop button.
+
+Imported by the training node at run time only. What is trained are diffusers modules of their own; ComfyUI's
+models are unloaded before and never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import session
+
+
+class Bar:
+    """ComfyUI's progress bar, and its stop button as a question.
+
+    Updating the bar raises where the button was pressed; the trainer must write its checkpoint first, so the
+    exception is kept for `finish`.
+    """
+
+    def __init__(self, total: int):
+        self.bar, self.stopped = comfy.utils.ProgressBar(total), None
+
+    def update(self, value: int, total: int, picture: Tensor | None = None) -> None:
+        preview = None if picture is None else ("JPEG", _pil(picture), 768)
+        try:
+            self.bar.update_absolute(value, total, preview)
+        except memory.InterruptProcessingException as stopped:
+            self.stopped = stopped
+
+    def should_stop(self) -> bool:
+        return self.stopped is not None or memory.processing_interrupted()
+
+    def wrap(self, items: Any, label: str) -> Iterator:
+        """The caching loops: shown as a bar of their own, ended at once by the stop button."""
+        total = len(items)
+        for number, item in enumerate(items):
+            self.update(number, total)
+            self.finish()
+            yield item
+
+    def finish(self) -> None:
+        """Raise ComfyUI's interruption if the button was pressed."""
+        if self.stopped is not None:
+            raise self.stopped
+        memory.throw_exception_if_processing_interrupted()
+
+
+def _pil(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture.clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
+
+
+def root() -> Path:
+    """Where runs and caches are kept: output/diptych_training."""
+    return Path(folder_paths.get_output_directory()) / "diptych_training"
+
+
+def run(choices: session.Choices) -> tuple[Path, session.Outcome]:
+    """Train as chosen and put the LoRA into ComfyUI's loras folder; returns it and the outcome.
+
+    Raises ValueError for choices that cannot work, before any memory is freed, and ComfyUI's interruption
+    after the checkpoint of a stopped run is on disk.
+    """
+    config = session.configure(choices, root())
+    memory.unload_all_models()
+    memory.soft_empty_cache()
+    bar = Bar(config.max_steps)
+    try:
+        # The executor runs nodes in inference mode, whose tensors can never be trained.
+        with torch.inference_mode(False), torch.enable_grad():
+            outcome = session.train(
+                config,
+                on_step=bar.update,
+                should_stop=bar.should_stop,
+                progress=bar.wrap,
+                cpu=memory.get_torch_device().type == "cpu",
+            )
+    finally:
+        memory.soft_empty_cache()
+    if outcome.lora is None:
+        bar.finish()
+    loras = Path(folder_paths.get_folder_paths("loras")[0])
+    return session.publish(outcome.lora, loras, Path(config.output_dir)), outcome
