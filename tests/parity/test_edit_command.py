@@ -1,0 +1,96 @@
+"""`diptych edit` from a picture on disk to two pictures on disk, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from comfyui_diptych import cli
+from comfyui_diptych.commands import pictures
+from PIL import Image
+from safetensors.torch import save_file
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(fill_pipeline, kontext_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    fill_pipeline.save_pretrained(folder / "fill")
+    kontext_pipeline.save_pretrained(folder / "kontext")
+    generator = torch.Generator().manual_seed(0)
+    path = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {
+        f"{path}.lora_A.weight": torch.randn(4, 48, generator=generator),
+        f"{path}.lora_B.weight": torch.randn(48, 4, generator=generator),
+    }
+    (folder / "loras").mkdir()
+    save_file(factors, folder / "loras" / "editor.safetensors")
+    card = {"trained": False, "panel": 64, "steps": 2, "default_loras": {"fill": ["editor.safetensors"]}}
+    (folder / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture
+def edit(tiny_folder, tmp_path, monkeypatch):
+    """Run `diptych edit` with a model folder as the bundled one; returns the picture it wrote."""
+    monkeypatch.setenv("DIPTYCH_TINY_FOLDER", str(tiny_folder))
+
+    def run(*words: str, name: str = "out.png") -> torch.Tensor:
+        assert cli.main(["edit", *map(str, words), "-o", str(tmp_path / name)]) == 0
+        return pictures.load_image(tmp_path / name)
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path, picture):
+    path = tmp_path / "photo.png"
+    pictures.to_pil(picture(1, 48, 80)[0]).save(path)
+    return path
+
+
+def test_without_arguments_the_demo_picture_is_edited(edit, tmp_path, capsys):
+    assert edit().shape == (1, 64, 64, 3)
+    assert Image.open(tmp_path / "out_side_by_side.png").width > 2 * 256
+    said = capsys.readouterr().out
+    assert "UNTRAINED" in said
+    assert "editor.safetensors: " in said and "loaded 1 modules" in said
+
+
+@pytest.mark.parametrize("engine", ["fill", "kontext"])
+@pytest.mark.parametrize("rule", ["ode", "flow"])
+def test_the_result_has_the_source_size_and_follows_the_seed(edit, photo, engine, rule):
+    words = (photo, "make the sky red", "--engine", engine, "--rule", rule, "--steps", "3")
+    first, again, other = edit(*words), edit(*words), edit(*words, "--seed", "1")
+    assert first.shape == (1, 48, 80, 3)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_lora_strength_is_read_from_its_name_or_option(edit, photo, tiny_folder):
+    lora = tiny_folder / "loras" / "editor.safetensors"
+    words = (photo, "make the sky red")
+    default, full = edit(*words), edit(*words, "--lora", lora)
+    off, also_off = edit(*words, "--lora", f"{lora}:0"), edit(*words, "--lora", lora, "--lora-strength", "0")
+    assert torch.equal(default, full)
+    assert torch.equal(off, also_off)
+    assert not torch.equal(off, full)
+
+
+def test_a_mask_keeps_the_rest_of_the_picture(edit, photo, tmp_path):
+    mask = Image.new("L", (80, 48))
+    mask.paste(255, (0, 0, 40, 48))
+    mask.save(tmp_path / "mask.png")
+    edited, source = edit(photo, "make it red", "--mask", tmp_path / "mask.png"), pictures.load_image(photo)
+    assert torch.equal(edited[:, :, 40:], source[:, :, 40:])
+    assert not torch.equal(edited[:, :, :40], source[:, :, :40])
+
+
+def test_transparency_survives_the_edit(edit, tmp_path):
+    clear = Image.new("RGBA", (64, 64), (200, 30, 30, 90))
+    clear.save(tmp_path / "clear.png")
+    edited = edit(
+        tmp_path / "clear.png", "make it blue", "--engine", "kontext", "--reference", tmp_path / "clear.png"
+    )
+    assert edited.shape == (1, 64, 64, 4)
+    assert torch.equal(edited[..., 3], pictures.load_image(tmp_path / "clear.png")[..., 3])

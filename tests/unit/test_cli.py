@@ -1,0 +1,236 @@
+"""The command line says what is wrong before it loads anything, and the doctor counts only real faults."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comfyui_diptych import cli
+from comfyui_diptych.commands import doctor, edit, installed, pictures
+from PIL import Image
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return str(path)
+
+
+@pytest.fixture
+def fill_folder(tmp_path) -> str:
+    """A folder that looks like FLUX Fill to everything but the loader."""
+    folder = tmp_path / "model"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "transformer" / "config.json").write_text('{"in_channels": 384}')
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(edit, "_load", load)
+
+
+WRONG = [
+    (["{tmp}/none.png", "x"], "image {tmp}/none.png does not exist"),
+    (["{tmp}/none.png"], "image {tmp}/none.png does not exist"),
+    (["{photo}"], "an instruction is missing"),
+    (["{photo}", "  "], "the instruction is empty"),
+    (["{fill}/model_index.json", "x"], "model_index.json cannot be read as a picture"),
+    (["{photo}", "x", "-o", "{tmp}/none/out.png"], "its folder does not exist"),
+    (["{photo}", "x", "-o", "{tmp}/out.txt"], "has no picture suffix"),
+    (["{photo}", "x", "--steps", "0"], "steps is 0"),
+    (["{photo}", "x", "--rule", "best"], "rule is 'best': choose one of ode"),
+    (["{photo}", "x", "--rule", "flow", "--eta", "-1"], "eta is -1"),
+    (["{photo}", "x", "--panel-width", "30"], "panel_width is 30: use a multiple of 16"),
+    (["{photo}", "x", "--lora", "{tmp}/none.safetensors:0.8"], "LoRA {tmp}/none.safetensors does not exist"),
+    (["{photo}", "x", "--mask", "{tmp}/none.png"], "image {tmp}/none.png does not exist"),
+    (["{photo}", "x", "--reference", "{photo}"], "--reference works with --engine kontext only"),
+    (["{photo}", "x", "--engine", "kontext"], "has 384 input channels where FLUX.1 Kontext has 64"),
+    (["{photo}", "x", "--model", "{tmp}"], "has no model_index.json"),
+    (["{photo}", "x", "--model", "{tmp}/none"], "model folder {tmp}/none does not exist"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_input_is_one_sentence_before_a_model_is_loaded(
+    words, message, photo, fill_folder, tmp_path, capsys
+):
+    names = {"tmp": tmp_path, "photo": photo, "fill": fill_folder}
+    words = [word.format(**names) for word in words]
+    if "--model" not in words:
+        words += ["--model", fill_folder]
+    if "-o" not in words:
+        words += ["-o", str(tmp_path / "out.png")]
+    assert cli.main(["edit", *words]) == 2
+    error = capsys.readouterr().err
+    assert message.format(**names) in error
+    assert error.count("\n") == 1
+
+
+def request_for(*words: str) -> edit.Request:
+    return edit.check(cli.build_parser().parse_args(["edit", *words]))
+
+
+def test_the_defaults_are_those_the_models_were_trained_at(photo, fill_folder, tmp_path):
+    fill = request_for(photo, "make it blue", "--model", fill_folder)
+    assert (fill.engine, fill.panel_width, fill.guidance, fill.sampling.steps) == ("fill", 512, 50.0, 28)
+    (Path(fill_folder) / "transformer" / "config.json").write_text('{"in_channels": 64}')
+    kontext = request_for(photo, "make it blue", "--model", fill_folder)
+    assert (kontext.engine, kontext.panel_width, kontext.guidance) == ("kontext", None, 2.5)
+
+
+def test_words_alone_edit_the_demo_picture(fill_folder):
+    request = request_for("make the circle red", "--model", fill_folder)
+    assert request.image.shape == (1, 64, 64, 3)
+    assert request.instruction == "make the circle red"
+
+
+def test_a_hub_id_tells_its_engine():
+    assert request_for("x", "--model", "black-forest-labs/FLUX.1-Kontext-dev").engine == "kontext"
+    assert request_for("x", "--model", "black-forest-labs/FLUX.1-Fill-dev").engine == "fill"
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("RGB", 3), ("L", 3), ("P", 3), ("CMYK", 3), ("RGBA", 4), ("LA", 4)]
+)
+def test_pictures_of_every_mode_are_read(tmp_path, mode, channels):
+    path = tmp_path / "picture.tif"
+    Image.new("RGB", (4, 6), (10, 200, 30)).convert(mode).save(path)
+    image = pictures.load_image(path)
+    assert image.shape == (1, 6, 4, channels)
+    assert 0 <= image.min() and image.max() <= 1
+
+
+def test_sixteen_bits_keep_their_precision(tmp_path):
+    values = np.array([[0, 1000], [40000, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    image = pictures.load_image(tmp_path / "deep.png")
+    assert torch.allclose(image[0, ..., 0], torch.from_numpy(values / 65535).float())
+
+
+def test_a_turned_photo_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert pictures.load_image(tmp_path / "turned.jpg").shape == (1, 8, 4, 3)
+
+
+def test_a_mask_is_white_or_transparent_where_it_repaints(tmp_path):
+    gray = Image.new("L", (4, 4), 0)
+    gray.putpixel((1, 2), 255)
+    gray.save(tmp_path / "gray.png")
+    clear = Image.new("RGBA", (4, 4), "red")
+    clear.putpixel((1, 2), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    masks = [pictures.load_mask(tmp_path / name) for name in ("gray.png", "clear.png")]
+    assert torch.equal(*masks)
+    assert masks[0].sum() == 1 and masks[0][0, 2, 1] == 1
+
+
+def test_saving_and_reading_a_picture_keeps_its_bytes(tmp_path):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)) / 255
+    pictures.save(pictures.to_pil(image), tmp_path / "out.png")
+    assert torch.equal(pictures.load_image(tmp_path / "out.png")[0], image)
+
+
+def test_side_by_side_holds_both_pictures_in_order():
+    before, after = torch.zeros(64, 64, 3), torch.ones(64, 64, 4) * torch.tensor([0.0, 1.0, 0.0, 1.0])
+    sheet = pictures.side_by_side(before, after, "make it green " * 12)
+    colours = [colour for _, colour in sorted(sheet.getcolors(1 << 20), reverse=True)]
+    assert {(0, 0, 0), (0, 255, 0), (255, 255, 255)} <= set(colours)
+    assert sheet.getpixel((20, 100)) == (0, 0, 0)
+    assert sheet.getpixel((sheet.width - 20, 100)) == (0, 255, 0)
+
+
+def findings(sections) -> list[doctor.Finding]:
+    return [finding for _, found in sections for finding in found]
+
+
+def test_the_doctor_is_content_without_comfyui_and_models(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(installed, "comfyui_folders", lambda: [])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("DIPTYCH_TINY_FOLDER", str(tmp_path))
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "no ComfyUI found" in said
+    assert "FLUX.1 Fill is not on this machine" in said
+    assert "The pack can run." in said
+
+
+def test_the_doctor_names_what_is_too_old_or_missing(monkeypatch, capsys):
+    needs = [("numpy", "99.0"), ("no-such-package", "1.0")]
+    monkeypatch.setattr(doctor, "requirements", lambda: needs)
+    found = list(doctor.libraries())
+    assert [finding.state for finding in found] == ["fault", "fault"]
+    assert [finding.remedy for finding in found] == [
+        'pip install "numpy>=99.0"',
+        'pip install "no-such-package>=1.0"',
+    ]
+    assert cli.main(["doctor"]) == 1
+
+
+def test_the_doctor_checks_every_line_of_the_requirements():
+    lines = (installed.PACK / "requirements.txt").read_text().split()
+    assert [f"{name}>={bound}" for name, bound in doctor.requirements()] == lines
+
+
+def test_versions_compare_by_number():
+    assert doctor.numbers("2.13.0+cpu") > doctor.numbers("2.4")
+    assert doctor.numbers("0.3.64") < doctor.numbers("0.10.0.dev1")
+
+
+def make_comfyui(folder: Path) -> Path:
+    for name in ("comfy/sd.py", "main.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "comfyui_version.py").write_text('__version__ = "0.3.1"\n')
+    return folder
+
+
+def test_comfyui_is_found_where_it_is_named_or_above_custom_nodes(monkeypatch, tmp_path):
+    named, around = make_comfyui(tmp_path / "a"), make_comfyui(tmp_path / "b")
+    monkeypatch.setenv("COMFYUI_PATH", str(named))
+    assert installed.comfyui_folders() == [named]
+    monkeypatch.delenv("COMFYUI_PATH")
+    monkeypatch.setattr(installed, "PACK", around / "custom_nodes" / "any-name")
+    assert installed.comfyui_folders() == [around]
+
+
+def test_the_doctor_asks_for_a_newer_comfyui_and_for_the_pack_in_it(tmp_path):
+    old = make_comfyui(tmp_path / "comfyui")
+    (old / "custom_nodes").mkdir()
+    found = list(doctor.comfyui([old]))
+    assert "ComfyUI 0.3.1" in found[0].what
+    assert "0.3.64 or newer" in found[0].remedy
+    assert "custom_nodes" in found[1].remedy
+
+
+def test_downloaded_models_and_loras_are_found(monkeypatch, tmp_path):
+    snapshot = tmp_path / "models--black-forest-labs--FLUX.1-Fill-dev" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").touch()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    comfyui = make_comfyui(tmp_path / "comfyui")
+    for name in ("diffusion_models/flux1-kontext.gguf", "loras/icedit_lora.safetensors"):
+        path = comfyui / "models" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    found = list(doctor.flux_models([comfyui]))
+    assert [finding.state for finding in found] == ["ok", "ok", "ok"]
+
+
+def test_the_help_text_loads_nothing_heavy(capsys, monkeypatch):
+    before = set(sys.modules)
+    with pytest.raises(SystemExit):
+        cli.main(["edit", "--help"])
+    assert "INSTRUCTION" in capsys.readouterr().out
+    new = {name.split(".")[0] for name in set(sys.modules) - before}
+    assert not new & {"diffusers", "transformers", "peft", "accelerate"}
