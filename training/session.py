@@ -68,7 +68,7 @@ class Outcome:
 
 
 def task_of(model: str | Path) -> str:
-    """Which family a diffusers folder belongs to: fill, kontext or sd_inpaint. Raises ValueError for others."""
+    """Which family a diffusers folder belongs to: fill, kontext or sd_inpaint. ValueError for others."""
     for part, by_channels in (("transformer", {384: "fill", 64: "kontext"}), ("unet", {9: "sd_inpaint"})):
         path = Path(model) / part / "config.json"
         if path.is_file():
