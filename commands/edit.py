@@ -134,7 +134,9 @@ def check(args: argparse.Namespace) -> Request:
     else:
         editing.kontext_picture(image, args.policy, panel_width)
     default = editing.ICEDIT_GUIDANCE if engine == "fill" else editing.KONTEXT_GUIDANCE
-    guidance = args.guidance if args.guidance is not None else (tiny or {}).get("guidance", default)
+    guidance = (
+        args.guidance if args.guidance is not None else (tiny or {}).get("guidance", {}).get(engine, default)
+    )
     loras = [_read_lora(text, args.lora_strength) for text in args.lora or _tiny_loras(tiny, engine)]
     return Request(
         image=image,

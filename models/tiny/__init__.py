@@ -19,8 +19,8 @@ def folder() -> Path:
 def card() -> dict[str, Any]:
     """What `card.json` beside the weights says of them; empty without one.
 
-    trained: bool; panel: width in pixels they were trained at; steps, guidance: what to sample them with;
-    default_loras: {"fill": [file in loras/, ...]}, what makes an editor of each.
+    trained: bool; panel: width in pixels they were trained at; steps: what to sample them with; guidance:
+    {"fill": number, ...}; default_loras: {"fill": [file in loras/, ...], ...}, what makes an editor of each.
     """
     path = folder() / "card.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

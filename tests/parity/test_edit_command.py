@@ -25,7 +25,13 @@ def tiny_folder(fill_pipeline, kontext_pipeline, tmp_path_factory):
     }
     (folder / "loras").mkdir()
     save_file(factors, folder / "loras" / "editor.safetensors")
-    card = {"trained": False, "panel": 64, "steps": 2, "default_loras": {"fill": ["editor.safetensors"]}}
+    card = {
+        "trained": False,
+        "panel": 64,
+        "steps": 2,
+        "guidance": {"fill": 30.0},
+        "default_loras": {"fill": ["editor.safetensors"]},
+    }
     (folder / "card.json").write_text(json.dumps(card))
     return folder
 
