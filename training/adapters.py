@@ -8,6 +8,8 @@ peft's adapter name, which is how files spell them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +72,8 @@ class MoELoRALinear(nn.Module):
         logits = self.lora_route(x).float()
         gates = gate_weights(logits, self.top_k, self.gate)
         self.balance = load_balance(logits.softmax(-1), gates > 0) if self.gate == "softmax_all" else None
-        return gates
+        # The original's gate is constant in the router; DDP needs every trained weight in the graph.
+        return gates if gates.requires_grad else gates + 0 * logits
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
@@ -140,6 +143,45 @@ def add_lora(module: nn.Module, patterns: list[str], config) -> list[str]:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return names
+
+
+def fuse(module: nn.Module, path: str) -> None:
+    """Merge a LoRA file into the module's weights, at its own strength.
+
+    Raises ValueError where it does not fit, or depends on the token (MoE) and so has no weight change.
+    """
+    from ..models.lora import LowRank, read
+    from ..models.lora.fit import check_applicable, fit_module
+
+    weights = read(path)
+    check_applicable(weights)
+    layers = dict(module.named_modules())
+    for name, change in weights.modules.items():
+        if name not in layers or not isinstance(change, LowRank):
+            raise ValueError(f"{path} cannot be merged at {name}: give a plain LoRA made for this model")
+    for name, change in weights.modules.items():
+        weight = layers[name].weight
+        fitted = fit_module(name, change, *weight.shape[:2], [])
+        with torch.no_grad():
+            weight.copy_((weight.float() + fitted.dense().to(weight.device)).to(weight.dtype))
+
+
+@contextmanager
+def switched_off(module: nn.Module) -> Iterator[None]:
+    """The model without its LoRA inside the block."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trained:  # peft's switch also freezes
+            parameter.requires_grad_(True)
 
 
 def train_all(module: nn.Module) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import prior
 from .arrange import Arranged, Arranger
 from .data.broken import Broken, BrokenSample
 from .data.buckets import BucketBatchSampler
 from .data.cache import ContentCache, fingerprint, image_key, text_key
 from .data.sample import Sample, stamp
-from .data.sources import Mix, open_source
+from .data.sources import open_source
 from .losses import row_generator
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,13 @@ class Corpus:
     """The rows of a configuration's data, arranged; shared by caching and by training without a cache."""
 
     def __init__(self, config, template: str, specs: list[str] | None = None, limit: int = 0):
+        """`specs`: other sources than the configuration's (sample pictures), without class pictures."""
         self.config = config
         self.source = open_source(
             list(config.data if specs is None else specs), config.seed, limit or config.data_limit
         )
+        if specs is None:
+            self.source = prior.with_class(self.source, config)
         self.arranger = Arranger(config, template)
         c = config
         options = (
@@ -75,14 +79,8 @@ class Corpus:
 
     def places(self) -> dict[int, int]:
         """Each index and the first one that is the same example (a mix repeats examples)."""
-        if not isinstance(self.source, Mix):
-            return {i: i for i in range(len(self.source))}
-        first: dict[tuple[int, int], int] = {}
-        return {i: first.setdefault(self._place(i), i) for i in range(len(self.source))}
-
-    def _place(self, index: int) -> tuple[int, int]:
-        source, inner = self.source.where(index)
-        return id(source), inner
+        first: dict[str, int] = {}
+        return {i: first.setdefault(self.source.name(i), i) for i in range(len(self.source))}
 
     def read(self, index: int) -> list[Arranged] | Sample:
         """All mask variants of a row, or the sample itself where it is precomputed. Raises BrokenSample."""

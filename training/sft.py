@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapters, checkpoint, export, feed, losses, optim
+from . import adapters, checkpoint, export, feed, losses, optim, prior
 from .checkpoint import TrainingError
 from .config import TrainConfig
 
@@ -103,8 +103,10 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.output.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(c.seed)
+        prior.check(c)
         self.task = make_task(c, self.accelerator.device)
         self.task.load_encoders()
+        self._make_class_pictures()
         self._prepare_data()
         if not c.train_text_encoder and c.cache:
             self.task.free_text()
@@ -117,6 +119,15 @@ class Trainer:
         self.order = iter(self.sampler.start_at(self.micro))
         if self.class_sampler is not None:
             self.class_order = iter(self.class_sampler.start_at(self.micro))
+
+    def _make_class_pictures(self) -> None:
+        """Prior preservation: before anything is trained, the model makes what it must not forget."""
+        c = self.config
+        if not c.class_prompt or len(prior.class_files(c.class_dir)) >= c.num_class_images:
+            return
+        self.task.make_host(self.task.load_denoiser())
+        prior.top_up(self.task, c, self.progress if self.main else feed.silent, self.rank, self.world)
+        self.accelerator.wait_for_everyone()
 
     def _prepare_data(self) -> None:
         c = self.config
@@ -169,7 +180,7 @@ class Trainer:
 
     def _prepare_model(self) -> None:
         c = self.config
-        module = self.task.load_denoiser()
+        module = self.task.module if self.task.module is not None else self.task.load_denoiser()
         parts: dict[str, nn.Module] = {self.task.denoiser_part: module}
         if c.train_text_encoder:
             parts |= {n: p for n, p in self.task.parts.items() if isinstance(p, nn.Module)}
@@ -231,7 +242,19 @@ class Trainer:
         if state["data"] != self.batches.fingerprint():
             logger.warning("the data changed since %s was written: the rows come in another order", folder)
         self.step, self.micro = state["step"], state["micro"]
+        self.load_extra(folder, state)
         logger.info("resumed at step %d from %s", self.step, folder)
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What another kind of training keeps beside, {file name: tensors}."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {}
+
+    def load_extra(self, folder: Path, state: dict[str, Any]) -> None:
+        """Read back what `extra_tensors` and `extra_state` gave."""
 
     def save(self) -> Path:
         """Write a checkpoint of the present step; all processes call it."""
@@ -254,8 +277,11 @@ class Trainer:
                 torch.save(self.optimizer.state_dict(), writer.folder / "optimizer.pt")
                 if self.average is not None:
                     writer.tensors("ema.safetensors", self.average.values)
+                for name, tensors in self.extra_tensors().items():
+                    writer.tensors(name, tensors)
             writer.state(
                 {
+                    **self.extra_state(),
                     "step": self.step,
                     "micro": self.micro,
                     "ema_updates": self.average.updates if self.average is not None else 0,

@@ -219,3 +219,36 @@ def test_a_killed_cache_is_completed_not_redone(folders, tmp_path):
     trainer = sft.Trainer(c, progress=progress)
     trainer.prepare()
     assert seen["caching pictures"] == 24
+
+
+def test_prior_preservation_makes_just_the_missing_class_pictures(folders, tmp_path):
+    options = {"class_prompt": "a dog", "class_dir": str(tmp_path / "class"), "num_class_images": 3}
+    options |= {"sample_steps": 2, "max_steps": 1, "data": ["shapes:4?size=32&task=inpaint"]}
+    trainer, _ = run(toy(folders, tmp_path / "one", "sd_inpaint", **options))
+    made = {p.name: p.read_bytes() for p in (tmp_path / "class").iterdir()}
+    assert len(made) == 3
+    batch, noise, _ = trainer._batch()
+    assert batch["prior"].tolist() == [False, False, True, True] and len(noise) == 4
+    assert batch["prompts"][2:] == ["a dog", "a dog"] or " " in batch["prompts"]
+    assert not torch.equal(noise[:2], noise[2:])
+    run(toy(folders, tmp_path / "two", "sd_inpaint", **{**options, "num_class_images": 4}))
+    after = {p.name: p.read_bytes() for p in (tmp_path / "class").iterdir()}
+    assert len(after) == 4 and made.items() <= after.items()
+
+
+@pytest.mark.parametrize("gate", ["softmax_all", "softmax_topk"])
+def test_gradient_checkpointing_changes_no_gradient(folders, tmp_path, gate):
+    gradients = []
+    for on in (False, True):
+        c = toy(folders, tmp_path, method="moe_lora", moe_gate=gate, gradient_checkpointing=on)
+        trainer = sft.Trainer(c)
+        trainer.prepare()
+        for name, parameter in trainer.names.items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        trainer._loss(*trainer._batch()).backward()
+        gradients.append({name: p.grad.clone() for name, p in trainer.names.items()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+        if "lora_route" in name:
+            assert bool(gradient.abs().sum() > 0) == (gate == "softmax_all")
