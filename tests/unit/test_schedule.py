@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from comfyui_diptych.nodes.sampling import DiptychFlowMatchScheduler
 from comfyui_diptych.samplers.schedule import dynamic_mu, sigmas, token_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,3 +82,18 @@ def test_denoise_zero_has_nothing_to_run():
 def test_what_cannot_be_meant_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         sigmas(**arguments)
+
+
+def test_the_node_counts_the_tokens_of_its_latent():
+    latent = {"samples": torch.zeros(2, 16, 64, 127)}
+    (schedule,) = DiptychFlowMatchScheduler().schedule(28, latent=latent)
+    assert torch.equal(schedule, sigmas(28, seq_len=32 * 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({}, "neither latent nor model"), ({"latent": {"samples": torch.zeros(1, 16, 4, 8, 8)}}, "video")],
+)
+def test_the_node_says_what_it_lacks(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        DiptychFlowMatchScheduler().schedule(28, **arguments)
