@@ -1,8 +1,8 @@
 """Trains the two tiny text encoders of the bundled models (recipes with `task: text`).
 
-FLUX gives text tokens no positions, so a text encoder must put into each token what it means where it stands. Ours
-learn that by naming what captions and instructions of the shapes world say (what is in each quadrant; which operation
-on what) through heads that are thrown away; afterwards they stay frozen.
+FLUX gives text tokens no positions, so a text encoder must put into each token what it means where it
+stands. Ours learn that by naming what captions and instructions of the shapes world say (what is in each
+quadrant; which operation on what) through heads that are thrown away; afterwards they stay frozen.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.tiny import build
 from ..models.prompt import ICEDIT_TEMPLATE, KEEP_REST
+from ..models.tiny import build
 from . import shapes
 from .shapes.edits import WORDINGS, Edit
 from .shapes.scenes import TEMPLATES
@@ -57,12 +57,8 @@ class TextRecipe:
 
 def words() -> list[str]:
     """Every word of the shapes world, of the diptych prompt, and a few that people use about pictures."""
-    text = [
-        DIPTYCH_PROMPT,
-        KEEP_REST,
-        "a background with nothing and",
-        "image picture photo color bigger smaller stacked",
-    ]
+    extra = "a background with nothing and image picture photo color bigger smaller stacked"
+    text = [DIPTYCH_PROMPT, KEEP_REST, extra]
     text += [w for rows in WORDINGS.values() for w in rows]
     text += [*shapes.COLOURS, *shapes.KINDS, *shapes.SIZES, *shapes.PLACES]
     plain = " ".join(text).lower()
@@ -119,7 +115,7 @@ def examples(seed: int, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
 
 
 class SlotHeads(nn.Module):
-    """Throw-away heads: one learned query per slot looks at the tokens once; a linear layer names the value."""
+    """Throw-away heads: a learned query per slot looks at the tokens once; a linear layer names the value."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -143,7 +139,7 @@ def _slot_loss(logits: list[Tensor], slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(recipe: TextRecipe, progress: Callable[[int, int, float], None] | None = None) -> Path:
-    """Runs a recipe; returns the folder with both tokenizers and both encoders. `progress(step, steps, loss)`."""
+    """Runs a recipe; returns the folder of both tokenizers and encoders. `progress(step, steps, loss)`."""
     torch.manual_seed(recipe.seed)
     out = Path(recipe.output_dir)
     clip_tokens = build.clip_tokenizer(out / "tokenizer", words())

@@ -1,8 +1,8 @@
 """Trains the tiny FLUX models of the shapes world: Fill base, ICEdit LoRA and MoE-LoRA, Kontext.
 
-The loss is that of `training/losses.py`, the packing and ids that of `models/`; what is particular is the speed: one
-process, one device, latents and text cached in memory, text of just the length that is needed (`tiny_data.Texts`).
-Not the trainer for real models: that is `training/sft.py`.
+The loss is that of `training/losses.py`, the packing and ids those of `models/`; what is particular is the
+speed: one process, one device, latents and text cached in memory, text of just the length that is needed
+(`tiny_data.Texts`). Not the trainer for real models: that is `training/sft.py`.
 """
 
 from __future__ import annotations
@@ -117,8 +117,29 @@ def _heads(x: Tensor, size: int) -> Tensor:
     return x.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Root-mean-square norm with the mean as a matrix product: on CPUs the library's broadcasts are slow."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+        inverse = ((x * x) @ mean).add_(1e-6).rsqrt_()
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, weight, mean)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        normed, inverse, weight, mean = ctx.saved_tensors
+        inner = gradient * weight
+        along = (normed * inner) @ mean
+        x = (inner - normed * along).mul_(inverse)
+        weights = (normed * gradient).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return x, weights, None
+
+
 def _rms(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), 1e-6)
+    size = x.shape[-1]
+    return _RMSNorm.apply(x, weight.to(x.dtype), torch.full((size, size), 1 / size, dtype=x.dtype))
 
 
 @lru_cache(maxsize=4)
@@ -184,11 +205,12 @@ def load_rows(recipe: TinyRecipe, n: int, split: str, seed: int) -> list[Rows]:
     for number, group in enumerate(g for g in groups if g):
         cache = Path(recipe.output_dir) / f"rows_{recipe.family}_{split}_{seed}_{n}_{number}.pt"
         if cache.exists():
-            rows = Rows(group, *torch.load(cache, weights_only=True))
+            *pictures, tokens, pooled, pad = torch.load(cache, weights_only=True)
+            rows = Rows(group, *pictures, tiny_data.Texts(tokens, pooled, pad))
         else:
             rows = tiny_data.encode(group, vae, reference=kontext, seed=seed)
-            torch.save([rows.latents, rows.condition, rows.mask], cache)
-        rows.text = tiny_data.embed([c.prompt for c in group], Path(recipe.text))
+            rows.text = text = tiny_data.embed([c.prompt for c in group], Path(recipe.text))
+            torch.save([rows.latents, rows.condition, rows.mask, text.tokens, text.pooled, text.pad], cache)
         out.append(rows)
     return out
 

@@ -1,8 +1,9 @@
-"""What the tiny denoisers are trained and scored on: shapes canvases as cached latents, prompts as cached embeddings.
+"""What the tiny denoisers learn from and are scored on: shapes canvases as cached latents, prompts as
+embeddings.
 
-Families: `fill` (the base: captioned pictures and diptychs with a hole, never an edit instruction), `edit` (ICEdit: a
-diptych whose right panel is the edit), `kontext` (target and reference panel) and `sd_inpaint` (a captioned panel with a
-hole). Everything is encoded once; a row is then a few kilobytes.
+Families: `fill` (the base: captioned pictures and diptychs with a hole, never an edit instruction), `edit`
+(ICEdit: a diptych whose right panel is the edit), `kontext` (target and reference panel) and `sd_inpaint` (a
+captioned panel with a hole). Everything is encoded once; a row is then a few kilobytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .text import DIPTYCH_CAPTION, DIPTYCH_PROMPT
 FAMILIES = ("fill", "edit", "kontext", "sd_inpaint")
 COPY_PROMPTS = (
     "A diptych with two side-by-side images of the same scene.",
-    "A diptych with two side-by-side images of the same scene. On the right, the scene is exactly the same as on the left",
+    DIPTYCH_PROMPT.removesuffix(" but "),
     "two side-by-side images of the same scene",
 )
 
@@ -63,8 +64,8 @@ class Texts:
     def batch(self, rows: Sequence[int], length: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens `[B,L,D]`, pooled `[B,P]`, bias `[B,L]`) standing for prompts padded to `length` tokens.
 
-        L is just long enough: pads are all alike and FLUX gives text no positions, so n pads are one pad whose
-        attention logit has log n added.
+        L is just long enough: pads are all alike and FLUX gives text no positions, so n pads are one pad
+        whose attention logit has log n added.
         """
         longest = max(len(self.tokens[r]) for r in rows) + 1
         out = self.pad.expand(len(rows), longest, -1).clone()
@@ -77,7 +78,7 @@ class Texts:
 
 
 def canvases(family: str, seed: int, n: int, split: str = "train") -> list[Canvas]:
-    """`n` examples of a family, the same ones for the same arguments. Raises ValueError for an unknown family."""
+    """`n` examples of a family, the same for the same arguments. Raises ValueError for an unknown family."""
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}: use one of {', '.join(FAMILIES)}")
     rng = random.Random(f"{family} {seed} {split} canvases")
@@ -113,10 +114,10 @@ def _holes(rng: random.Random) -> tuple[str, ...]:
 
 @torch.no_grad()
 def encode(rows: list[Canvas], vae: Any, *, reference: bool = False, seed: int = 0) -> Rows:
-    """Encodes canvases of one width. The condition is half the time a sample of the posterior, half its mode,
+    """Encodes canvases of one width; with `reference` (Kontext) the first panel is the condition.
 
-    because diffusers' Fill pipeline samples and ComfyUI does not. With `reference` (Kontext) only the last panel
-    is the picture and the first is the condition.
+    Half of the conditions are samples of the posterior and half its mode: diffusers' Fill pipeline samples,
+    ComfyUI does not.
     """
     generator = torch.Generator().manual_seed(seed)
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0

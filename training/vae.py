@@ -1,9 +1,9 @@
 """Trains the small VAEs of the bundled models on the shapes world (recipes with `task: vae`).
 
-Pictures are drawn as they are needed: single panels, diptychs, and both with quadrants or a panel greyed out, since a
-Fill model encodes masked pictures and GroupNorm sees the whole canvas. What is learned is an ordinary
-`AutoencoderKL`; its `scaling_factor` and `shift_factor` are measured on training scenes at the end, so that latents
-in model space have zero mean and unit deviation.
+Pictures are drawn as they are needed: single panels, diptychs, and both with quadrants or a panel greyed
+out, since a Fill model encodes masked pictures and GroupNorm sees the whole canvas. What is learned is an
+ordinary `AutoencoderKL`; its `scaling_factor` and `shift_factor` are measured on training scenes at the
+end, so that latents in model space have zero mean and unit deviation.
 
 Not a VAE trainer for photographs: no perceptual or adversarial loss.
 """
@@ -83,7 +83,7 @@ def train(
 ) -> Path:
     """Runs a recipe and returns the folder of the trained VAE; continues from `state.pt` if there is one.
 
-    `progress(step, steps, loss)` is called every 100 steps. Raises ValueError when the loss stops being finite.
+    `progress(step, steps, loss)` is called every 100 steps. Raises ValueError when the loss is not finite.
     """
     from diffusers import AutoencoderKL
 
@@ -185,7 +185,7 @@ def measure_latents(vae, seed: int = 0, scenes: int = 2000) -> tuple[float, floa
 
 @torch.no_grad()
 def evaluate(vae, n: int = 500, seed: int = 1, split: str = "test") -> dict[str, float]:
-    """PSNR in dB of reconstructions (8-bit independent, 0..1) and the share the checker reads back exactly."""
+    """Mean PSNR in dB of reconstructions (pictures in 0..1) and the share the checker reads back exactly."""
     rng = random.Random(seed)
     scenes = [shapes.random_scene(rng, split) for _ in range(n)]
     pictures = shapes.render_many(scenes)

@@ -47,7 +47,7 @@ def vae(architecture: str = "flux"):
 
 
 def clip_tokenizer(folder: Path, words: Sequence[str]):
-    """Writes a `CLIPTokenizer` folder whose byte pairs join every one of `words` into one token; returns it."""
+    """Writes a `CLIPTokenizer` folder whose byte pairs join each of `words` into one token; returns it."""
     from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
 
@@ -86,7 +86,7 @@ def clip_tokenizer(folder: Path, words: Sequence[str]):
 
 
 def t5_tokenizer(folder: Path, words: Sequence[str]):
-    """Writes a `T5TokenizerFast` folder (one unigram per word, either case, and punctuation); returns it."""
+    """Writes a `T5TokenizerFast` folder (a unigram per word in either case); returns it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import T5TokenizerFast
 
@@ -160,9 +160,10 @@ def t5_text(vocab_size: int):
 def isolate_padding(model) -> None:
     """Makes a T5 encoder blind to padding, to be called after every training step.
 
-    FLUX pipelines pass no attention mask, so an encoder trained with 20 pads would see others at the default 512.
-    Channel 0 is kept for "this is padding" (so large there that every pad comes out the same), channel 1 for "this is
-    a word"; one channel of each head compares the two, and gives every pad a logit near -30.
+    FLUX pipelines pass no attention mask, so an encoder trained with 20 pads would see others at the
+    default 512. Channel 0 is kept for "this is padding" (so large there that every pad comes out the same),
+    channel 1 for "this is a word"; one channel of each head compares the two, and gives every pad a logit
+    near -30.
     """
     import torch
 
@@ -186,7 +187,7 @@ def isolate_padding(model) -> None:
 
 
 def flux_transformer(in_channels: int):
-    """A fresh `FluxTransformer2DModel` of 2 double and 3 single blocks, width 128: 384 in for Fill, 64 for Kontext."""
+    """A fresh `FluxTransformer2DModel`: 2 double and 3 single blocks, width 128; Fill has 384 channels in."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(

@@ -1,8 +1,8 @@
 """Writes the standard diffusers folders that the tiny models ship in: fill, kontext, sd_inpaint.
 
-Files hold float16, config files say float32: every loader then computes in float32 unless told otherwise. Each
-folder is complete on its own (a VAE and the text encoders are a few hundred kilobytes), so that the stock pipelines
-load it as they load the real thing.
+Files hold float16, config files say float32: every loader then computes in float32 unless told otherwise.
+Each folder is complete on its own (a VAE and the text encoders are a few hundred kilobytes), so that the
+stock pipelines load it as they load the real thing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _index(out: Path, pipeline: str, parts: dict[str, tuple[str, str]], **extra:
 
 
 def write_flux(out: Path, *, vae: Path, text: Path, transformer: Any, kontext: bool = False) -> Path:
-    """A FluxFillPipeline (or FluxKontextPipeline) folder from a `vae` folder, a text folder and a transformer."""
+    """A FluxFillPipeline (or FluxKontextPipeline) folder from VAE and text folders and a transformer."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Reads shapes pictures back and compares them with what they should show.
 
-Each quadrant is compared with every picture the world can put there (8 shapes and sizes and the empty quadrant, 8
-grounds, 8 colours) by least squares in closed form: `|P - R|^2 = |P|^2 - 2 <P, R> + |R|^2` with
-`R = ground (1 - c) + colour c`, so that only inner products with the nine coverages c are needed. A quadrant further
+Each quadrant is compared with every picture the world can put there (8 shapes and sizes or nothing, 8
+grounds, 8 colours) by least squares in closed form: `|P - R|^2 = |P|^2 - 2 <P, R> + |R|^2` with `R = ground
+(1 - c) + colour c`, so that only inner products with the nine coverages c are needed. A quadrant further
 than `CELL_TOLERANCE` from all of them is unreadable, and counts as wrong whatever it was to show.
 """
 
@@ -138,10 +138,10 @@ def check(image: Tensor, scene: Scene, *, source: Tensor | None = None, mask: Te
 def check_many(
     images: Tensor, scenes: Sequence[Scene], sources: Tensor | None = None, masks: Tensor | None = None
 ) -> list[Report]:
-    """One report per picture `[N,H,H,3]`; `sources` of the same shape and `masks` `[N,H,H]` give `untouched_error`.
+    """One report per picture `[N,H,H,3]`; `sources` and `masks` `[N,H,H]` give `untouched_error`.
 
-    The score is the mean of the background (0 or 1), of each wanted shape (share of kind, colour, size and place that
-    is right; 0 if nothing was found for it) and of a 0 for everything that should not be there.
+    The score is the mean of the background (0 or 1), of each wanted shape (share of kind, colour, size and
+    place that is right; 0 if nothing was found for it) and of a 0 for everything that should not be there.
     """
     if len(scenes) != len(images):
         raise ValueError(f"{len(images)} images but {len(scenes)} scenes: give one scene per image")
@@ -194,15 +194,22 @@ def _compare(found: Shape, wanted: Shape) -> ObjectReport:
 
 
 def places_match(images: Tensor, scenes: Sequence[Scene], places: Sequence[Sequence[str]]) -> Tensor:
-    """Bool `[N]`: the named quadrants of each picture show what the scene has there (a Fill model's caption accuracy)."""
+    """Bool `[N]`: the named quadrants show what the scene has there (a Fill model's caption accuracy)."""
     asked = torch.tensor([[p in row for p in PLACES] for row in places])
     return (read(images).quadrants(scenes) | ~asked).all(1)
 
 
 def edit_success(images: Tensor, edits: Sequence[Edit]) -> dict[str, Tensor]:
-    """Bool `[N]` each: `made` (what was asked is there), `kept` (everything else is as it was), `success` (both)."""
-    right = read(images).quadrants([e.target for e in edits])
+    """Bool `[N]` each: `made` (what was asked is there), `kept` (all else is as it was), `success` (both).
+
+    A changed background has to reach every quadrant to be made; the shapes on it have to stay to be kept.
+    """
+    reading, targets = read(images), [e.target for e in edits]
+    background, template, colour = codes(targets)
+    ground = reading.background == background
+    shape = (reading.template == template) & (reading.colour == colour)
     touched = torch.tensor([[p in e.places for p in PLACES] for e in edits])
-    reading_background = read(images).background == codes([e.target for e in edits])[0]
-    made, kept = (right | ~touched).all(1), (right | touched).all(1) & reading_background
+    recoloured = torch.tensor([e.operation == "background" for e in edits])
+    made = torch.where(recoloured, ground, (shape | ~touched).all(1))
+    kept = torch.where(recoloured, shape.all(1), (shape | touched).all(1) & ground)
     return {"made": made, "kept": kept, "success": made & kept}

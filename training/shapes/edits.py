@@ -128,7 +128,7 @@ def _edit_of(rng: random.Random, operation: str, source: Scene) -> Edit | None:
 def random_edits(
     seed: int, n: int, split: str = "train", operations: Sequence[str] = OPERATIONS
 ) -> Iterator[Edit]:
-    """`n` edits, operations drawn evenly; source and target both belong to `split`, so splits share no picture."""
+    """`n` edits, operations drawn evenly; source and target both belong to `split`."""
     check_split(split)
     rng = random.Random(f"{seed} {split}")
     made = 0
@@ -144,7 +144,7 @@ def random_edits(
 def edit_pairs(
     seed: int, n: int, split: str = "train", *, size: int = 64, operations: Sequence[str] = OPERATIONS
 ) -> Iterator[EditPair]:
-    """`n` drawn edits of `split` ("train", "val" or "test"), the same ones for the same seed on every machine."""
+    """`n` drawn edits of `split` ("train", "val" or "test"), the same ones for the same seed everywhere."""
     edits = random_edits(seed, n, split, operations)
     while chunk := [edit for _, edit in zip(range(512), edits, strict=False)]:
         sources = render_many([e.source for e in chunk], size)

@@ -1,7 +1,8 @@
 """Scenes of the shapes world and how they are drawn.
 
-A scene is a flat background and one to three flat shapes, each in its own quadrant and of its own colour. Drawing is
-closed form (coverage of a pixel by a signed distance), so that the checker can know every picture there is.
+A scene is a flat background and one to three flat shapes, each in its own quadrant and of its own colour.
+Drawing is closed form (coverage of a pixel by a signed distance), so that the checker can know every
+picture there is.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def random_scene(rng: random.Random, split: str | None = None) -> Scene:
 
 
 def _distance(kind: str, x: Tensor, y: Tensor, r: float) -> Tensor:
-    """Signed distance-like function, negative inside; exact near straight edges, which is all antialiasing needs."""
+    """Like a signed distance, negative inside; exact near straight edges, all that antialiasing needs."""
     if kind == "circle":
         return torch.sqrt(x * x + y * y) - r
     if kind == "square":
@@ -137,7 +138,7 @@ def codes(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def render_many(scenes: Sequence[Scene], size: int = 64) -> Tensor:
-    """Pictures of scenes, float32 `[N,size,size,3]` in 0..1. Raises ValueError unless `size` is even and >= 16."""
+    """Pictures of scenes, float32 `[N,size,size,3]` in 0..1. Raises ValueError on a size odd or below 16."""
     return render_codes(*codes(scenes), size)
 
 
