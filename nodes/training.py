@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 DEMO = "shapes demo (512 pairs)"
-DEMO_SPEC = "shapes:512?split=train&seed=0&size=64"
+DEMO_SPEC = "shapes:512?split=train&seed=0&size=64&task={task}"
 TINY = {
     "tiny fill (bundled)": "fill",
     "tiny kontext (bundled)": "kontext",
@@ -203,9 +203,10 @@ class DiptychTrainLora:
     ) -> dict:
         from ..training import session
 
+        model = model_folder(base_model)
         choices = session.Choices(
-            data=data_spec(dataset),
-            model=str(model_folder(base_model)),
+            data=data_spec(dataset, session.task_of(model)),
+            model=str(model),
             name=output_name.strip(),
             recipe=recipe,
             steps=steps,
@@ -227,12 +228,12 @@ class DiptychTrainLora:
         return {"ui": {"text": [report]}, "result": (lora.name, outcome.curve, samples, report)}
 
 
-def data_spec(dataset: str) -> str:
+def data_spec(dataset: str, task: str) -> str:
     """The data source of an entry of the dataset menu. Raises ValueError when it is not there any more."""
     from ..training.data.sources import spec_of
 
     if dataset == DEMO:
-        return DEMO_SPEC
+        return DEMO_SPEC.format(task="inpaint" if task == "sd_inpaint" else "edit")
     folder = datasets().get(dataset)
     if folder is None:
         raise ValueError(

@@ -44,13 +44,13 @@ def test_the_menus_offer_what_is_on_disk_and_something_to_try(comfyui):
     required = nodes.DiptychTrainLora.INPUT_TYPES()["required"]
     assert required["dataset"][0] == [nodes.DEMO, "cats"]
     assert required["base_model"][0] == [*nodes.TINY, "my-fill"]
-    assert nodes.data_spec("cats") == f"pairs:{comfyui / 'input' / 'cats'}"
+    assert nodes.data_spec("cats", "fill") == f"pairs:{comfyui / 'input' / 'cats'}"
     assert nodes.model_folder("my-fill") == comfyui / "models" / "my-fill"
 
 
 def test_menu_entries_that_vanished_say_where_to_put_them(comfyui):
     with pytest.raises(ValueError, match="'dogs'.*ComfyUI's input folder"):
-        nodes.data_spec("dogs")
+        nodes.data_spec("dogs", "fill")
     with pytest.raises(ValueError, match="'gone'.*models/diffusers"):
         nodes.model_folder("gone")
 
