@@ -1,6 +1,7 @@
 """python scripts/demo.py: set up .venv and edit a picture with the bundled tiny model.
 
-Writes the edited picture and before | after side by side. Arguments are those of `diptych edit`.
+Writes output/demo.png and, before | after, output/demo_side_by_side.png. Arguments are those of `diptych
+edit`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from _venv import ensure
+from _venv import ROOT, ensure
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:] or ["--output", "diptych_demo.png"]
-    raise SystemExit(subprocess.call([ensure(), "-m", "comfyui_diptych", "edit", *arguments]))
+    python, arguments = ensure(), sys.argv[1:]
+    if not arguments:
+        (ROOT / "output").mkdir(exist_ok=True)
+        arguments = ["--output", str(ROOT / "output" / "demo.png")]
+    raise SystemExit(subprocess.call([python, "-m", "comfyui_diptych", "edit", *arguments]))
