@@ -21,6 +21,7 @@ HOW_TO_GET_ONE = (
     "no ComfyUI at {}: clone https://github.com/comfyanonymous/ComfyUI, install its requirements.txt and "
     "this pack's, and give its folder"
 )
+DEFAULT = os.environ.get("COMFYUI_PATH", ".").split(os.pathsep)[0]
 LIMIT, TOLERANCE = 1.02, 1e-5
 RULES = ("flow", "dance", "cps", "rf_ancestral")
 SIZES = {
@@ -122,7 +123,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comfyui", type=Path, nargs="?", default=os.environ.get("COMFYUI_PATH", "."))
+    parser.add_argument("comfyui", type=Path, nargs="?", default=DEFAULT)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=40, help="runs of each sampler; the fastest counts")
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 16), metavar=("HIGH", "WIDE"))
