@@ -65,7 +65,8 @@ def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any) -> No
         header, flat = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     for name, tensor in tensors.items():
         module, _, rest = name.partition(".lora_")
-        key = "lora_te_" + module.replace(".", "_")
+        # transformers 5 dropped the level that files still name.
+        key = "lora_te_text_model_" + module.removeprefix("text_model.").replace(".", "_")
         flat[f"{key}.lora_{'down' if rest.startswith('A') else 'up'}.weight"] = tensor.contiguous()
         flat[f"{key}.alpha"] = torch.tensor(float(config.alpha))
     partial = path.with_name(path.name + ".part")

@@ -1,0 +1,108 @@
+"""LoRAs as the trainer writes them, read by ComfyUI's core: the trained change, key for key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from . import case
+from .lora import change, layers, predict, tiny_flux, weights_of
+
+
+def saved(host, name: str, part: str, tensors: dict, task: str, rank: int = 4, alpha: float = 6.0):
+    """The file that a run with these trained tensors would leave, as core reads it."""
+    import comfy.utils
+    import folder_paths
+
+    config = SimpleNamespace(
+        task=task, rank=rank, alpha=alpha, moe_gate="softmax_all", moe_top_k=1, method="lora"
+    )
+    path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"
+    host.pack("training.export").save_lora(path, {part: tensors}, config, {"recipe": "case"})
+    return comfy.utils.load_torch_file(str(path), safe_load=True)
+
+
+def trained(shapes: dict[str, tuple[int, int]], rank: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    out = {}
+    for name, (o, i) in shapes.items():
+        out[f"{name}.lora_A.weight"] = torch.randn(rank, i, generator=generator) * 0.1
+        out[f"{name}.lora_B.weight"] = torch.randn(o, rank, generator=generator) * 0.1
+    return out
+
+
+@case
+def core_applies_a_trained_flux_lora_as_our_loader_does(host):
+    import comfy.sd
+
+    model, tensors = tiny_flux(), trained(layers())
+    file = saved(host, "saved_flux", "transformer", tensors, "fill")
+    theirs, _ = comfy.sd.load_lora_for_models(model, None, file, 1.0, 0)
+    pairs = {n: (tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"]) for n in layers()}
+    with torch.inference_mode():
+        ours, _ = host.pack("models.lora").apply_to_comfy(model, weights_of(host, pairs, 6.0 / 4), 1.0)
+    base, want, got = predict(model), predict(ours), predict(theirs)
+    assert change(got, want) < 1e-5 and change(want, base) > 1e-2
+
+
+@case
+def core_patches_every_module_of_a_trained_sd15_lora(host):
+    """Every attention linear of the SD1.5 inpainting UNet, by the scale alpha / rank."""
+    import comfy.lora
+    import comfy.lora_convert
+    import comfy.supported_models
+
+    with torch.device("meta"):
+        model = comfy.supported_models.SD15(sd15()).get_model({}, "")
+    keys = comfy.lora.model_lora_keys_unet(model, {})
+    widths = {k: v.shape for k, v in model.state_dict().items()}
+    names = [k.removeprefix("lora_unet_") for k in keys if "_attn" in k and k.startswith("lora_unet_")]
+    names = [n for n in names if n.endswith(("to_q", "to_k", "to_v", "to_out_0"))]
+    assert len(names) == 128
+    shapes = {}
+    for name in names:
+        dotted = dots(name)
+        shapes[dotted] = tuple(widths[keys[f"lora_unet_{name}"]])
+    tensors = trained(shapes)
+    file = saved(host, "saved_sd15", "unet", tensors, "sd_inpaint")
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(file), keys)
+    assert len(patches) == 128
+    for dotted in list(shapes)[::17]:
+        target = keys["lora_unet_" + dotted.replace(".", "_")]
+        weight = torch.zeros(shapes[dotted])
+        key = target if isinstance(target, str) else target[0]
+        got = comfy.lora.calculate_weight([(1.0, patches[target], 1.0, None, None)], weight, key)
+        a, b = tensors[f"{dotted}.lora_A.weight"], tensors[f"{dotted}.lora_B.weight"]
+        assert change(got, b @ a * (6.0 / 4)) < 1e-4
+
+
+def sd15() -> dict:
+    return {
+        "image_size": 32,
+        "in_channels": 9,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [2, 2, 2, 2],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+        "channel_mult": (1, 2, 4, 4),
+        "context_dim": 768,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+        "legacy": False,
+    }
+
+
+def dots(name: str) -> str:
+    """`down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q` to the module path with dots."""
+    words = ("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out")
+    for word in words:
+        name = name.replace(word, word.replace("_", "~"))
+    return name.replace("_", ".").replace("~", "_")

@@ -1,0 +1,144 @@
+"""A trained LoRA gives the same effective weights in diffusers, in peft and in our own loader.
+
+ComfyUI's core is the fourth reader: `tests/comfyui/comfy_cases/saved_loras.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from comfyui_diptych.models import lora
+from comfyui_diptych.training import adapters, config, export
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+HEADER = {"base": "toy", "recipe": "test", "step": 7, "data": "abc", "prompt_template": "{instruction}"}
+
+
+def trained(module: nn.Module, task: str, method: str = "lora", targets: str = "", **options):
+    """A copy of the module with non-zero adapters, and its configuration (alpha is not the rank)."""
+    c = config.from_dict({"task": task, "method": method, "rank": 4, "lora_alpha": 6.0, **options})
+    module = copy.deepcopy(module)
+    adapters.add_lora(module, adapters.TARGETS[targets or task], c)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return module, c
+
+
+def changes(module: nn.Module) -> dict[str, torch.Tensor]:
+    """B A alpha / r of every plain adapter, straight from the layers."""
+    return {
+        name: layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (6.0 / 4)
+        for name, layer in module.named_modules()
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A
+    }
+
+
+def merged(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.replace(".base_layer", ""): p.detach().clone() for name, p in module.named_parameters()}
+
+
+def write(module, c, path, part="transformer"):
+    return export.save_lora(path, {part: adapters.trained_state(module)}, c, HEADER)
+
+
+@pytest.mark.parametrize("task", ["fill", "kontext"])
+def test_diffusers_peft_and_ours_give_the_trained_change(task, request, tmp_path):
+    pipeline = request.getfixturevalue(f"{task}_pipeline")
+    module, c = trained(pipeline.transformer, task)
+    path = write(module, c, tmp_path / "lora.safetensors")
+    wanted, base = changes(module), merged(pipeline.transformer)
+    assert len(wanted) > 10
+
+    theirs = copy.deepcopy(pipeline)
+    theirs.load_lora_weights(str(path))
+    theirs.fuse_lora()
+    theirs.unload_lora_weights()
+
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["lora_adapter_metadata"])
+    fields = {k.removeprefix("transformer."): v for k, v in meta.items()}
+    by_peft = inject_adapter_in_model(LoraConfig(**fields), copy.deepcopy(pipeline.transformer))
+    state = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+    outcome = set_peft_model_state_dict(by_peft, state)
+    assert not outcome.unexpected_keys
+    for layer in by_peft.modules():
+        if hasattr(layer, "merge") and hasattr(layer, "lora_A"):
+            layer.merge()
+
+    ours = lora.read(path)
+    for name, change in wanted.items():
+        weight = f"{name}.weight"
+        assert torch.allclose(ours.modules[name].dense(), change, atol=1e-5), name
+        assert torch.allclose(merged(theirs.transformer)[weight] - base[weight], change, atol=1e-5), name
+        assert torch.allclose(merged(by_peft)[weight] - base[weight], change, atol=1e-5), name
+    untouched = set(base) - {f"{n}.weight" for n in wanted}
+    assert all(torch.equal(merged(theirs.transformer)[n], base[n]) for n in untouched)
+
+
+@pytest.mark.parametrize("gate", ["softmax_all", "softmax_topk"])
+def test_a_trained_moe_lora_runs_the_same_through_our_loader(gate, fill_pipeline, tmp_path):
+    module, c = trained(fill_pipeline.transformer, "fill", "moe_lora", moe_gate=gate)
+    path = write(module, c, tmp_path / "moe.safetensors")
+    applied = copy.deepcopy(fill_pipeline.transformer)
+    handle = lora.apply_to_diffusers(applied, lora.read(path))
+    assert not handle.report.skipped
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, 8, 384),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "pooled_projections": torch.randn(2, 32),
+        "timestep": torch.tensor([0.3, 0.8]),
+        "guidance": torch.ones(2),
+        "img_ids": torch.zeros(8, 3),
+        "txt_ids": torch.zeros(5, 3),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        want, got, base = (m(**inputs)[0] for m in (module, applied, fill_pipeline.transformer))
+    assert torch.allclose(got, want, atol=1e-5) and (want - base).abs().max() > 1e-2
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["diptych"])
+    assert header["moe_gate"] == gate and header["moe_experts"] == 4
+    assert {k: header[k] for k in HEADER} == HEADER
+
+
+def test_a_stable_diffusion_lora_has_kohya_names_and_loads_in_diffusers(sd_inpaint_pipeline, tmp_path):
+    module, c = trained(sd_inpaint_pipeline.unet, "sd_inpaint")
+    text, _ = trained(sd_inpaint_pipeline.text_encoder, "sd_inpaint", targets="text")
+    parts = {"unet": adapters.trained_state(module), "text_encoder": adapters.trained_state(text)}
+    path = export.save_lora(tmp_path / "sd.safetensors", parts, c, HEADER)
+    keys = load_file(path).keys()
+    assert all(k.startswith(("lora_unet_", "lora_te_")) for k in keys)
+    assert any(k.startswith("lora_te_text_model_encoder") for k in keys)
+    wanted = changes(module)
+    ours = lora.read(path)
+    for name, change in wanted.items():
+        assert torch.allclose(ours.modules[name].dense(), change, atol=1e-5), name
+    theirs = copy.deepcopy(sd_inpaint_pipeline)
+    theirs.load_lora_weights(str(path))
+    theirs.fuse_lora()
+    theirs.unload_lora_weights()
+    for part, adapted in (("unet", module), ("text_encoder", text)):
+        base, after = merged(getattr(sd_inpaint_pipeline, part)), merged(getattr(theirs, part))
+        for name, change in changes(adapted).items():
+            assert torch.allclose(after[f"{name}.weight"] - base[f"{name}.weight"], change, atol=1e-5), name
+
+
+def test_full_training_leaves_a_folder_that_the_stock_pipeline_loads(fill_pipeline, tmp_path):
+    from diffusers import FluxFillPipeline
+
+    fill_pipeline.save_pretrained(tmp_path / "base")
+    module = copy.deepcopy(fill_pipeline.transformer)
+    nn.init.constant_(module.proj_out.bias, 0.25)
+    folder = export.save_pipeline(tmp_path / "new", str(tmp_path / "base"), {"transformer": module})
+    loaded = FluxFillPipeline.from_pretrained(folder)
+    assert torch.equal(loaded.transformer.proj_out.bias, module.proj_out.bias)
