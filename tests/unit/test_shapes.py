@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-
 from comfyui_diptych.training import shapes
 from comfyui_diptych.training.shapes.scenes import SIZES
 

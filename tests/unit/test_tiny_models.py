@@ -1,0 +1,116 @@
+"""The bundled tiny models: small enough, loadable as what they claim to be, and blind to padding."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from comfyui_diptych.models import tiny
+from comfyui_diptych.models.packing import image_ids
+from comfyui_diptych.training import shapes, text
+
+transformers = pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+
+
+def _clip_tokenizer():
+    return transformers.CLIPTokenizer.from_pretrained(tiny.folder() / "fill" / "tokenizer")
+
+
+def _t5_tokenizer():
+    return transformers.T5TokenizerFast.from_pretrained(tiny.folder() / "fill" / "tokenizer_2")
+
+
+@pytest.fixture(scope="module")
+def t5():
+    return transformers.T5EncoderModel.from_pretrained(tiny.folder() / "fill" / "text_encoder_2").float()
+
+
+def test_all_weights_together_stay_below_16_megabytes():
+    files = [p for p in tiny.folder().rglob("*") if p.is_file()]
+    assert 0 < sum(p.stat().st_size for p in files) <= 16 * 2**20
+
+
+def test_every_word_of_the_world_is_one_token():
+    edits = list(shapes.random_edits(0, 300, "train"))
+    prompts = [e.instruction for e in edits] + [text.DIPTYCH_PROMPT + e.target.caption + "." for e in edits]
+    t5_tokens, clip_tokens = _t5_tokenizer(), _clip_tokenizer()
+    for prompt in prompts:
+        assert t5_tokens.unk_token_id not in t5_tokens(prompt).input_ids
+    for word in text.words():
+        if "-" not in word:
+            assert len(clip_tokens(word).input_ids) == 3, word
+    assert max(len(t5_tokens(p).input_ids) for p in prompts) <= t5_tokens.model_max_length
+
+
+def test_the_tokenizers_pad_and_cut_as_the_pipelines_ask():
+    for tokens, length in ((_t5_tokenizer(), 512), (_clip_tokenizer(), 77)):
+        ids = tokens("make the red circle blue", padding="max_length", max_length=length, truncation=True)
+        assert len(ids.input_ids) == length
+        assert ids.input_ids[-1] == tokens.pad_token_id
+
+
+@torch.no_grad()
+def test_the_t5_encoder_sees_no_padding_and_all_pads_come_out_alike(t5):
+    tokens = _t5_tokenizer()
+    prompt = "change the colour of the red circle to blue"
+    short, long = (
+        t5(tokens(prompt, padding="max_length", max_length=n, return_tensors="pt").input_ids)[0]
+        for n in (20, 512)
+    )
+    words = len(tokens(prompt).input_ids)
+    assert torch.allclose(short[:, :words], long[:, :words], atol=1e-5)
+    pads = long[:, words:]
+    assert (pads - pads[:, :1]).abs().max() < 1e-3 * pads.abs().max()
+
+
+@torch.no_grad()
+def test_word_order_reaches_the_tokens(t5):
+    tokens = _t5_tokenizer()
+    states = [
+        t5(tokens(p, return_tensors="pt").input_ids)[0].sort(dim=1).values
+        for p in ("a small red circle and a large blue square", "a small blue circle and a large red square")
+    ]
+    assert (states[0] - states[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_the_vae_reconstructs_held_out_scenes():
+    vae = diffusers.AutoencoderKL.from_pretrained(tiny.folder() / "fill" / "vae")
+    rng = random.Random(11)
+    scenes = [shapes.random_scene(rng, "test") for _ in range(40)]
+    pictures = shapes.render_many(scenes)
+    latents = vae.encode(pictures.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mode()
+    out = (vae.decode(latents).sample.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+    assert -10 * (out - pictures).square().mean().log10() >= 30
+    assert shapes.read(out).matches(scenes).float().mean() >= 0.99
+    model_space = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    assert abs(model_space.mean()) < 0.1 and 0.9 < model_space.std() < 1.1
+
+
+@torch.no_grad()
+def test_n_pads_weigh_as_one_pad_with_log_n_added():
+    """What training relies on (`tiny_data.Texts.batch`), against diffusers' own attention on every pad."""
+    from comfyui_diptych.models.packing import pack_latents, pack_mask
+    from comfyui_diptych.models.tiny import build
+    from comfyui_diptych.training.tiny import Velocity
+
+    torch.manual_seed(0)
+    module = build.flux_transformer(384).eval()
+    x, masked, mask = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 8, 8), torch.ones(1, 64, 64)
+    words, pad, pooled = torch.randn(1, 5, 64), torch.randn(1, 1, 64), torch.randn(1, 64)
+    expected = module(
+        hidden_states=torch.cat([pack_latents(x), pack_latents(masked), pack_mask(mask)], -1),
+        timestep=torch.tensor([0.7]),
+        guidance=torch.tensor([30.0]),
+        pooled_projections=pooled,
+        encoder_hidden_states=torch.cat([words, pad.expand(-1, 40, -1)], 1),
+        txt_ids=torch.zeros(45, 3),
+        img_ids=image_ids(8, 8),
+    ).sample
+    bias = torch.tensor([[0.0] * 5 + [40.0]]).clamp_min(1).log()
+    rows = {"condition": masked, "mask": mask}
+    one_pad = (torch.cat([words, pad], 1), pooled, bias)
+    got = Velocity(module, "fill", bf16=False)(x, torch.tensor([0.7]), rows, one_pad, torch.tensor([30.0]))
+    assert torch.allclose(pack_latents(got), expected, atol=1e-5)
