@@ -16,13 +16,25 @@ def add_parser(subparsers: Any) -> None:
         description="Train from a YAML recipe (a file or a bundled name). Several GPUs or machines: "
         "accelerate launch -m comfyui_diptych train RECIPE ...",
     )
+    add_recipe_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command with a recipe takes."""
     parser.add_argument("recipe", nargs="?", help="YAML file or bundled recipe, for example icedit")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe option"
     )
     parser.add_argument("--resume", default=None, help="auto, or a checkpoint folder")
     parser.add_argument("--help-config", action="store_true", help="list every recipe option and leave")
-    parser.set_defaults(run=run)
+
+
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """`--set` and `--resume` as KEY=VALUE. Raises ValueError without a recipe."""
+    if not args.recipe:
+        raise ValueError("recipe is missing: name a YAML file or a bundled recipe, or use --help-config")
+    return list(args.set) + ([f"resume={args.resume}"] if args.resume is not None else [])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.help_config:
         sys.stdout.write(configs.describe() + "\n")
         return 0
-    if not args.recipe:
-        raise ValueError("recipe is missing: name a YAML file or a bundled recipe, or use --help-config")
-    overrides = list(args.set) + ([f"resume={args.resume}"] if args.resume is not None else [])
+    overrides = overrides_of(args)
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -87,12 +97,12 @@ class TrainingBar:
 
     def report(self, report: Any) -> None:
         """A log line of the trainer."""
-        self._show(report.step, loss=report.loss, lr=report.lr, rows_s=report.rows_per_second)
+        self.show(report.step, loss=report.loss, lr=report.lr, rows_s=report.rows_per_second)
 
     def step(self, step: int, steps: int, loss: float) -> None:
-        self._show(step, loss=loss)
+        self.show(step, loss=loss)
 
-    def _show(self, step: int, **figures: float) -> None:
+    def show(self, step: int, **figures: float) -> None:
         from tqdm import tqdm
 
         if self.bar is None:

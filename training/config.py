@@ -126,6 +126,7 @@ class TrainConfig:
     noise_offset: float = option(0.0, "Strength of a per-channel constant added to the noise (0.1 is usual).")
 
     # adapters
+    fuse_loras: list[str] = option([], "LoRA files merged into the frozen base before training.")
     rank: int = option(32, "LoRA rank.")
     lora_alpha: Optional[float] = option(None, "LoRA alpha; the rank if empty.")  # noqa: UP045
     lora_dropout: float = option(0.0, "Dropout on the LoRA input.")
@@ -296,10 +297,10 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
     return config
 
 
-def describe() -> str:
+def describe(kind: type = TrainConfig) -> str:
     """All options with defaults and help, one per line."""
     lines = []
-    for f in dataclasses.fields(TrainConfig):
+    for f in dataclasses.fields(kind):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         lines.append(f"{f.name} = {default!r}\n    {f.metadata['help']}")
     return "\n".join(lines)

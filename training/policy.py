@@ -49,7 +49,7 @@ def advantages(
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """loss: scalar with gradient; ratio [B] and clipped [B] (bool) for the log."""
+    """loss [B] with gradient; ratio [B] and clipped [B] (bool), detached, for the log."""
 
     loss: Tensor
     ratio: Tensor
@@ -57,7 +57,7 @@ class PolicyLoss:
 
 
 def clipped_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> PolicyLoss:
-    """PPO's clipped objective: -mean min(r A, clip(r, 1-c, 1+c) A), r = exp(log_ratio) [B].
+    """PPO's clipped objective per sample: -min(r A, clip(r, 1-c, 1+c) A), r = exp(log_ratio) [B].
 
     log_ratio is a mean over latent elements, not a sum, so useful clip ranges are 1e-5 to 1e-3.
     """
@@ -65,7 +65,7 @@ def clipped_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> PolicyLos
     bounded = ratio.clamp(1 - clip, 1 + clip)
     gain = torch.minimum(ratio * advantage, bounded * advantage)
     clipped = (ratio.detach() - 1).abs() > clip
-    return PolicyLoss(-gain.mean(), ratio.detach(), clipped)
+    return PolicyLoss(-gain, ratio.detach(), clipped)
 
 
 def ratio_norm(log_ratio: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor) -> Tensor:

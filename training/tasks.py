@@ -84,6 +84,8 @@ class Task:
         if self.config.base_dtype == "float8_e4m3fn":
             module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
         self.module = module.requires_grad_(False).to(self.device)
+        for path in self.config.fuse_loras:
+            adapters.fuse(module, path)
         if self.config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
         return module

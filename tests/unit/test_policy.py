@@ -68,7 +68,7 @@ def test_gradient_of_the_loss_is_minus_advantage_times_gradient_of_log_prob(rule
     replayed = transition.replay(velocity(w)(transition.x, transition.sigma))
     ratio = transition.log_ratio(replayed.mean)
     assert ratio.detach().abs().max() < 1e-12
-    clipped_loss(ratio, advantage, clip=1e-4).loss.backward()
+    clipped_loss(ratio, advantage, clip=1e-4).loss.mean().backward()
     h = 1e-5
     slope = (log_prob(weight + h) - log_prob(weight - h)) / (2 * h)
     assert w.grad.item() == pytest.approx((-advantage * slope).mean().item(), rel=1e-5)
@@ -77,7 +77,7 @@ def test_gradient_of_the_loss_is_minus_advantage_times_gradient_of_log_prob(rule
 def test_clipping_stops_the_gradient_only_in_the_advantage_direction():
     log_ratio = torch.tensor([0.01, 0.01, -0.01, -0.01], requires_grad=True)
     result = clipped_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=1e-3)
-    (gradient,) = torch.autograd.grad(result.loss, log_ratio)
+    (gradient,) = torch.autograd.grad(result.loss.sum(), log_ratio)
     assert (gradient == 0).tolist() == [True, False, False, True]
     assert result.clipped.all()
 

@@ -25,9 +25,9 @@ class KeepL1(Reward):
     name, range, needs = "keep_l1", (0.0, 1.0), frozenset({"sources", "masks"})
 
     def _score(self, images, prompts, sources, masks, targets):
-        keep = 1 - _as_pixels(masks, images)
-        error = ((images - sources.to(images)).abs() * keep).sum((1, 2, 3))
-        return 1 - error / (keep.sum((1, 2, 3)) * images.shape[-1])
+        from ..metrics import kept_l1
+
+        return 1 - kept_l1(images, sources.to(images), _as_pixels(masks, images).squeeze(-1))
 
 
 @register("keep_ssim")

@@ -1,0 +1,205 @@
+"""Reward training on toy pipelines: on-policy ratio 1, kill -9, two processes, and what the file says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from comfyui_diptych.models import lora
+from comfyui_diptych.training import checkpoint, config, grpo
+from comfyui_diptych.training.grpo_config import GRPOConfig
+from safetensors.torch import load_file
+
+TOY = {
+    "data": ["shapes:12?size=32"],
+    "resolution": 32,
+    "rank": 4,
+    "max_steps": 2,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "mixed_precision": "no",
+    "base_dtype": "float32",
+    "cache_dtype": "float32",
+    "max_sequence_length": 24,
+    "gradient_checkpointing": False,
+    "log_with": ["none"],
+    "log_every": 1,
+    "sample_every": 0,
+    "threads": 1,
+    "rewards": ["shapes"],
+    "rollout_steps": 4,
+    "rollout_guidance": 3.0,
+    "window_size": 2,
+    "group_size": 4,
+    "micro_batch": 2,
+    "groups_per_update": 2,
+    "clip": 1e-2,
+}
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory, fill_pipeline, kontext_pipeline, sd_inpaint_pipeline):
+    root = tmp_path_factory.mktemp("grpo_toys")
+    for name, pipeline in (
+        ("fill", fill_pipeline),
+        ("kontext", kontext_pipeline),
+        ("sd_inpaint", sd_inpaint_pipeline),
+    ):
+        pipeline.save_pretrained(root / name)
+    (root / "toy_judge.py").write_text(
+        "def brightness(images, prompts, sources, masks):\n    return images.mean((1, 2, 3))\n"
+    )
+    sys.path.insert(0, str(root))
+    yield root
+    sys.path.remove(str(root))
+
+
+def toy(toys, output, task="fill", **options):
+    values = {**TOY, "rewards": ["toy_judge:brightness"], "task": task, "model": str(toys / task)}
+    return config.from_dict({**values, "output_dir": str(output), **options}, GRPOConfig)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("rule", ["flow", "dance", "cps", "rf_ancestral"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_ratio_is_one_on_unchanged_weights(toys, tmp_path, rule, storage):
+    c = toy(toys, tmp_path, rule=rule, storage_dtype=storage, max_steps=1, window_size=2)
+    trainer = grpo.GRPOTrainer(c)
+    trainer.run()
+    assert abs(log(tmp_path)[0]["ratio"] - 1) < 1e-6
+    assert log(tmp_path)[0]["clipped"] == 0
+
+
+@pytest.mark.parametrize("task", ["kontext", "sd_inpaint"])
+def test_other_families_are_on_policy_too(toys, tmp_path, task):
+    data = ["shapes:12?size=32&task=inpaint"] if task == "sd_inpaint" else TOY["data"]
+    options = {"rollout_guidance": 1.0} if task == "sd_inpaint" else {}
+    grpo.GRPOTrainer(toy(toys, tmp_path, task=task, max_steps=1, data=data, **options)).run()
+    assert abs(log(tmp_path)[0]["ratio"] - 1) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm": "nft"},
+        {"kl_beta": 1e-3, "ratio_norm": True},
+        {"shared_prefix": True, "window": "fixed", "window_first": 1, "window_size": 1},
+        {"inner_updates": 2, "ema": 0.9, "advantage_scale": "group"},
+    ],
+    ids=["nft", "kl", "prefix", "inner"],
+)
+def test_options_run_and_move_the_weights(toys, tmp_path, options):
+    path = grpo.GRPOTrainer(toy(toys, tmp_path, **options)).run()
+    weights = lora.read(path)
+    assert any(module.dense().abs().max() > 0 for module in weights.modules.values())
+    assert weights.info.algorithm == options.get("algorithm", "grpo")
+    assert "toy_judge" in weights.info.reward
+    if "algorithm" not in options:
+        high, low = weights.info.sigma_window
+        assert 1 >= high > low > 0
+
+
+def test_kl_of_an_untouched_adapter_is_zero_and_of_a_touched_one_its_closed_form(toys, tmp_path):
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, kl_beta=1.0))
+    trainer.prepare()
+    batch = trainer._rollout_batch([0])
+    x, sigma = torch.randn_like(batch["latents"]), torch.tensor([0.5])
+    with torch.no_grad():
+        reference = trainer.policy.predict(x, sigma, batch, 3.0)
+        assert trainer.divergence(reference, x, sigma, batch).item() == 0
+        for name, parameter in trainer.names.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        moved = trainer.policy.predict(x, sigma, batch, 3.0)
+        expected = ((moved - reference) ** 2).mean()
+        torch.testing.assert_close(trainer.divergence(moved, x, sigma, batch)[0], expected)
+        torch.testing.assert_close(trainer.policy.predict(x, sigma, batch, 3.0), moved)
+
+
+KILLED = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from comfyui_diptych.training import config, grpo
+from comfyui_diptych.training.grpo_config import GRPOConfig
+def die(report):
+    if report.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+values = json.load(open(sys.argv[1]))
+grpo.GRPOTrainer(config.from_dict(values, GRPOConfig), on_report=die).run()
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
+def test_resume_after_kill_is_bit_equal(toys, tmp_path, algorithm):
+    options = {
+        "algorithm": algorithm,
+        "max_steps": 3,
+        "save_every": 1,
+        "ema": 0.9,
+        "eval_rows": 2,
+        "eval_every": 1,
+    }
+    straight = grpo.GRPOTrainer(toy(toys, tmp_path / "a", **options)).run()
+    c = toy(toys, tmp_path / "b", **options, resume="auto")
+    recipe = tmp_path / "recipe.json"
+    keep = {k: v for k, v in vars(c).items() if v is not None}
+    recipe.write_text(json.dumps(keep))
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(recipe), str(toys)], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    assert len(checkpoint.folders(tmp_path / "b" / "checkpoints")) == 1
+    resumed = grpo.GRPOTrainer(c).run()
+    first, second = load_file(straight), load_file(resumed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_path):
+    common = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "optimizer": "adamw", "lr": 1e-2}
+    one = grpo.GRPOTrainer(toy(toys, tmp_path / "one", groups_per_update=4, **common)).run()
+    c = toy(toys, tmp_path / "two", groups_per_update=2, **common)
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(json.dumps({k: v for k, v in vars(c).items() if v is not None}))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(toys),
+    }
+    command = [sys.executable, "-m", *launch, "-m", "comfyui_diptych", "grpo", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (log(tmp_path / name)[0] for name in ("one", "two"))
+    assert first["reward/toy_judge:brightness"] == pytest.approx(
+        second["reward/toy_judge:brightness"], abs=1e-6
+    )
+    a, b = load_file(one), load_file(tmp_path / "two" / one.name)
+    assert max(t.abs().max().item() for k, t in a.items() if "lora_B" in k) > 1e-3
+    assert max((a[k] - b[k]).abs().max().item() for k in a) <= 1e-5
+    assert (tmp_path / "two" / "rewards.png").is_file()
+
+
+def test_a_failing_reward_is_counted_and_never_zero(toys, tmp_path):
+    (toys / "toy_failing.py").write_text(
+        "def judge(images, prompts, sources, masks):\n"
+        "    scores = images.mean((1, 2, 3))\n    scores[0] = float('nan')\n    return scores\n"
+    )
+    grpo.GRPOTrainer(toy(toys, tmp_path, rewards=["toy_failing:judge"], max_steps=1)).run()
+    entry = log(tmp_path)[0]
+    assert entry["failed/toy_failing:judge"] == 1 and entry["kept"] == 7 / 8
+
+
+def test_mistakes_are_one_sentence_before_anything_is_loaded(toys, tmp_path):
+    with pytest.raises(ValueError, match="does not fit"):
+        toy(toys, tmp_path, window_size=4)
+    with pytest.raises(ValueError, match="rewards is empty"):
+        grpo.GRPOTrainer(toy(toys, tmp_path, rewards=[])).run()
+    with pytest.raises(ValueError, match="NAME.KEY=VALUE"):
+        grpo.GRPOTrainer(toy(toys, tmp_path, reward_options=["pickscore.path=x"])).run()

@@ -1,0 +1,339 @@
+"""Reward training: rollouts, scores, advantages, updates, in this order; on the supervised trainer's ground.
+
+Data, caches, adapters, checkpoints, processes and export are those of `sft.Trainer`. GRPO's objective stands
+in `policy.py`, DiffusionNFT's in `nft.py`, sampling in `rollout.py`, scoring in `judging.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import adapters, checkpoint, nft, optim, policy
+from .grpo_config import GRPOConfig
+from .judging import Judge, make_rewards
+from .rollout import Rollout, Sampling, collect, make_policy
+from .sft import Trainer
+from .windows import window as window_of
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class GRPOTrainer(Trainer):
+    """One reward-training run; the faces are `Trainer`'s. A step is one collection and its updates."""
+
+    config: GRPOConfig
+
+    def prepare(self) -> None:
+        c = self.config
+        self.rewards = make_rewards(c.rewards, c.reward_options)
+        self.measures: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] | None = None
+        self.old: nft.OldPolicy | None = None
+        super().prepare()
+        for part in self.parts.values():
+            part.eval()  # rollout and replay must be the same function, so no dropout in either
+        self.judge = Judge(self.rewards, self.batches)
+        self.policy = make_policy(self.task)
+
+    def _prepare_model(self) -> None:
+        super()._prepare_model()
+        if self.config.algorithm == "nft":
+            self.old = nft.OldPolicy(self.names, self.config)
+
+    # ---------------------------------------------------------------- one step
+
+    def train_step(self) -> tuple[Tensor, float]:
+        """Collect, score, learn. Returns (mean loss of this process, gradient norm of the last update)."""
+        c = self.config
+        optim.set_lr(self.optimizer, self.step, c)
+        rows = next(self.order)
+        self.micro += 1
+        first = (self.step * self.world + self.rank) * len(rows)
+        with self.old.active(self.names) if self.old else nullcontext():
+            rollouts = collect(
+                self.policy,
+                self._rollout_batch,
+                rows,
+                range(first, first + len(rows)),
+                group_size=c.group_size,
+                micro_batch=c.micro_batch,
+                sampling=self.sampling,
+                window=self.window,
+                seed=c.seed,
+            )
+        worth = self._advantages(rollouts, rows, first)
+        loss, norm = torch.zeros((), device=self.accelerator.device), 0.0
+        size = -(-len(rollouts) // c.inner_updates)
+        for start in range(0, len(rollouts), size):
+            part = slice(start, start + size)
+            partial, norm = self._update(rollouts[part], worth[part])
+            loss += partial / c.inner_updates
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.names)
+        if self.old is not None:
+            self.old.follow(self.names, self.step)
+        if c.eval_rows and self.step % c.eval_every == 0:
+            self._evaluate()
+        return loss, norm
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """The random steps of this update; None for DiffusionNFT."""
+        c = self.config
+        if c.algorithm == "nft":
+            return None
+        return window_of(c.window, self.step, c.rollout_steps, size=c.window_size, **c.window_bounds)
+
+    @property
+    def sampling(self) -> Sampling:
+        c = self.config
+        return Sampling(
+            c.rollout_steps,
+            c.rollout_guidance,
+            c.rule,
+            c.noise_level,
+            DTYPES[c.storage_dtype],
+            c.shared_noise or c.shared_prefix,
+            c.shared_prefix,
+        )
+
+    def _rollout_batch(self, numbers: list[int]) -> dict[str, Any]:
+        return self._to_device(self.batches(numbers, [False] * len(numbers)))
+
+    def _advantages(
+        self, rollouts: list[Rollout], rows: list[int], first: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(advantage, keep) of every micro-batch, from the scores of all processes."""
+        c = self.config
+        count = c.group_size
+        numbers = [row for row in rows for _ in range(count)]
+        groups = torch.tensor([first + index for index in range(len(rows)) for _ in range(count)])
+        pictures = torch.cat([self.task.host.decode(r.latents).float().cpu() for r in rollouts])
+        raw = self.judge(pictures, numbers)
+        names = list(raw)
+        table = torch.stack([groups.double(), *(raw[name].double() for name in names)], dim=1)
+        everyone = self.accelerator.gather(table.to(self.accelerator.device)).cpu()
+        scores = {name: everyone[:, 1 + i].float() for i, name in enumerate(names)}
+        worth = policy.advantages(
+            scores,
+            everyone[:, 0].long(),
+            self.rewards.weights,
+            scale=c.advantage_scale,
+            clamp=c.advantage_clamp,
+        )
+        self._kept = int(worth.keep.sum())
+        self.measures = {f"reward/{name}": float(values.nanmean()) for name, values in scores.items()}
+        self.measures |= {f"failed/{n}": int(v.isnan().sum()) for n, v in scores.items() if v.isnan().any()}
+        self.measures["kept"] = self._kept / len(everyone)
+        mine = slice(self.rank * len(numbers), (self.rank + 1) * len(numbers))
+        sizes = [len(rollout.latents) for rollout in rollouts]
+        return list(zip(worth.values[mine].split(sizes), worth.keep[mine].split(sizes), strict=True))
+
+    def _update(self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
+        """One optimiser step on these micro-batches; groups that teach nothing are not even computed."""
+        c, device = self.config, self.accelerator.device
+        total = torch.zeros((), device=device)
+        if self._kept == 0:
+            return total, 0.0
+        # The mean over all kept samples of all processes; DDP averages over processes.
+        scale = self.world * c.inner_updates / self._kept
+        pieces = [
+            (rollout, index, advantage.to(device), keep.to(device))
+            for rollout, (advantage, keep) in zip(rollouts, worth, strict=True)
+            if keep.any() or rollout is rollouts[-1]  # every process must reach the last, synchronising one
+            for index in range(self._terms(rollout))
+        ]
+        module = self.prepared[self.task.denoiser_part]
+        log: dict[str, list[Tensor]] = {}
+        for number, (rollout, index, advantage, keep) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self.accelerator.no_sync(module):
+                rows, measures = self._objective(rollout, index, advantage)
+                loss = (rows * keep).sum() * scale / self._terms(rollout)
+                self.accelerator.backward(loss)
+            total += loss.detach() / self.world
+            for name, value in measures.items():
+                log.setdefault(name, []).append(value.detach()[keep])
+        norm = self.accelerator.clip_grad_norm_(list(self.names.values()), c.grad_clip or float("inf"))
+        norm = float(norm)
+        if not torch.isfinite(torch.tensor(norm)):
+            raise self._not_finite(float(total))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        joined = {name: torch.cat(values).float() for name, values in log.items()}
+        self.measures |= {name: float(values.mean()) for name, values in joined.items() if len(values)}
+        return total, norm
+
+    def _terms(self, rollout: Rollout) -> int:
+        return self.config.nft_times if self.old is not None else len(rollout.transitions)
+
+    def _objective(self, rollout: Rollout, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss [B] of one term (a transition, or one noise level of DiffusionNFT) and what to log of it."""
+        c = self.config
+        if self.old is not None:
+            return nft.objective(self, rollout, index, advantage)
+        step = rollout.transitions[index]
+        prediction = self.policy.predict(step.x, step.time, rollout.batch, c.rollout_guidance)
+        replayed = step.replay(prediction)
+        log_ratio = step.log_ratio(replayed.mean)
+        if c.ratio_norm:
+            log_ratio = policy.ratio_norm(log_ratio, replayed.mean, step.mean, step.std)
+        result = policy.clipped_loss(log_ratio, advantage, c.clip)
+        loss, measures = result.loss, {"ratio": result.ratio, "clipped": result.clipped.float()}
+        if c.kl_beta:
+            divergence = self.divergence(prediction, step.x, step.time, rollout.batch)
+            loss, measures["kl"] = loss + c.kl_beta * divergence, divergence
+        return loss, measures
+
+    def divergence(self, prediction: Tensor, x: Tensor, time: Any, batch: dict[str, Any]) -> Tensor:
+        """Mean squared distance [B] of a prediction from that of the model without the adapter."""
+        from ..samplers.gaussian import velocity_kl
+
+        with torch.no_grad(), adapters.switched_off(self.parts[self.task.denoiser_part]):
+            reference = self.policy.predict(x, time, batch, self.config.rollout_guidance)
+        return velocity_kl(prediction, reference)
+
+    # ---------------------------------------------------------------- watching
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Held-out rows by the plain ODE from fixed noise; keeps the best weights, stops a collapse."""
+        c = self.config
+        judge = Judge(self.rewards, self.sample_batches)
+        numbers = list(range(len(self.sample_batches.entries)))[self.rank :: self.world]
+        swapped = self.average is not None
+        if swapped:
+            self.average.swap(self.names)
+        rows: dict[str, list[Tensor]] = {}
+        for start in range(0, len(numbers), c.micro_batch):
+            some = numbers[start : start + c.micro_batch]
+            batch = self._to_device(self.sample_batches(some, [False] * len(some)))
+            made = collect(
+                self.policy,
+                lambda _, batch=batch: batch,
+                some[:1],
+                [1 << 40 | start],
+                group_size=len(some),
+                micro_batch=len(some),
+                sampling=replace(self.sampling, shared_noise=False, shared_prefix=False),
+                window=None,
+                seed=c.seed,
+            )
+            for name, values in judge(self.task.host.decode(made[0].latents), some).items():
+                rows.setdefault(name, []).append(values)
+        if swapped:
+            self.average.swap(self.names)
+        scores = {}
+        for name, values in rows.items():
+            everyone = self.accelerator.gather_for_metrics(torch.cat(values).to(self.accelerator.device))
+            scores[name] = float(everyone.nanmean())
+        value = sum(self.rewards.weights[name] * score for name, score in scores.items())
+        self.history.append({"step": self.step, "value": value, **scores})
+        self.measures |= {f"held_out/{name}": score for name, score in scores.items()}
+        if value >= max(entry["value"] for entry in self.history):
+            source = self.average.values if self.average is not None else self.names
+            self.best = {name: tensor.detach().float().clone() for name, tensor in source.items()}
+
+    def _collapsed(self) -> bool:
+        values = [entry["value"] for entry in self.history[-self.config.patience - 1 :]]
+        return len(values) > self.config.patience and all(
+            b < a for a, b in zip(values, values[1:], strict=False)
+        )
+
+    def _stopping(self) -> bool:
+        if self.config.eval_rows and self._collapsed():
+            logger.warning("stopped: the held-out reward fell %d times in a row", self.config.patience)
+            return True
+        return super()._stopping()
+
+    def _report(self, loss: float, norm: float, pace: float) -> None:
+        super()._report(loss, norm, pace)
+        if self.main:
+            self.accelerator.log(self.measures, step=self.step)
+            with open(self.output / "rewards.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **self.measures}) + "\n")
+
+    # ---------------------------------------------------------------- keeping
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        out = {}
+        if self.best is not None:
+            out["best.safetensors"] = self.best
+        if self.old is not None:
+            out["old.safetensors"] = self.old.values
+        return out
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_extra(self, folder: Path, state: dict[str, Any]) -> None:
+        self.history = state.get("history", [])
+        for name in ("best", "old"):
+            if not (folder / f"{name}.safetensors").is_file():
+                continue
+            tensors = checkpoint.read_tensors(folder, f"{name}.safetensors")
+            tensors = {key: value.to(self.accelerator.device) for key, value in tensors.items()}
+            if name == "best":
+                self.best = tensors
+            elif self.old is not None:
+                self.old.values = tensors
+
+    def header(self) -> dict[str, Any]:
+        c = self.config
+        out = super().header() | {
+            "algorithm": c.algorithm,
+            "reward": ", ".join(f"{name} x {weight:g}" for name, weight in self.rewards.weights.items()),
+            "curve": [[entry["step"], round(entry["value"], 5)] for entry in self.history],
+        }
+        if c.algorithm == "grpo":
+            first = window_of(c.window, 0, c.rollout_steps, size=c.window_size, **c.window_bounds)
+            reach = (first[0], first[1] if c.window == "fixed" else c.window_bounds["last"])
+            cells = self.batches([0], [False])["latents"].shape[-2:]
+            out["sigma_window"] = self.policy.sigma_range(self.sampling, reach, *cells)
+            out["rule"] = c.rule
+        return out
+
+    def export(self) -> Path:
+        """The best weights by the held-out reward where there was one, else the last (averaged)."""
+        if self.best is None:
+            return super().export()
+        kept = {name: tensor.detach().clone() for name, tensor in self.names.items()}
+        average, self.average = self.average, None
+        with torch.no_grad():
+            for name, tensor in self.names.items():
+                tensor.copy_(self.best[name])
+        try:
+            return super().export()
+        finally:
+            self.average = average
+            with torch.no_grad():
+                for name, tensor in self.names.items():
+                    tensor.copy_(kept[name])
+
+
+def reward_curve(folder: Path) -> Path:
+    """Draw `rewards.jsonl` of a run: the mean over its rewards at every logged update, as a PNG beside it."""
+    from .pictures import curve
+
+    entries = [
+        json.loads(line) for line in (folder / "rewards.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    entries = list({entry["step"]: entry for entry in entries}.values())  # a resumed run logs a step again
+    means = []
+    for entry in entries:
+        scores = [value for key, value in entry.items() if key.startswith("reward/")]
+        means.append(sum(scores) / len(scores))
+    path = folder / "rewards.png"
+    curve(means, steps=[entry["step"] for entry in entries], title="reward of the rollouts").save(path)
+    return path

@@ -1,0 +1,104 @@
+"""The configuration of reward training: supervised training's, and how rollouts become updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import TrainConfig, option
+
+CHOICES = {
+    "algorithm": ("grpo", "nft"),
+    "rule": ("flow", "dance", "cps", "rf_ancestral"),
+    "window": ("fixed", "random", "progressive"),
+    "advantage_scale": ("global", "group"),
+    "storage_dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+@dataclass
+class GRPOConfig(TrainConfig):
+    """What to reinforce and how. `max_steps` counts updates: each collects rollouts and learns from them."""
+
+    algorithm: str = option("grpo", "grpo: clipped policy gradient; nft: DiffusionNFT, no log-probabilities.")
+
+    # rollouts
+    rollout_steps: int = option(10, "Sampling steps of a rollout.")
+    rollout_guidance: float = option(30.0, "Embedded guidance (cfg for sd_inpaint) of rollouts and updates.")
+    rule: str = option("flow", "flow | dance | cps | rf_ancestral: the SDE rule inside the window.")
+    eta: float = option(-1.0, "Noise level of the rule; negative = the rule's own default.")
+    window: str = option("random", "fixed | random | progressive: which steps are random and trained.")
+    window_size: int = option(2, "Random steps per rollout.")
+    window_first: int = option(0, "First step that may be in the window.")
+    window_last: int = option(0, "End (exclusive) of where the window may be; 0 = half of the steps.")
+    window_every: int = option(25, "progressive: updates between moves of the window.")
+    group_size: int = option(12, "Samples per row (source and instruction).")
+    groups_per_update: int = option(4, "Rows per process and update.")
+    micro_batch: int = option(12, "Samples per forward pass, in rollouts and in updates alike.")
+    shared_noise: bool = option(False, "Start all samples of a group from one noise.")
+    shared_prefix: bool = option(
+        False, "Run the steps before the window once per group (implies shared noise)."
+    )
+    storage_dtype: str = option("float32", "Precision of recorded latents: float32 | bfloat16 | float16.")
+
+    # objective
+    rewards: list[str] = option(
+        [], "Rewards as NAME or NAME=WEIGHT; also module:function or an http address."
+    )
+    reward_options: list[str] = option(
+        [], "Options of rewards as NAME.KEY=VALUE, for example hpsv2.path=FILE."
+    )
+    inner_updates: int = option(1, "Optimiser steps per rollout collection.")
+    clip: float = option(1e-4, "Clip range of the ratio of mean log-probabilities (a tenth of it for cps).")
+    advantage_clamp: float = option(5.0, "Largest advantage.")
+    advantage_scale: str = option("global", "global | group: whose standard deviation divides.")
+    ratio_norm: bool = option(False, "GRPO-Guard's correction of the ratio's mean and scale.")
+    kl_beta: float = option(
+        0.0, "Weight of the velocity-space divergence from the model without the adapter."
+    )
+    nft_beta: float = option(1.0, "nft: strength of the implicit positive and negative policies.")
+    nft_times: int = option(2, "nft: noise levels per rollout and inner update.")
+    nft_old_ramp: float = option(0.001, "nft: growth per update of the old policy's decay.")
+    nft_old_max: float = option(0.5, "nft: largest decay of the old policy.")
+
+    # stopping
+    eval_rows: int = option(0, "Rows of `sample_data` sampled (plain ODE) at every evaluation; 0 = none.")
+    eval_every: int = option(10, "Updates between evaluations.")
+    patience: int = option(
+        5, "Evaluations in a row with a falling reward that end the run; the best is kept."
+    )
+
+    def __post_init__(self) -> None:
+        self.batch_size, self.accumulation, self.prompt_drop = self.groups_per_update, 1, 0.0
+        if self.eval_rows:
+            self.sample_count = self.eval_rows
+        super().__post_init__()
+        if self.method != "lora":
+            raise ValueError(f"method is {self.method!r}: reward training trains a LoRA")
+        if self.algorithm == "nft" and self.task == "sd_inpaint":
+            raise ValueError("algorithm nft is for flow models: use grpo for sd_inpaint")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        for name in ("group_size", "micro_batch"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} is {getattr(self, name)}: a group needs two samples or more")
+        for name in ("groups_per_update", "inner_updates", "rollout_steps", "eval_every", "nft_times"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.algorithm == "grpo":
+            from .windows import window
+
+            window(self.window, 0, self.rollout_steps, size=self.window_size, **self.window_bounds)
+        if self.shared_prefix and self.task == "sd_inpaint":
+            raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
+
+    @property
+    def window_bounds(self) -> dict[str, int]:
+        """first, last and every of `windows.window`."""
+        last = self.window_last or max(self.window_first + self.window_size, self.rollout_steps // 2)
+        return {"first": self.window_first, "last": last, "every": self.window_every, "seed": self.seed}
+
+    @property
+    def noise_level(self) -> float | None:
+        """eta, or None for the rule's own."""
+        return None if self.eta < 0 else self.eta

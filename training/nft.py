@@ -1,0 +1,99 @@
+"""DiffusionNFT (arXiv 2509.16117): learn from clean rollouts by forward diffusion, without log-probabilities.
+
+Each rollout is noised again, and the model is pulled towards an implicit positive policy and away from a
+negative one, by how good the rollout was. The rollouts come from a slowly following "old" policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import noised, row_noise, row_uniform
+from .optim import MovingAverage
+
+NORM_FLOOR = 1e-5
+LOSS_SCALE = 5.0
+
+
+def preference(advantage: Tensor, clamp: float) -> Tensor:
+    """Advantage in -clamp..clamp -> optimality probability in 0..1."""
+    return (advantage / clamp / 2 + 0.5).clamp(0, 1)
+
+
+def nft_loss(
+    x: Tensor, sigma: Tensor, x0: Tensor, v: Tensor, v_old: Tensor, wanted: Tensor, beta: float
+) -> Tensor:
+    """The contrastive loss per sample [B].
+
+    x = (1-sigma) x0 + sigma noise [B,...], sigma [B], wanted [B] in 0..1. With v+ = beta v + (1-beta) v_old
+    and v- = (1+beta) v_old - beta v, each data prediction x - sigma v+- is compared with x0; its squared
+    error is divided by its own mean absolute error (detached), as the authors' code does.
+    """
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    losses = []
+    for velocity in (beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v):
+        error = (x - sigma * velocity) - x0
+        weight = error.detach().abs().flatten(1).mean(1).clamp_min(NORM_FLOOR)
+        losses.append((error**2).flatten(1).mean(1) / weight)
+    positive, negative = losses
+    return LOSS_SCALE * (wanted * positive / beta + (1 - wanted) * negative / beta)
+
+
+class OldPolicy:
+    """The weights that make the rollouts: old <- d old + (1-d) new, d = min(ramp * update, max)."""
+
+    def __init__(self, parameters: dict[str, Tensor], config):
+        self._average = MovingAverage(parameters, 0.0)
+        self.ramp, self.top = config.nft_old_ramp, config.nft_old_max
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        return self._average.values
+
+    @values.setter
+    def values(self, values: dict[str, Tensor]) -> None:
+        self._average.values = values
+
+    @contextmanager
+    def active(self, parameters: dict[str, Tensor]) -> Iterator[None]:
+        """The old weights are in the model inside the block."""
+        self._average.swap(parameters)
+        try:
+            yield
+        finally:
+            self._average.swap(parameters)
+
+    @torch.no_grad()
+    def follow(self, parameters: dict[str, Tensor], update: int) -> None:
+        """Move towards the present weights after `update` updates."""
+        decay = min(self.ramp * update, self.top)
+        for name, value in self.values.items():
+            value.lerp_(parameters[name].detach().float(), 1 - decay)
+
+
+def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [B] of one noise level of a rollout; called by `GRPOTrainer`."""
+    c = trainer.config
+    x0 = rollout.latents
+    positions = [member * c.nft_times + index for member in rollout.members]
+    sigma = row_uniform(c.seed, positions, "nft").to(x0.device).clamp(1e-3, 1 - 1e-3)
+    noise = row_noise(c.seed, [(1 << 41) + position for position in positions], tuple(x0.shape[1:])).to(
+        x0.device
+    )
+    x, _ = noised(x0, noise, sigma)
+    with torch.no_grad(), trainer.old.active(trainer.names):
+        v_old = trainer.policy.predict(x, sigma, rollout.batch, c.rollout_guidance)
+    v = trainer.policy.predict(x, sigma, rollout.batch, c.rollout_guidance)
+    loss = nft_loss(
+        x, sigma, x0, v.float(), v_old.float(), preference(advantage, c.advantage_clamp), c.nft_beta
+    )
+    measures = {"nft": loss}
+    if c.kl_beta:
+        measures["kl"] = trainer.divergence(v, x, sigma, rollout.batch)
+        loss = loss + c.kl_beta * measures["kl"]
+    return loss, measures

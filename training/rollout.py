@@ -1,0 +1,188 @@
+"""Rollouts: groups of finished pictures, with the random steps that made them recorded for replay.
+
+One micro-batch is sampled and later replayed as it is: other batch sizes choose other kernels, and then the
+ratio on unchanged weights is not 1. What the pictures are worth and what is learnt stand elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..samplers import ddim, flow_match, schedule
+from ..samplers.gaussian import Step, sde_seed
+from .losses import row_noise
+
+
+class Recorded(Protocol):
+    """A random step of `flow_match` or `ddim`, both of which replay under a new prediction."""
+
+    index: int
+    x: Tensor
+    x_next: Tensor
+    mean: Tensor
+    std: Tensor
+    time: float | int
+
+    def replay(self, prediction: Tensor) -> Step: ...
+
+    def log_ratio(self, mean: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One micro-batch: the condition's tensors as they were fed, the clean latents, the recorded steps.
+
+    members: the samples' numbers, unique over processes and updates.
+    """
+
+    members: Sequence[int]
+    batch: dict[str, Any]
+    latents: Tensor
+    transitions: Sequence[Recorded]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rollouts are made. window: half-open steps of the SDE rule; eta None is the rule's own default."""
+
+    steps: int
+    guidance: float
+    rule: str = "flow"
+    eta: float | None = None
+    storage_dtype: torch.dtype = torch.float32
+    shared_noise: bool = False
+    shared_prefix: bool = False
+
+
+class FlowPolicy:
+    """Sampling and predicting with a velocity task (Fill, Kontext)."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def predict(self, x: Tensor, time: float | Tensor, batch: dict[str, Any], guidance: float) -> Tensor:
+        """The velocity at (x, sigma); differentiable in the weights."""
+        return self.task.host.velocity(x.float(), time, self.task.condition(batch, guidance))
+
+    def run(
+        self,
+        batch: dict[str, Any],
+        noise: Tensor,
+        sampling: Sampling,
+        window: tuple[int, int] | None,
+        generators: Sequence[torch.Generator] | None,
+        steps: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, list[Recorded]]:
+        """Sample steps [start, end) of the schedule (all by default); window None is the plain ODE."""
+        sigmas = schedule.sigmas(sampling.steps, seq_len=schedule.token_count(*noise.shape[-2:]))
+        start, end = steps or (0, sampling.steps)
+        condition = self.task.condition(batch, sampling.guidance)
+        inner = None if window is None else (window[0] - start, window[1] - start)
+        return flow_match.sample(
+            lambda x, sigma: self.task.host.velocity(x, sigma, condition),
+            noise,
+            sigmas[start : end + 1],
+            rule="ode" if window is None else sampling.rule,
+            eta=None if window is None else sampling.eta,
+            window=inner,
+            generator=generators,
+            record=True,
+            storage_dtype=sampling.storage_dtype,
+        )
+
+    def sigma_range(
+        self, sampling: Sampling, window: tuple[int, int], height: int, width: int
+    ) -> list[float]:
+        """[sigma at the window's start, sigma at its end], latent cells height x width."""
+        sigmas = schedule.sigmas(sampling.steps, seq_len=schedule.token_count(height, width))
+        return [float(sigmas[window[0]]), float(sigmas[window[1]])]
+
+
+class EpsilonPolicy:
+    """Sampling and predicting with an epsilon task (SD inpainting), by DDIM."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def predict(self, x: Tensor, time: int | Tensor, batch: dict[str, Any], guidance: float) -> Tensor:
+        """The noise prediction at (x, timestep), with guidance where it is not 1."""
+        return self.task.host.epsilon(x.float(), time, self.task.condition(batch, guidance))
+
+    def run(self, batch, noise, sampling, window, generators, steps=None):
+        """As `FlowPolicy.run`; a shared prefix is not offered here."""
+        if steps not in (None, (0, sampling.steps)):
+            raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint.")
+        condition = self.task.condition(batch, sampling.guidance)
+        return ddim.sample(
+            lambda x, t: self.task.host.epsilon(x, t, condition),
+            noise,
+            ddim.schedule(sampling.steps, self.task.scheduler_config),
+            eta=0.0 if window is None else (1.0 if sampling.eta is None else sampling.eta),
+            window=window,
+            generator=generators,
+            record=True,
+            storage_dtype=sampling.storage_dtype,
+        )
+
+    def sigma_range(self, sampling, window, height, width):
+        """Noise share sqrt(1 - alpha_bar) at the window's ends."""
+        alphas = ddim.schedule(sampling.steps, self.task.scheduler_config).alphas
+        return [float((1 - alphas[index]).sqrt()) for index in window]
+
+
+def make_policy(task) -> FlowPolicy | EpsilonPolicy:
+    """The policy that fits the task's prediction."""
+    return EpsilonPolicy(task) if task.name == "sd_inpaint" else FlowPolicy(task)
+
+
+@torch.no_grad()
+def collect(
+    policy: FlowPolicy | EpsilonPolicy,
+    make_batch: Callable[[list[int]], dict[str, Any]],
+    rows: Sequence[int],
+    groups: Sequence[int],
+    *,
+    group_size: int,
+    micro_batch: int,
+    sampling: Sampling,
+    window: tuple[int, int] | None,
+    seed: int,
+) -> list[Rollout]:
+    """`group_size` samples of each row, in micro-batches that never mix rows.
+
+    rows: entry numbers; groups: a number per row, unique over processes and updates, that alone fixes its
+    noise (so any split over processes makes the same pictures). window None records nothing (DiffusionNFT).
+    """
+    rollouts = []
+    for row, group in zip(rows, groups, strict=True):
+        members = [group * group_size + index for index in range(group_size)]
+        prefix = _prefix(policy, make_batch, row, members[0], sampling, window, seed)
+        for start in range(0, group_size, micro_batch):
+            part = members[start : start + micro_batch]
+            batch = make_batch([row] * len(part))
+            device = batch["latents"].device
+            positions = [members[0]] * len(part) if sampling.shared_noise else part
+            shape = tuple(batch["latents"].shape[1:])
+            noise = row_noise(seed, positions, shape).to(device)
+            steps = (0, sampling.steps)
+            if prefix is not None:
+                noise, steps = prefix.expand(len(part), *shape).clone(), (window[0], sampling.steps)
+            generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
+            latents, transitions = policy.run(batch, noise, sampling, window, generators, steps)
+            rollouts.append(Rollout(part, batch, latents, transitions))
+    return rollouts
+
+
+def _prefix(policy, make_batch, row, member, sampling, window, seed) -> Tensor | None:
+    """The group's common latents [1,C,h,w] at the window's start; None where nothing is shared."""
+    if not sampling.shared_prefix or window is None or window[0] == 0:
+        return None
+    batch = make_batch([row])
+    noise = row_noise(seed, [member], tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
+    latents, _ = policy.run(batch, noise, sampling, None, None, (0, window[0]))
+    return latents
