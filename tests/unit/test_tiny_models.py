@@ -94,7 +94,7 @@ def test_n_pads_weigh_as_one_pad_with_log_n_added():
     """What training relies on (`tiny_data.Texts.batch`), against diffusers' own attention on every pad."""
     from comfyui_diptych.models.packing import pack_latents, pack_mask
     from comfyui_diptych.models.tiny import build
-    from comfyui_diptych.training.tiny import Velocity
+    from comfyui_diptych.training.tiny_model import Velocity
 
     torch.manual_seed(0)
     module = build.flux_transformer(384).eval()
