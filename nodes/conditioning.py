@@ -109,7 +109,7 @@ class DiptychKontextConditioner:
     DISPLAY_NAME = "Kontext Conditioner"
     DESCRIPTION = (
         "Gives FLUX.1 Kontext one or more reference pictures at a size it was trained on, and the layout "
-        "that takes the result back to the first picture's own size (Diptych Split). Chain several for more"
+        "that takes the result back to the first picture's own size (Diptych Split). Chain several for more "
         "references. Models that know no references ignore them."
     )
     CATEGORY = "diptych"

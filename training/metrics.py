@@ -61,7 +61,7 @@ def ssim_map(a: Tensor, b: Tensor, *, sigma: float = 1.5, window: int = 11) -> T
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference to the source outside `mask` [N,H,W] (1 = edited), [N]; NaN where all is."""
+    """Mean structural similarity, [N] in -1..1; the 5 pixels at the border, whose windows are cut, left out."""
     similarity, edge = ssim_map(a, b), 5
     if min(similarity.shape[1:]) > 2 * edge:
         similarity = similarity[:, edge:-edge, edge:-edge]
