@@ -19,7 +19,7 @@ class DiptychFluxFillConditioner:
     DESCRIPTION = (
         "Conditions FLUX.1-Fill on a picture and the mask to repaint, as diffusers' FluxFillPipeline does: "
         "hard mask, gray 0.5 under it, sides in multiples of 16. For diptychs, fills and outpainting. It "
-        "needs a Fill model:"
+        "needs a Fill model: "
         "ComfyUI silently ignores this conditioning on others, so connect `model` to have it checked."
     )
     CATEGORY = "diptych"
