@@ -145,48 +145,53 @@ def encode_corpus(
     todo = [i for i in places[rank::world] if i not in noted]
     broken = Broken(max(1, len(places) // world))
     waiting: dict[tuple, list[tuple[Entry, Arranged]]] = {}
-    done: list[Entry] = []
+    done: dict[int, list[Entry]] = {}
+    wanted: dict[int, int] = {}  # variants of each row under way
 
     def encode(group: list[tuple[Entry, Arranged]]) -> None:
         batch = latents.cast(task.encode_pictures([item for _, item in group]))
         for i, (entry, _) in enumerate(group):
             latents.pictures.put(entry.key, {name: t[i] for name, t in batch.items()})
-            done.append(entry)
+            done[entry.index].append(entry)
         group.clear()
 
     def write() -> None:
         # Pictures first: a line must never name latents that are not on disk.
         latents.pictures.flush()
         latents.texts.flush()
+        whole = [index for index, entries in done.items() if len(entries) == wanted[index]]
         with open(listing / f"{rank:03d}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(entry)) + "\n" for entry in done)
-        done.clear()
+            for index in whole:
+                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in done.pop(index))
 
-    for index in progress(todo, "caching pictures"):
-        try:
-            rows = corpus.read(index)
-        except BrokenSample as error:
-            broken.record(error)
-            continue
-        if isinstance(rows, Sample):
-            done.append(_keep_precomputed(rows, index, latents))
-            continue
-        for variant, item in enumerate(rows):
-            key = image_key(item.encoded_parts[0], latents.picture_print, *item.encoded_parts[1:])
-            entry = Entry(index, variant, key, item.prompt, item.size, item.weight, item.prior)
-            if key in latents.pictures:
-                done.append(entry)
+    try:
+        for index in progress(todo, "caching pictures"):
+            try:
+                rows = corpus.read(index)
+            except BrokenSample as error:
+                broken.record(error)
                 continue
-            group = waiting.setdefault((item.size, item.reference is None), [])
-            group.append((entry, item))
-            if len(group) >= corpus.config.encode_batch:
+            if isinstance(rows, Sample):
+                done[index], wanted[index] = [_keep_precomputed(rows, index, latents)], 1
+                continue
+            done[index], wanted[index] = [], len(rows)
+            for variant, item in enumerate(rows):
+                key = image_key(item.encoded_parts[0], latents.picture_print, *item.encoded_parts[1:])
+                entry = Entry(index, variant, key, item.prompt, item.size, item.weight, item.prior)
+                if key in latents.pictures:
+                    done[index].append(entry)
+                    continue
+                group = waiting.setdefault((item.size, item.reference is None), [])
+                group.append((entry, item))
+                if len(group) >= corpus.config.encode_batch:
+                    encode(group)
+            if len(done) >= LINES:
+                write()
+        for group in waiting.values():
+            if group:
                 encode(group)
-        if len(done) >= LINES:
-            write()
-    for group in waiting.values():
-        if group:
-            encode(group)
-    write()
+    finally:  # an interrupted run keeps what it has encoded
+        write()
     if message := broken.close():
         logger.warning(message)
 
@@ -229,13 +234,17 @@ def encode_prompts(
     """Encode this process' share of the prompts that are not cached yet."""
     missing = [p for p in sorted(set(prompts)) if text_key(p, latents.text_print) not in latents.texts]
     mine, step = missing[rank::world], task.config.encode_batch
-    for start in progress(range(0, len(mine), step), "caching prompts"):
-        some = mine[start : start + step]
-        with torch.no_grad():
-            batch = latents.cast(task.encode_text(some))
-        for i, prompt in enumerate(some):
-            latents.texts.put(text_key(prompt, latents.text_print), {name: t[i] for name, t in batch.items()})
-    latents.texts.flush()
+    try:
+        for start in progress(range(0, len(mine), step), "caching prompts"):
+            some = mine[start : start + step]
+            with torch.no_grad():
+                batch = latents.cast(task.encode_text(some))
+            for i, prompt in enumerate(some):
+                latents.texts.put(
+                    text_key(prompt, latents.text_print), {name: t[i] for name, t in batch.items()}
+                )
+    finally:
+        latents.texts.flush()
 
 
 def list_corpus(corpus: Corpus) -> list[Entry]:

@@ -221,6 +221,24 @@ def test_a_killed_cache_is_completed_not_redone(folders, tmp_path):
     assert seen["caching pictures"] == 24
 
 
+def test_an_interrupted_cache_keeps_every_finished_row_with_all_its_masks(folders, tmp_path):
+    c = toy(folders, tmp_path, data=["shapes:12?size=32&task=inpaint"], mask_variants=3, encode_batch=4)
+
+    def stop_after_seven(items, label):
+        for count, item in enumerate(items):
+            if count == 7:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        sft.Trainer(c, progress=stop_after_seven).prepare()
+    left = []
+    trainer = sft.Trainer(c, progress=lambda items, label: left.append(len(items)) or items)
+    trainer.prepare()
+    assert left[0] == 12 - 6  # 7 rows of 3 masks were begun, 5 batches of 4 encoded: 6 rows are whole
+    assert len(trainer.batches.entries) == 36
+
+
 def test_prior_preservation_makes_just_the_missing_class_pictures(folders, tmp_path):
     options = {"class_prompt": "a dog", "class_dir": str(tmp_path / "class"), "num_class_images": 3}
     options |= {"sample_steps": 2, "max_steps": 1, "data": ["shapes:4?size=32&task=inpaint"]}
