@@ -59,7 +59,7 @@ def core_patches_every_module_of_a_trained_sd15_lora(host):
     keys = comfy.lora.model_lora_keys_unet(model, {})
     widths = {k: v.shape for k, v in model.state_dict().items()}
     names = [k.removeprefix("lora_unet_") for k in keys if "_attn" in k and k.startswith("lora_unet_")]
-    names = [n for n in names if n.endswith(("to_q", "to_k", "to_v", "to_out_0"))]
+    names = [n for n in names if n.startswith(("down_", "mid_", "up_"))]
     assert len(names) == 128
     shapes = {}
     for name in names:
