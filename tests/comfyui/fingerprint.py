@@ -15,12 +15,13 @@ import torch
 def fingerprint(value: Any) -> str:
     """A digest of all a node could change in a value: tensors by content, models by weights and options."""
     digest = hashlib.sha256()
-    for part in _parts(value, set()):
+    for part in _parts(value, {}):
         digest.update(part)
     return digest.hexdigest()
 
 
-def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
+def _parts(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
+    # `seen` holds the values themselves: a temporary that died would give its id to another one
     yield type(value).__name__.encode()
     if isinstance(value, torch.Tensor):
         yield f"{tuple(value.shape)} {value.dtype}".encode()
@@ -30,18 +31,18 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
     elif id(value) in seen:
         return
     elif isinstance(value, dict):
-        seen.add(id(value))
+        seen[id(value)] = value
         for key, item in value.items():
             yield repr(key).encode()
             yield from _parts(item, seen)
     elif isinstance(value, (list, tuple, set, frozenset)):
-        seen.add(id(value))
+        seen[id(value)] = value
         for item in value:
             yield from _parts(item, seen)
     elif isinstance(value, torch.nn.Module):
         yield from _parts(dict(value.state_dict()), seen)
     elif dataclasses.is_dataclass(value):
-        seen.add(id(value))
+        seen[id(value)] = value
         yield from _parts(
             {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, seen
         )
@@ -49,9 +50,9 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
         yield from _model_parts(value, seen)
 
 
-def _model_parts(value: Any, seen: set[int]) -> Iterator[bytes]:
+def _model_parts(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
     """ComfyUI's MODEL, CLIP and VAE: weights, patches, options and object patches."""
-    seen.add(id(value))
+    seen[id(value)] = value
     for name in ("patcher", "model", "first_stage_model", "patches", "model_options", "object_patches"):
         if name in getattr(value, "__dict__", {}):
             yield name.encode()
