@@ -84,9 +84,14 @@ def run(args: argparse.Namespace) -> int:
     if request.tiny is not None:
         _say_what_tiny_is(request.tiny)
     _quiet()
-    denoiser = _load(request, args)
-    handles = _apply_loras(denoiser, request)
-    edited = _edit(denoiser, request, handles, args)
+    import torch
+
+    try:
+        denoiser = _load(request, args)
+        handles = _apply_loras(denoiser, request)
+        edited = _edit(denoiser, request, handles, args)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the GPU's memory is full ({error}): add --offload, or a smaller size") from error
     before, after = request.image[0], edited[0]
     beside = pictures.side_by_side_path(args.output)
     pictures.save(pictures.to_pil(after), args.output)
@@ -123,9 +128,13 @@ def check(args: argparse.Namespace) -> Request:
         ("--mask", mask is not None, "fill"),
         ("--reference", bool(further), "kontext"),
         ("--negative", args.negative is not None, "kontext"),
+        ("--cfg", args.cfg != 1.0, "kontext"),
     ):
         if given and engine != wanted:
             raise ValueError(f"{option} works with --engine {wanted} only: leave it out or change the engine")
+    if args.negative is not None and args.cfg == 1.0:
+        raise ValueError("--negative does nothing at --cfg 1: add a scale, such as --cfg 2.5")
+    _check_device(args.device)
     panel_width = args.panel_width
     if panel_width is None:
         panel_width = tiny["panel"] if tiny else diptych.PANEL_WIDTH if engine == "fill" else None
@@ -151,6 +160,20 @@ def check(args: argparse.Namespace) -> Request:
         guidance=guidance,
         sampling=sampling,
     )
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name}: use cuda, mps or cpu") from error
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not found.get(device.type, True):
+        raise ValueError(
+            f"--device is {name} but torch finds none on this machine: use cpu, or see diptych doctor"
+        )
 
 
 def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tensor, str]:
@@ -252,7 +275,11 @@ def _load(request: Request, args: argparse.Namespace) -> Any:
     name = args.dtype if args.dtype != "auto" else "float32" if request.tiny else "bfloat16"
     kind = FluxFill if request.engine == "fill" else FluxKontext
     device = args.device or ("cpu" if request.tiny else None)
-    return kind.load(request.folder, getattr(torch, name), device, offload=args.offload)
+    try:
+        return kind.load(request.folder, getattr(torch, name), device, offload=args.offload)
+    except OSError as error:  # not downloaded, not allowed, or damaged
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {request.folder} cannot be loaded ({reason}): see diptych doctor") from error
 
 
 def _apply_loras(denoiser: Any, request: Request) -> list[Any]:
@@ -291,7 +318,7 @@ def _edit(denoiser: Any, request: Request, handles: list[Any], args: argparse.Na
             request.image,
             request.instruction,
             further=request.further,
-            negative=args.negative,
+            negative=args.negative if args.cfg == 1.0 else args.negative or "",
             cfg=args.cfg,
             sampling=sampling,
             **common,

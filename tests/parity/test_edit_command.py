@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,3 +101,19 @@ def test_transparency_survives_the_edit(edit, tmp_path):
     )
     assert edited.shape == (1, 64, 64, 4)
     assert torch.equal(edited[..., 3], pictures.load_image(tmp_path / "clear.png")[..., 3])
+
+
+def test_a_negative_prompt_and_its_scale_work_together(edit, photo, capsys):
+    words = ("edit", str(photo), "make it red", "--engine", "kontext", "--negative", "blue")
+    assert cli.main([*words]) == 2
+    assert "--negative does nothing at --cfg 1" in capsys.readouterr().err
+    guided, plain = edit(*words[1:], "--cfg", "3"), edit(*words[1:5])
+    assert not torch.equal(guided, plain)
+
+
+def test_a_damaged_folder_is_one_sentence(photo, tiny_folder, tmp_path, capsys):
+    shutil.copytree(tiny_folder / "fill", tmp_path / "damaged")
+    (tmp_path / "damaged" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert cli.main(["edit", str(photo), "x", "--model", str(tmp_path / "damaged")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "damaged cannot be loaded (" in error and error.endswith("see diptych doctor")

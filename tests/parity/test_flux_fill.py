@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from comfyui_diptych.models.denoiser import Denoiser
@@ -97,6 +99,23 @@ def test_velocity_is_differentiable_in_x_and_weights(fill_pipeline, picture):
         fill.velocity(x, torch.tensor([0.9, 0.3]), condition).square().sum(), [x, weight]
     )
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_bfloat16_weights_take_and_give_float32_latents(fill, fill_pipeline, picture):
+    half = FluxFill(
+        deepcopy(fill_pipeline.transformer).to(torch.bfloat16),
+        deepcopy(fill_pipeline.vae).to(torch.bfloat16),
+        fill.text,
+    )
+    x = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    predictions = []
+    for model in (fill, half):
+        condition = model.condition(model.encode_text(PROMPTS[0]), picture(1, 32, 32), torch.ones(1, 32, 32))
+        with torch.no_grad():
+            predictions.append(model.velocity(x, 0.5, condition))
+            assert model.decode(x).dtype == torch.float32
+    assert predictions[1].dtype == torch.float32
+    assert (predictions[0] - predictions[1]).abs().mean() < 0.1 * predictions[0].std()
 
 
 def test_a_condition_repeats_and_selects_as_separate_calls_would(fill, picture):

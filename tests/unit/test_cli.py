@@ -53,6 +53,8 @@ WRONG = [
     (["{photo}", "x", "--lora", "{tmp}/none.safetensors:0.8"], "LoRA {tmp}/none.safetensors does not exist"),
     (["{photo}", "x", "--mask", "{tmp}/none.png"], "image {tmp}/none.png does not exist"),
     (["{photo}", "x", "--reference", "{photo}"], "--reference works with --engine kontext only"),
+    (["{photo}", "x", "--cfg", "3"], "--cfg works with --engine kontext only"),
+    (["{photo}", "x", "--device", "warp"], "--device is warp: use cuda, mps or cpu"),
     (["{photo}", "x", "--engine", "kontext"], "has 384 input channels where FLUX.1 Kontext has 64"),
     (["{photo}", "x", "--model", "{tmp}"], "has no model_index.json"),
     (["{photo}", "x", "--model", "{tmp}/none"], "model folder {tmp}/none does not exist"),
