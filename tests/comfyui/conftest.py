@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from comfyui_diptych.commands import installed
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -30,8 +31,10 @@ BOOT_SECONDS, CASE_SECONDS = 240, 240
 
 def pytest_generate_tests(metafunc):
     if "comfyui" in metafunc.fixturenames:
-        found = finding.comfyui_folders() or [None]
-        names = ["not found" if path is None else finding.version(path) for path in found]
+        found = installed.comfyui_folders() or [None]
+        names = [
+            "not found" if path is None else installed.comfyui_version(path) or path.name for path in found
+        ]
         metafunc.parametrize("comfyui", found, ids=names, scope="session", indirect=True)
     if "comfy_case" in metafunc.fixturenames:
         metafunc.parametrize("comfy_case", comfy_cases.case_ids())
@@ -53,7 +56,7 @@ SELECTED = pytest.StashKey[dict]()
 @pytest.fixture(scope="session")
 def comfyui(request):
     """The folder of a real ComfyUI; skips (or fails under --require-comfyui) where there is none."""
-    if request.param is None or not finding._is_comfyui(request.param):
+    if request.param is None or not installed.is_comfyui(request.param):
         message = finding.HOW_TO_GET_ONE if request.param is None else f"{request.param} is no ComfyUI folder"
         if request.config.getoption("--require-comfyui"):
             pytest.fail(message, pytrace=False)

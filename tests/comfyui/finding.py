@@ -1,10 +1,8 @@
-"""Where a ComfyUI is, which interpreter runs it, and a scratch base folder that keeps its checkout clean."""
+"""Which interpreter runs a ComfyUI, and a scratch base folder that keeps its checkout clean."""
 
 from __future__ import annotations
 
-import configparser
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,38 +12,6 @@ HOW_TO_GET_ONE = (
     "no ComfyUI found: set COMFYUI_PATH to its folder (several: separate with the path separator), or clone "
     "https://github.com/comfyanonymous/ComfyUI and install its requirements.txt and this pack's in its .venv"
 )
-
-
-def comfyui_folders() -> list[Path]:
-    """COMFYUI_PATH's folders; else the ComfyUI this pack is installed in; else comfy-cli's workspace."""
-    named = [Path(path).expanduser() for path in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if path]
-    if not named:
-        around = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
-        named = next(([path] for path in [*around, *_comfy_cli_workspaces()] if _is_comfyui(path)), [])
-    return [path.resolve() for path in named]
-
-
-def _comfy_cli_workspaces() -> list[Path]:
-    config = configparser.ConfigParser()
-    homes = [
-        Path.home() / ".config",
-        Path.home() / "Library/Application Support",
-        Path.home() / "AppData/Local",
-    ]
-    config.read([home / "comfy-cli" / "config.ini" for home in homes])
-    names = [config["DEFAULT"].get(key) for key in ("default_workspace", "recent_workspace")]
-    return [Path(name) for name in names if name] + [Path.home() / "comfy" / "ComfyUI"]
-
-
-def _is_comfyui(path: Path) -> bool:
-    return (path / "comfy" / "sd.py").is_file() and (path / "main.py").is_file()
-
-
-def version(comfyui: Path) -> str:
-    """The version a ComfyUI folder says it is, or its folder name."""
-    path = comfyui / "comfyui_version.py"
-    found = re.search(r'"([\d.]+)"', path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found.group(1) if found else comfyui.name
 
 
 def interpreter(comfyui: Path) -> str:
