@@ -34,6 +34,25 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if version >= (0, 40) else "torch_dtype": dtype}
 
 
+def support_torch_2_4() -> None:
+    """Let diffusers' FLUX run on torch 2.4: it passes `enable_gqa`, which torch's attention has since 2.5.
+
+    Does nothing on newer torch.
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 5):
+        return
+    from diffusers.models.transformers import transformer_flux
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *heads_first, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+        )
+        return out.transpose(1, 2)
+
+    transformer_flux.dispatch_attention_fn = attention
+
+
 def check_folder(folder: str | Path, part: str, in_channels: int, what: str) -> None:
     """Refuse a local folder that is not the wanted diffusers model, before any weight is read.
 
@@ -87,6 +106,7 @@ class FluxDenoiser:
                 f"the transformer takes {transformer.config.in_channels} channels per token where {self.name}"
                 f" takes {self.in_channels}: load the weights of {self.name}"
             )
+        support_torch_2_4()
         self.transformer = transformer
         self.vae = vae
         self.text = text
