@@ -73,6 +73,16 @@ def test_one_picture_serves_a_batch_of_prompts(fill, fill_pipeline, picture, mod
     assert (ours - expected).abs().max() <= TOLERANCE
 
 
+def test_a_long_prompt_is_cut_as_in_the_pipeline_and_said(
+    fill, fill_pipeline, picture, mode_posterior, caplog
+):
+    image, mask, prompt = picture(1, 32, 32), half_mask(1, 32, 32), "make the sky red but " * 9
+    expected = reference(fill_pipeline, image, mask, [prompt], 1, seed=1)
+    ours = fill_canvas(fill, image, mask, prompt, sampling=Sampling(1, seed=1))
+    assert (ours - expected).abs().max() <= TOLERANCE
+    assert "the prompt has 46 tokens; the last 22 are cut off" in caplog.text
+
+
 def test_masked_pixels_cannot_reach_the_model(fill, picture):
     mask = torch.zeros(1, 32, 32)
     mask[:, 8:20, 4:30] = 1
@@ -126,6 +136,22 @@ def test_a_condition_repeats_and_selects_as_separate_calls_would(fill, picture):
         second = fill.velocity(x[2:], 0.5, condition.take([1, 1]))
     assert len(condition.repeat(2)) == 4
     assert torch.allclose(together[2:], second, atol=1e-5)
+
+
+def test_every_sample_may_have_its_own_sigma_and_guidance(fill, picture):
+    condition = fill.condition(
+        fill.encode_text(PROMPTS),
+        picture(2, 32, 32),
+        torch.ones(1, 32, 32),
+        guidance=torch.tensor([1.0, 30.0]),
+    )
+    x, sigmas = torch.randn(2, 16, 4, 4), torch.tensor([0.9, 0.2])
+    with torch.no_grad():
+        together = fill.velocity(x, sigmas, condition)
+        apart = [fill.velocity(x[i : i + 1], float(sigmas[i]), condition.take(i)) for i in range(2)]
+    assert torch.allclose(together, torch.cat(apart), atol=1e-5)
+    with pytest.raises(ValueError, match="sigma has 3 values for a batch of 2"):
+        fill.velocity(x, torch.ones(3), condition)
 
 
 def test_an_edit_comes_back_at_the_source_size(fill, picture):
