@@ -67,3 +67,10 @@ def test_mistakes_are_named_with_the_remedy(values, words):
 def test_unknown_recipe_lists_the_bundled_ones():
     with pytest.raises(ValueError, match="icedit_moe"):
         config.load("nothing")
+
+
+def test_a_bare_no_in_yaml_is_the_word(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("task: fill\nmixed_precision: no\n", encoding="utf-8")
+    assert config.load(str(recipe)).mixed_precision == "no"
+    assert config.load("icedit", ["mixed_precision=no"]).mixed_precision == "no"
