@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import pictures
+from . import best_of, pictures
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("fill", "kontext")
@@ -48,6 +48,7 @@ def add_parser(subparsers) -> None:
     add("--seed", type=int, default=0)
     add("--rule", default="ode", help="step rule: ode, flow, dance, cps or rf_ancestral (default ode)")
     add("--eta", type=float, help="noise of an SDE rule (default: the rule's own)")
+    best_of.add_arguments(parser)
     add("--mask", metavar="MASK", help="fill: edit only where this picture is white")
     add("--reference", action="append", default=[], metavar="IMAGE", help="kontext: a further picture")
     add(
@@ -139,9 +140,14 @@ def check(args: argparse.Namespace) -> Request:
     if panel_width is None:
         panel_width = tiny["panel"] if tiny else diptych.PANEL_WIDTH if engine == "fill" else None
     if engine == "fill":
-        diptych.build(image, instruction, edit_mask=mask, panel_width=panel_width, policy=args.policy)
+        layout = diptych.build(
+            image, instruction, edit_mask=mask, panel_width=panel_width, policy=args.policy
+        ).layout
     else:
-        editing.kontext_picture(image, args.policy, panel_width)
+        layout = editing.kontext_picture(image, args.policy, panel_width)[1]
+    sampling = replace(
+        sampling, best_of=best_of.check(args, sampling.steps, instruction, image, layout, tiny is not None)
+    )
     default = editing.ICEDIT_GUIDANCE if engine == "fill" else editing.KONTEXT_GUIDANCE
     guidance = (
         args.guidance if args.guidance is not None else (tiny or {}).get("guidance", {}).get(engine, default)
@@ -297,10 +303,11 @@ def _edit(denoiser: Any, request: Request, handles: list[Any], args: argparse.Na
 
     from ..models import editing
 
-    with tqdm(total=request.sampling.steps, desc=f"editing ({request.engine})", unit="step") as bar:
+    total = best_of.evaluations(request.sampling)
+    with tqdm(total=total, desc=f"editing ({request.engine})", unit="step") as bar:
         sampling = replace(
             request.sampling,
-            callback=lambda _: bar.update(),
+            callback=lambda state: bar.update(len(state["x"])),
             at_sigma=lambda sigma: [handle.at_sigma(sigma) for handle in handles],
         )
         common = {"panel_width": request.panel_width, "policy": args.policy, "guidance": request.guidance}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..samplers import ddim, flow_match
+from ..samplers import ddim, early_filter, flow_match
 from ..samplers.gaussian import sde_seed
 from ..samplers.schedule import sigmas, token_count
 from . import diptych, geometry, pixels
@@ -31,6 +31,21 @@ KONTEXT_GUIDANCE = 2.5
 
 
 @dataclass(frozen=True)
+class BestOf:
+    """Several starts of which the best is finished (`samplers/early_filter.py`); start i has seed + i.
+
+    judge: pictures as the model paints them, [N,H,W,3] in 0..1, to scores [N]. batch: starts per model call
+    (0 = all). on_result: told what was chosen and what it cost.
+    """
+
+    candidates: int
+    judge: Callable[[Tensor], Tensor]
+    judge_steps: int
+    batch: int = 1
+    on_result: Callable[[early_filter.Filtered], None] | None = None
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How the picture is sampled. rule, eta, window: see `samplers/flow_match.py`.
 
@@ -38,7 +53,7 @@ class Sampling:
     second one, seeded by `sde_seed`. The same seed gives the same noise in ComfyUI and here.
     posterior: "mode" of the VAE encoding, or "sample" with the first generator in FluxFillPipeline's order.
     callback: called once per step with a dict. at_sigma: called before each prediction, for LoRAs that work
-    in a part of the schedule only.
+    in a part of the schedule only. best_of: for one picture at a time, with posterior "mode".
     """
 
     steps: int = 28
@@ -49,12 +64,19 @@ class Sampling:
     posterior: str = "mode"
     callback: flow_match.Callback | None = None
     at_sigma: Callable[[float], None] | None = None
+    best_of: BestOf | None = None
 
     def __post_init__(self):
         geometry.check_choice("posterior", self.posterior, ("mode", "sample"))
         geometry.check_choice("rule", self.rule, flow_match.RULES)
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}: at least one step is needed")
+        if self.best_of is not None:
+            early_filter.check(self.best_of.candidates, self.best_of.judge_steps, 1, self.steps)
+            if self.posterior != "mode":
+                raise ValueError(
+                    "best_of needs posterior mode: a sampled one draws other noise for each seed"
+                )
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -90,10 +112,14 @@ def run(
             sampling.at_sigma(float(sigma))
         return denoiser.velocity(x, sigma, condition)
 
+    schedule = sigmas(sampling.steps, seq_len=token_count(*noise.shape[-2:]))
+    if sampling.best_of is not None:
+        latents = _best_of(denoiser, velocity, noise, schedule, sampling)
+        return denoiser.decode(latents).cpu()
     latents = flow_match.sample(
         velocity,
         noise.to(denoiser.device),
-        sigmas(sampling.steps, seq_len=token_count(*noise.shape[-2:])),
+        schedule,
         rule=sampling.rule,
         eta=sampling.eta,
         window=sampling.window,
@@ -101,6 +127,33 @@ def run(
         callback=sampling.callback,
     )
     return denoiser.decode(latents).cpu()
+
+
+def _best_of(denoiser, velocity, noise: Tensor, schedule: Tensor, sampling: Sampling) -> Tensor:
+    """The winner's latents [1,16,h,w]; noise [1,...] is that of the first start."""
+    best = sampling.best_of
+    if len(noise) != 1:
+        raise ValueError(f"best_of works on one picture at a time but the batch is {len(noise)}: pass one.")
+    noises = [noise]
+    for index in range(1, best.candidates):
+        generator = torch.Generator().manual_seed(early_filter.candidate_seed(sampling.seed, index))
+        noises.append(torch.randn(noise.shape, generator=generator))
+    made = early_filter.best_of(
+        velocity,
+        torch.cat(noises).to(denoiser.device),
+        schedule,
+        lambda x0: best.judge(torch.cat([denoiser.decode(one).cpu() for one in x0.split(1)])),
+        judge_steps=best.judge_steps,
+        batch=best.batch,
+        rule=sampling.rule,
+        eta=sampling.eta,
+        window=sampling.window,
+        generators=early_filter.sde_generators(sampling.seed, best.candidates),
+        callback=sampling.callback,
+    )
+    if best.on_result is not None:
+        best.on_result(made)
+    return made.latents
 
 
 def _noise(batch: int, channels: int, image: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ A node is a schema, its validation, one call into `models/`, `samplers/` or `tra
 A new node goes into the file of its menu, at the end of that file's `NODES` list.
 """
 
-from . import conditioning, diptych, lora, masks, sampling, tiny, training
+from . import best_of, conditioning, diptych, lora, masks, rewards, sampling, tiny, training
 
 NODE_CLASSES = [
     *diptych.NODES,
@@ -12,6 +12,8 @@ NODE_CLASSES = [
     *conditioning.NODES,
     *lora.NODES,
     *sampling.NODES,
+    *best_of.NODES,
+    *rewards.NODES,
     *training.NODES,
     *tiny.NODES,
 ]

@@ -117,3 +117,29 @@ def test_a_damaged_folder_is_one_sentence(photo, tiny_folder, tmp_path, capsys):
     assert cli.main(["edit", str(photo), "x", "--model", str(tmp_path / "damaged")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "damaged cannot be loaded (" in error and error.endswith("see diptych doctor")
+
+
+@pytest.mark.parametrize("engine", ["fill", "kontext"])
+def test_the_best_of_several_starts_is_the_edit_of_its_own_seed(edit, photo, capsys, engine):
+    words = (photo, "make the sky red", "--engine", engine, "--steps", "4", "--rule", "flow")
+    best = edit(*words, "--best-of", "3", "--judge", "jpeg_size", "--judge-steps", "2", "--seed", "7")
+    said = capsys.readouterr().out
+    kept = int(said.split("; kept ")[1].split()[0])
+    assert "seeds 7 to 9" in said and "8 model evaluations: 3 starts x 2 steps + 1 x 2" in said
+    plain = edit(*words, "--seed", str(kept))
+    torch.testing.assert_close(best, plain, rtol=0, atol=1.5 / 255)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--judge", "jpeg_size"), "--judge does nothing without --best-of"),
+        (("--best-of", "2", "--judge", "keep_l1"), "reward keep_l1 needs masks"),
+        (("--best-of", "2", "--judge", "jpeg_size", "--judge-steps", "9"), "does not fit a schedule of 2"),
+        (("--best-of", "2", "--judge", "os:system"), "reward 'os' is not known"),
+    ],
+)
+def test_a_judge_that_does_not_fit_is_one_sentence(photo, tiny_folder, monkeypatch, capsys, words, message):
+    monkeypatch.setenv("DIPTYCH_TINY_FOLDER", str(tiny_folder))
+    assert cli.main(["edit", str(photo), "make it red", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import clip, fidelity, shapes, vision, vlm  # noqa: F401  (each registers its rewards)
-from .base import Reward, create, names, register
+from .base import Reward, create, names, options, register
 from .composite import Composite, CompositeScores, group_normalise
 
 
@@ -39,5 +39,6 @@ __all__ = [
     "from_recipe",
     "group_normalise",
     "names",
+    "options",
     "register",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -36,14 +37,14 @@ class Reward:
         Raises ValueError if something that the reward needs is missing or counts differ.
         """
         given = {"prompts": prompts, "sources": sources, "masks": masks, "targets": targets}
-        count = len(images)
+        count, lacking = len(images), self.missing({key for key, value in given.items() if value is not None})
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}: reward {self.name} takes [N,H,W,3] in 0..1."
             )
+        if lacking:
+            raise ValueError(f"reward {self.name} needs {lacking}: give them or choose another reward.")
         for key, value in given.items():
-            if key in self.needs and value is None:
-                raise ValueError(f"reward {self.name} needs {key}: give them or choose another reward.")
             if value is not None and len(value) != count:
                 raise ValueError(
                     f"{len(value)} {key} were given for {count} images: give one for each image."
@@ -56,6 +57,10 @@ class Reward:
                 scores.append(self._score(images[part].float(), **batch).detach().float().cpu())
         joined = torch.cat(scores) if scores else torch.empty(0)
         return torch.where(torch.isfinite(joined), joined, torch.nan)
+
+    def missing(self, given: Collection[str]) -> str:
+        """What it needs beside the images and what is `given` ("prompts", ...), in words; "" if nothing."""
+        return ", ".join(sorted(self.needs - set(given)))
 
     def _score(
         self,
@@ -85,6 +90,11 @@ def register(name: str) -> Callable[[Callable[..., Reward]], Callable[..., Rewar
 def names() -> list[str]:
     """Names of the registered rewards, sorted; the only ones a ComfyUI node may offer."""
     return sorted(_REGISTRY)
+
+
+def options(name: str) -> list[str]:
+    """The options that a registered reward can be created with."""
+    return [] if name not in _REGISTRY else list(inspect.signature(_REGISTRY[name]).parameters)
 
 
 def create(name: str, **options: object) -> Reward:

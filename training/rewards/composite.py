@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,11 @@ class Composite:
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(reward.needs for reward in self.rewards))
+
+    def missing(self, given: Collection[str]) -> str:
+        """What some reward still needs beside the images and what is given, in words; "" if nothing."""
+        wants = {reward.name: reward.missing(given) for reward in self.rewards}
+        return "; ".join(f"{name} needs {what}" for name, what in wants.items() if what)
 
     def score(
         self,

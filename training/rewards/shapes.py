@@ -11,15 +11,38 @@ from .base import Reward, register
 class ShapesEdit(Reward):
     """Mean of the share of the wanted scene that the checker finds and of full success (0 or 1).
 
-    The wanted scene is read off the target picture. The smooth part tells a near miss from a failure, so that
-    a group in which nobody succeeded still teaches.
+    The wanted scene is read off the target picture, or where there is none it follows from the source and
+    the instruction (NaN for words that are not of the shapes world). The smooth part tells a near miss from a
+    failure, so that a group in which nobody succeeded still teaches.
     """
 
-    name, range, needs = "shapes", (0.0, 1.0), frozenset({"targets"})
+    name, range = "shapes", (0.0, 1.0)
+
+    def missing(self, given):
+        either = "targets" in given or {"prompts", "sources"} <= set(given)
+        return "" if either else "targets, or sources and prompts"
 
     def _score(self, images, prompts, sources, masks, targets):
         from ..shapes import check_many, read
 
-        wanted = read(targets.float().cpu())
-        reports = check_many(images.float().cpu(), [wanted.scene(row) for row in range(len(images))])
-        return torch.tensor([(report.score + float(report.score >= 1.0)) / 2 for report in reports])
+        if targets is None:
+            wanted = _understood(sources, prompts)
+        else:
+            seen = read(targets.float().cpu())
+            wanted = [seen.scene(row) for row in range(len(images))]
+        known = [row for row, scene in enumerate(wanted) if scene is not None]
+        scores = torch.full((len(images),), torch.nan)
+        if known:
+            reports = check_many(images[known].float().cpu(), [wanted[row] for row in known])
+            scores[known] = torch.tensor([(r.score + float(r.score >= 1.0)) / 2 for r in reports])
+        return scores
+
+
+def _understood(sources, prompts) -> list:
+    """The scene each instruction asks for, None where it is not understood."""
+    from ..shapes import read
+    from ..shapes.words import understand
+
+    seen = read(sources.float().cpu())
+    edits = [understand(seen.scene(row), prompt) for row, prompt in enumerate(prompts)]
+    return [None if edit is None else edit.target for edit in edits]

@@ -1,0 +1,66 @@
+"""The options of `diptych edit` that choose among several starts: --best-of, --judge, --judge-steps."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("best of N", "start several pictures, finish the one a judge likes best")
+    add = add.add_argument
+    add("--best-of", type=int, default=1, metavar="N", help="starts; seeds SEED to SEED+N-1 (default 1)")
+    add(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="NAME[=WEIGHT][:KEY=VALUE,...]",
+        help="reward that judges; may be repeated. For example vlm_yes, clip_h:path=FOLDER, keep_l1=0.5 "
+        "(default: shapes for the bundled model)",
+    )
+    add("--judge-steps", type=int, metavar="M", help="steps before judging (default: a third of the steps)")
+
+
+def check(
+    args: argparse.Namespace, steps: int, instruction: str, image: Tensor, layout: Any, tiny: bool
+) -> Any:
+    """The `BestOf` that the arguments ask for, its judge loaded; None for a plain edit.
+
+    Raises ValueError if they do not go together, or a reward needs what an edit does not have.
+    """
+    from ..models.editing import BestOf
+    from ..samplers.early_filter import check as cost_of
+
+    if args.best_of == 1:
+        for option, given in (("--judge", args.judge), ("--judge-steps", args.judge_steps is not None)):
+            if given:
+                raise ValueError(f"{option} does nothing without --best-of: add for example --best-of 6")
+        return None
+    if not args.judge and not tiny:
+        raise ValueError("--best-of needs a judge: add for example --judge vlm_yes or --judge clip_h")
+    from ..training.rewards.chosen import Chosen, parse
+    from ..training.rewards.pictures import Beside, CanvasJudge
+
+    judge_steps = args.judge_steps if args.judge_steps is not None else max(1, round(steps / 3))
+    cost_of(args.best_of, judge_steps, 1, steps)
+    chosen = Chosen(tuple(parse(text) for text in args.judge or ["shapes"]))
+    judge = CanvasJudge.make(chosen, Beside(instruction, source=image), layout)
+
+    def tell(made: Any) -> None:
+        scores = ", ".join(f"{float(score):.4g}" for score in made.scores)
+        first, kept = args.seed, args.seed + int(made.chosen[0])
+        print(f"scores by {chosen} of seeds {first} to {first + args.best_of - 1}: {scores}; kept {kept}")
+        print(made.cost)
+
+    # One at a time fits wherever a plain edit fits.
+    return BestOf(args.best_of, judge, judge_steps, batch=0 if tiny else 1, on_result=tell)
+
+
+def evaluations(sampling: Any) -> int:
+    """Model evaluations of an edit, for its progress bar."""
+    best = sampling.best_of
+    if best is None:
+        return sampling.steps
+    return best.candidates * best.judge_steps + sampling.steps - best.judge_steps

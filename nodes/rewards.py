@@ -1,0 +1,212 @@
+"""Reward nodes: choose and weight rewards, judge pictures by them, improve a model by them.
+
+Registered rewards and files in ComfyUI's own folders only: a shared workflow can neither import code nor
+name an address or a repository of its choosing.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+PUBLISHED = "published"
+FOLDER = "diptych_rewards"
+
+
+def reward_files() -> dict[str, Path]:
+    """What lies in ComfyUI's models/diptych_rewards, by name: folders and single weight files."""
+    try:
+        import folder_paths
+    except ImportError:
+        return {}
+    top = Path(folder_paths.models_dir) / FOLDER
+    if not top.is_dir():
+        return {}
+    kinds = (".pt", ".pth", ".safetensors")
+    return {p.name: p for p in sorted(top.iterdir()) if p.is_dir() or p.suffix.lower() in kinds}
+
+
+class DiptychReward:
+    DISPLAY_NAME = "Reward"
+    DESCRIPTION = (
+        "Chooses who judges pictures: human-preference models (PickScore, HPSv2.1), text agreement (CLIP), "
+        "likeness to the source (CLIP-I, DINO), a vision-language model that answers whether the edit was "
+        "made, and measures of what was kept. Chain several: each is brought to one scale before they are "
+        "weighted and summed."
+    )
+    CATEGORY = "diptych/rewards"
+    RETURN_TYPES = ("DIPTYCH_REWARD",)
+    RETURN_NAMES = ("reward",)
+    OUTPUT_TOOLTIPS = (
+        "For Reward Score, Early Filter Sampler and Train GRPO LoRA, or for another Reward node to add to.",
+    )
+    FUNCTION = "choose"
+    SEARCH_ALIASES = ["pickscore", "hpsv2", "clip score", "aesthetic", "judge", "dino", "vlm", "preference"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        from ..training.rewards import names
+
+        return {
+            "required": {
+                "name": (
+                    names(),
+                    {
+                        "default": "pickscore",
+                        "tooltip": "pickscore, hpsv2, clip_l, clip_h: does it look as described. vlm_yes: "
+                        "was the edit made. clip_i, dino: is it still the source. keep_l1, keep_ssim, "
+                        "keep_lpips: the rest untouched. shapes: exact, for the demo pictures.",
+                    },
+                ),
+                "weight": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -100.0,
+                        "max": 100.0,
+                        "step": 0.05,
+                        "tooltip": "Share in the sum with other rewards; negative punishes.",
+                    },
+                ),
+            },
+            "optional": {
+                "also": ("DIPTYCH_REWARD", {"tooltip": "Rewards that judge too."}),
+                "weights_file": (
+                    [PUBLISHED, *reward_files()],
+                    {
+                        "default": PUBLISHED,
+                        "advanced": True,
+                        "tooltip": "published: the reward's own model, downloaded from Hugging Face once. Or "
+                        "a copy in models/diptych_rewards; hpsv2 and aesthetic always need their file there.",
+                    },
+                ),
+                "question": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "advanced": True,
+                        "tooltip": "Only for vlm_yes: a yes/no question of your own with {prompt} in it.",
+                    },
+                ),
+                "device": (
+                    ["cpu", "gpu"],
+                    {
+                        "default": "cpu",
+                        "advanced": True,
+                        "tooltip": "Where the reward's model runs. gpu is faster and needs its memory beside "
+                        "the diffusion model's: 2 to 4 GB, vlm_yes 17 GB.",
+                    },
+                ),
+            },
+        }
+
+    def choose(
+        self,
+        name: str,
+        weight: float = 1.0,
+        also=None,
+        weights_file: str = PUBLISHED,
+        question: str = "",
+        device: str = "cpu",
+    ) -> tuple:
+        from ..training.rewards import options
+        from ..training.rewards.chosen import Chosen, Entry
+
+        given: dict[str, str] = {}
+        if weights_file != PUBLISHED:
+            given["path"] = str(_reward_file(weights_file))
+        elif name in NEEDS_FILE:
+            raise ValueError(
+                f"reward {name} needs its weights: put {NEEDS_FILE[name]} into models/{FOLDER} and choose it "
+                "as weights_file."
+            )
+        if question.strip():
+            given["template"] = question.strip()
+        if device == "gpu" and "device" in options(name):
+            given["device"] = _gpu()
+        return ((also or Chosen()).and_also(Entry(name, weight, tuple(given.items()))),)
+
+
+NEEDS_FILE = {"hpsv2": "HPS_v2.1_compressed.pt", "aesthetic": "sac+logos+ava1-l14-linearMSE.pth"}
+
+
+def _reward_file(name: str) -> Path:
+    path = reward_files().get(name)
+    if path is None:
+        raise ValueError(f"weights_file is {name!r}, which is not in models/{FOLDER}: put it there.")
+    return path
+
+
+def _gpu() -> str:
+    import comfy.model_management
+
+    return str(comfy.model_management.get_torch_device())
+
+
+class DiptychRewardScore:
+    DISPLAY_NAME = "Reward Score"
+    DESCRIPTION = (
+        "Judges a batch of pictures by rewards: the numbers, the batch sorted best first, and a sheet with "
+        "the scores written under the pictures. What a reward needs (instruction, source, mask) must be "
+        "connected; a picture it cannot judge counts as not judged, never as zero."
+    )
+    CATEGORY = "diptych/rewards"
+    RETURN_TYPES = ("FLOAT", "STRING", "IMAGE", "IMAGE")
+    RETURN_NAMES = ("best_score", "report", "sorted", "sheet")
+    OUTPUT_TOOLTIPS = (
+        "Of the best picture: the reward's own number, or with several rewards the weighted sum of how many "
+        "standard deviations it lies above the batch's mean.",
+        "Every picture's numbers, best first.",
+        "The same pictures, best first.",
+        "The pictures, best first, with their scores.",
+    )
+    FUNCTION = "score"
+    OUTPUT_NODE = True
+    SEARCH_ALIASES = ["rank images", "sort images", "pickscore", "clip score", "aesthetic score", "best"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "images": ("IMAGE", {"tooltip": "The pictures to judge; edits, from Diptych Split."}),
+                "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from a Reward node."}),
+            },
+            "optional": {
+                "source": ("IMAGE", {"tooltip": "The picture before the edit; one serves all."}),
+                "mask": ("MASK", {"tooltip": "1 where the edit may change something."}),
+                "target": ("IMAGE", {"tooltip": "The wanted picture, if it is known."}),
+                "prompt": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "The instruction, or for text agreement a description of the wanted "
+                        "picture.",
+                    },
+                ),
+            },
+        }
+
+    def score(
+        self,
+        images: Tensor,
+        reward,
+        source: Tensor | None = None,
+        mask: Tensor | None = None,
+        target: Tensor | None = None,
+        prompt: str = "",
+    ) -> dict[str, Any]:
+        from ..training.rewards.pictures import Beside, rank
+
+        ranking = rank(reward, images, Beside(prompt, source, mask, target))
+        best = ranking.scores[0]
+        return {
+            "ui": {"text": [ranking.text]},
+            "result": (best if math.isfinite(best) else 0.0, ranking.text, ranking.images, ranking.sheet),
+        }
+
+
+NODES = [DiptychReward, DiptychRewardScore]

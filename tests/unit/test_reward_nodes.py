@@ -1,0 +1,179 @@
+"""Rewards as a person chooses them, on pictures at hand: nodes and judges without ComfyUI."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_diptych.models import diptych
+from comfyui_diptych.nodes import rewards as nodes
+from comfyui_diptych.training import shapes
+from comfyui_diptych.training.judging import make_rewards
+from comfyui_diptych.training.rewards import base, create, names
+from comfyui_diptych.training.rewards.base import Reward
+from comfyui_diptych.training.rewards.chosen import Chosen, Entry, parse
+from comfyui_diptych.training.rewards.pictures import Beside, CanvasJudge, rank
+
+
+class Bright(Reward):
+    """Mean brightness; pictures without any light cannot be judged."""
+
+    name = "test_bright"
+
+    def _score(self, images, prompts, sources, masks, targets):
+        means = images.mean((1, 2, 3))
+        return torch.where(means > 0, means, torch.nan)
+
+
+@pytest.fixture(autouse=True)
+def one_more_reward(monkeypatch):
+    monkeypatch.setitem(base._REGISTRY, "test_bright", Bright)
+
+
+def choose(name, weight=1.0, **options):
+    return nodes.DiptychReward().choose(name, weight, **options)[0]
+
+
+def greys(*values, size=(16, 24)):
+    return torch.tensor(values)[:, None, None, None].expand(-1, *size, 3).clone()
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    folder = tmp_path / "diptych_rewards"
+    (folder / "PickScore_v1").mkdir(parents=True)
+    for name in ("HPS_v2.1_compressed.pt", "readme.txt", "evil.py"):
+        (folder / name).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "folder_paths", SimpleNamespace(models_dir=str(tmp_path)))
+    return folder
+
+
+def test_only_registered_rewards_and_local_weights_are_offered(models):
+    schema = nodes.DiptychReward.INPUT_TYPES()
+    assert schema["required"]["name"][0] == names()
+    assert not [name for name in names() if ":" in name or "/" in name]
+    assert schema["optional"]["weights_file"][0] == ["published", "HPS_v2.1_compressed.pt", "PickScore_v1"]
+    for name in ("os:system", "http://example.org"):
+        with pytest.raises(ValueError, match="not known: choose one of"):
+            choose(name)
+    with pytest.raises(ValueError, match="not in models/diptych_rewards"):
+        choose("pickscore", weights_file="../../evil.py")
+
+
+def test_a_reward_that_has_no_published_place_says_what_to_put_where(models):
+    with pytest.raises(ValueError, match="put HPS_v2.1_compressed.pt into models/diptych_rewards"):
+        choose("hpsv2")
+    chosen = choose("hpsv2", weights_file="HPS_v2.1_compressed.pt")
+    assert dict(chosen.entries[0].options)["path"] == str(models / "HPS_v2.1_compressed.pt")
+
+
+def test_rewards_chain_and_the_first_choice_stays_as_it_was():
+    first = choose("jpeg_size")
+    second = choose("test_bright", 0.5, also=first)
+    assert str(first) == "jpeg_size x 1" and str(second) == "jpeg_size x 1, test_bright x 0.5"
+    with pytest.raises(ValueError, match="jpeg_size was chosen twice"):
+        choose("jpeg_size", also=second)
+    with pytest.raises(ValueError, match="weight of reward jpeg_size is 0"):
+        choose("jpeg_size", 0.0)
+    with pytest.raises(ValueError, match="keep_l1 has no option 'path': it takes none"):
+        Entry("keep_l1", 1.0, (("path", "x"),))
+
+
+def test_a_choice_becomes_the_same_rewards_in_a_recipe():
+    chosen = choose("test_bright", 0.25, also=choose("jpeg_size"))
+    made = make_rewards(**{"entries": chosen.recipe()["rewards"], "options": []})
+    assert made.weights == chosen.composite.weights == {"jpeg_size": 1.0, "test_bright": 0.25}
+    assert Chosen((Entry("clip_l", 1.0, (("path", "here"),)),)).recipe() == {
+        "rewards": ["clip_l=1"],
+        "reward_options": ["clip_l.path=here"],
+    }
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("clip_l", Entry("clip_l")),
+        ("clip_l=0.5", Entry("clip_l", 0.5)),
+        ("clip_l=2:path=C:/a,device=cpu", Entry("clip_l", 2.0, (("path", "C:/a"), ("device", "cpu")))),
+    ],
+)
+def test_a_judge_of_the_command_line(text, expected):
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("nonsense", "choose one of"), ("clip_l=x", "write a number"), ("clip_l:path", "write key=value")],
+)
+def test_a_judge_that_cannot_be_read(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def test_weights_that_are_not_there_name_the_reward(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="reward clip_l cannot be loaded"):
+        Chosen((parse(f"clip_l:path={tmp_path / 'nowhere'}"),)).composite  # noqa: B018
+
+
+def test_a_batch_is_sorted_best_first_and_what_cannot_be_judged_comes_last():
+    images = greys(0.2, 0.0, 0.9, 0.5)
+    out = nodes.DiptychRewardScore().score(images, choose("test_bright"))["result"]
+    assert out[0] == pytest.approx(0.9)
+    assert out[2].mean((1, 2, 3)).tolist() == pytest.approx([0.9, 0.5, 0.2, 0.0])
+    assert out[1].splitlines()[0] == "1. picture 3: test_bright 0.9"
+    assert "could not judge 1 pictures" in out[1]
+    assert out[3].ndim == 4 and out[3].shape[-1] == 3
+    worst = nodes.DiptychRewardScore().score(images, choose("test_bright", -1.0))["result"]
+    assert worst[2].mean((1, 2, 3)).tolist() == pytest.approx([0.2, 0.5, 0.9, 0.0])
+    nothing = nodes.DiptychRewardScore().score(greys(0.0), choose("test_bright"))["result"]
+    assert math.isfinite(nothing[0])
+
+
+def test_several_rewards_are_brought_to_one_scale():
+    chosen = choose("keep_l1", 3.0, also=choose("test_bright"))
+    images, beside = greys(0.2, 0.4, 0.6), Beside(source=greys(0.2), mask=torch.zeros(1, 16, 24))
+    ranking = rank(chosen, images, beside)
+    # keep_l1 falls as fast as brightness rises, and weighs three times as much
+    assert ranking.order == [0, 1, 2]
+    assert ranking.scores[0] == pytest.approx(2 * math.sqrt(1.5), rel=1e-2)
+    assert ranking.scores[1] == pytest.approx(0, abs=1e-5)
+
+
+def test_what_a_reward_lacks_is_said_in_one_sentence():
+    with pytest.raises(ValueError, match="reward keep_l1 needs masks, sources: connect them"):
+        nodes.DiptychRewardScore().score(greys(0.5), choose("keep_l1"))
+    with pytest.raises(ValueError, match="shapes needs targets, or sources and prompts"):
+        CanvasJudge.make(choose("shapes"), Beside("make it red"))
+
+
+def test_sources_of_another_size_are_brought_to_the_pictures():
+    out = nodes.DiptychRewardScore().score(
+        greys(0.5, 0.25), choose("keep_l1"), source=greys(0.5, size=(32, 48)), mask=torch.zeros(1, 8, 12)
+    )["result"]
+    assert out[0] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_judge_with_a_layout_sees_the_edited_panel_alone():
+    pairs = list(shapes.edit_pairs(0, 3, "test"))
+    built = diptych.build(pairs[0].source[None], pairs[0].instruction, panel_width=64)
+    wanted = torch.cat([pairs[0].source, pairs[0].target], dim=1)
+    idle = torch.cat([pairs[0].source, pairs[0].source], dim=1)
+    judge = CanvasJudge.make(choose("shapes"), Beside(pairs[0].instruction), built.layout)
+    good, bad = judge(torch.stack([wanted, idle])).tolist()
+    assert good == 1 and bad < 0.6
+    assert judge.beside.source is built.layout.source
+
+
+def test_the_shapes_reward_reads_the_wanted_scene_off_the_instruction():
+    pairs = list(shapes.edit_pairs(5, 6, "test"))
+    images = torch.stack([pair.target for pair in pairs[:3]] + [pair.source for pair in pairs[3:]])
+    sources, prompts = torch.stack([pair.source for pair in pairs]), [pair.instruction for pair in pairs]
+    reward = create("shapes")
+    read = reward.score(images, prompts, sources)
+    known = reward.score(images, targets=torch.stack([pair.target for pair in pairs]))
+    torch.testing.assert_close(read, known)
+    assert reward.score(images[:1], ["make it nicer"], sources[:1]).isnan().all()
