@@ -276,7 +276,7 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
             hint = difflib.get_close_matches(key, names, 1)
             remedy = f"did you mean {hint[0]!r}?" if hint else "see `diptych train --help-config`"
             raise ValueError(f"unknown option {key!r} in the recipe: {remedy}")
-        if value is False and kind.__dataclass_fields__[key].type == "str":
+        if value is False and kind.__dataclass_fields__[key].type in (str, "str"):
             value = "no"  # YAML reads a bare no as false
         if value is None or value == []:
             empty.append(key)
