@@ -12,7 +12,7 @@ OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background
 class DiptychTinyModelLoader:
     DISPLAY_NAME = "Load Tiny Demo Model"
     DESCRIPTION = (
-        "Loads one of the small FLUX-shaped models that come with this pack, as normal MODEL, CLIP and VAE. "
+        "Loads one of the small models that come with this pack, as ordinary MODEL, CLIP and VAE. "
         "They know only small pictures of coloured shapes (64x64, a diptych 128x64) and run anywhere in "
         "seconds, so that every workflow can be tried before a large model is downloaded."
     )
@@ -31,9 +31,14 @@ class DiptychTinyModelLoader:
     def INPUT_TYPES(cls) -> dict:
         tooltip = (
             "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill Conditioner). "
-            "kontext: FLUX Kontext in small, edits a reference picture (with the Kontext Conditioner)."
+            "kontext: FLUX Kontext in small, edits a reference picture (with the Kontext Conditioner). "
+            "sd_inpaint: Stable Diffusion inpainting in small (with core's InpaintModelConditioning)."
         )
-        return {"required": {"which": (["fill", "kontext"], {"default": "fill", "tooltip": tooltip})}}
+        return {
+            "required": {
+                "which": (["fill", "kontext", "sd_inpaint"], {"default": "fill", "tooltip": tooltip})
+            }
+        }
 
     def load(self, which: str) -> tuple[Any, Any, Any]:
         from ..models import tiny

@@ -1,7 +1,7 @@
-"""A tiny diffusers FLUX folder as ComfyUI's own objects: ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE.
+"""A tiny diffusers folder as ComfyUI's own objects: ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE.
 
-ComfyUI's loaders recognise FLUX by its full-size shapes, so a small model is put together by hand; from there
-on everything (LoRA patches, offloading, previews, samplers) is ComfyUI's. Sizes come from the config files.
+ComfyUI's loaders recognise models by their full-size shapes, so a small one is put together by hand; from
+there on everything (LoRA patches, offloading, previews, samplers) is ComfyUI's. Sizes come from config files.
 Imported only at run time, from a node. Not for full-size checkpoints: those go through ComfyUI's own loaders.
 """
 
@@ -28,20 +28,20 @@ _DTYPE = torch.float32  # a few MB: never worth the rounding, and both hosts agr
 
 
 def load(folder: Path) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of a diffusers FLUX folder (Fill or Kontext), all float32.
+    """MODEL, CLIP and VAE of a diffusers folder (FLUX Fill, FLUX Kontext, SD inpainting), all float32.
 
-    Raises ValueError if the folder is not a complete diffusers pipeline of the FLUX family.
+    Raises ValueError if the folder is not a complete diffusers pipeline of one of these.
     """
     folder = Path(folder)
     # Nodes run in inference mode; parameters made there could never be cloned, patched or trained afterwards.
     with torch.inference_mode(False), torch.no_grad():
         vae = load_vae(folder)
-        model = load_model(folder, vae)
+        model = load_unet(folder, vae) if (folder / "unet").is_dir() else load_flux(folder, vae)
         clip = load_clip(folder)
     return model, clip, vae
 
 
-def load_model(folder: Path, vae: Any | None = None):
+def load_flux(folder: Path, vae: Any | None = None):
     """The transformer as a ModelPatcher; its latent format uses the scale and shift of the folder's own VAE.
 
     With a `vae` from `load_vae` the format also gets colours for step previews.
@@ -53,17 +53,50 @@ def load_model(folder: Path, vae: Any | None = None):
         )
     sizes = flux_sizes(config)
     family = comfy.supported_models.FluxInpaint if sizes["in_channels"] > 32 else comfy.supported_models.Flux
-    model_config = family(sizes)
-    model_config.set_inference_dtype(_DTYPE, None)
-    _set_latent_format(model_config.latent_format, _read_config(folder, "vae"), vae)
-
-    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    model = model_config.get_model({}, "", device=offload)
+    model = _new_model(family(sizes), folder, vae)
     weights = comfy.model_detection.convert_diffusers_mmdit(_read_weights(folder / "transformer"), "")
     # strict: ComfyUI's layers skip initialisation, so a parameter left out would be whatever memory held
     model.diffusion_model.load_state_dict(weights, strict=True)
+    return _patcher(model)
+
+
+class DiffusersUNet(nn.Module):
+    """A diffusers UNet2DConditionModel behind the call that ComfyUI's BaseModel makes.
+
+    ComfyUI's own UNet fixes 32 normalisation groups, which a narrow one cannot have.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+        self.dtype = _DTYPE
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, **_: Any) -> Tensor:
+        """Latents, mask and masked latents [B,9,h,w] at timesteps 0..999 to epsilon [B,4,h,w]."""
+        return self.unet(x, timesteps, encoder_hidden_states=context).sample
+
+
+def load_unet(folder: Path, vae: Any | None = None):
+    """An SD inpainting UNet as a ModelPatcher: ComfyUI joins mask and masked picture, and samples epsilon."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(str(folder / "unet"), torch_dtype=_DTYPE)
+    sizes = {"in_channels": unet.config.in_channels, "disable_unet_model_creation": True}
+    model = _new_model(comfy.supported_models.SD15(sizes), folder, vae)
+    model.diffusion_model = DiffusersUNet(unet.eval())
+    return _patcher(model)
+
+
+def _new_model(model_config: Any, folder: Path, vae: Any | None):
+    model_config.set_inference_dtype(_DTYPE, None)
+    _set_latent_format(model_config.latent_format, _read_config(folder, "vae"), vae)
+    return model_config.get_model({}, "", device=comfy.model_management.unet_offload_device())
+
+
+def _patcher(model: nn.Module):
     model.requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    return comfy.model_patcher.ModelPatcher(model.to(offload), load_device=device, offload_device=offload)
 
 
 def flux_sizes(config: dict) -> dict:
@@ -137,7 +170,8 @@ def load_vae(folder: Path):
 
 def _set_latent_format(latent_format: Any, config: dict, vae: Any | None) -> None:
     latent_format.scale_factor = config["scaling_factor"]
-    latent_format.shift_factor = config.get("shift_factor") or 0.0
+    if hasattr(latent_format, "shift_factor"):
+        latent_format.shift_factor = config.get("shift_factor") or 0.0
     latent_format.taesd_decoder_name = None  # made for FLUX's latents, noise on these
     latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = None, None
     if vae is not None:

@@ -1,4 +1,4 @@
-"""The text half of a tiny FLUX folder as a comfy.sd.CLIP, around transformers' tokenizers and modules.
+"""The text half of a tiny folder as a comfy.sd.CLIP, around transformers' tokenizers and modules.
 
 Pads and cuts as the diffusers side does (`models/flux_text.py`), so that a prompt gives the same embedding;
 on top of it ComfyUI's `(word:1.2)` weights. Imported only at run time. Not for full-size text encoders.
@@ -22,12 +22,14 @@ Weighted = list[list[tuple]]  # batches of (token id, weight) or (token id, weig
 
 
 def load_clip(folder: Path):
-    """CLIP and T5 of the folder as one comfy.sd.CLIP in float32."""
-    clip_ids = WeightedTokenizer(_load(folder, "tokenizer"))
-    t5_ids = WeightedTokenizer(_load(folder, "tokenizer_2"), T5_TOKENS)
-    tokenizer = FluxTokenizer(clip_ids, t5_ids)
-    model = FluxTextModel(_load(folder, "text_encoder"), _load(folder, "text_encoder_2"), t5_ids.ids(""))
-    model.eval().requires_grad_(False)
+    """The folder's text encoders as one comfy.sd.CLIP in float32: CLIP and T5, or CLIP alone."""
+    tokenizers, t5 = {"l": WeightedTokenizer(_load(folder, "tokenizer"))}, None
+    if (folder / "text_encoder_2").is_dir():
+        tokenizers["t5xxl"] = WeightedTokenizer(_load(folder, "tokenizer_2"), T5_TOKENS)
+        t5 = _load(folder, "text_encoder_2")
+    empty = list(tokenizers.values())[-1].ids("")
+    tokenizer = TinyTokenizer(**tokenizers)
+    model = TextModel(_load(folder, "text_encoder"), t5, empty).eval().requires_grad_(False)
     target = comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, lambda **_: model)
     return comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
 
@@ -39,7 +41,7 @@ def _load(folder: Path, part: str):
     path = folder / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if part not in index:
-        raise ValueError(f"{path} names no {part}: pass a complete diffusers FLUX folder")
+        raise ValueError(f"{path} names no {part}: pass a complete diffusers folder")
     loaded = getattr(transformers, index[part][1]).from_pretrained(str(folder / part))
     return loaded.float() if isinstance(loaded, nn.Module) else loaded
 
@@ -77,37 +79,42 @@ class WeightedTokenizer:
         return [(number, 1.0, 0) for number in ids]
 
 
-class FluxTokenizer:
-    """What comfy.sd.CLIP expects of a FLUX tokenizer: a dict with the CLIP ("l") and T5 ("t5xxl") tokens."""
+class TinyTokenizer:
+    """What comfy.sd.CLIP expects of a tokenizer: a dict with the tokens for each text encoder, "l" first."""
 
-    def __init__(self, clip: WeightedTokenizer, t5: WeightedTokenizer):
-        self.clip = clip
-        self.t5 = t5
+    def __init__(self, **tokenizers: WeightedTokenizer):
+        self.tokenizers = tokenizers
 
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, **_: Any
     ) -> dict[str, Weighted]:
-        return {"l": self.clip(text, return_word_ids), "t5xxl": self.t5(text, return_word_ids)}
+        return {name: tokenizer(text, return_word_ids) for name, tokenizer in self.tokenizers.items()}
 
     def untokenize(self, tokens: list[tuple]) -> list[tuple]:
-        return [(token, self.clip.words[token[0]]) for token in tokens]
+        words = self.tokenizers["l"].words
+        return [(token, words[token[0]]) for token in tokens]
 
     def state_dict(self) -> dict:
         return {}
 
 
-class FluxTextModel(nn.Module):
-    """What comfy.sd.CLIP expects of a FLUX text model: T5 token embeddings and the pooled CLIP vector."""
+class TextModel(nn.Module):
+    """What comfy.sd.CLIP expects of a text model: a token sequence and a pooled vector.
 
-    def __init__(self, clip: nn.Module, t5: nn.Module, empty_t5: list[int]):
+    FLUX takes the sequence of T5, Stable Diffusion that of CLIP; the pooled vector is CLIP's in both.
+    """
+
+    def __init__(self, clip: nn.Module, t5: nn.Module | None, empty: list[int]):
+        """empty: ids of the empty prompt for the encoder that gives the sequence."""
         super().__init__()
         self.clip_l = clip
-        self.t5xxl = t5
-        self.empty_t5 = empty_t5
+        if t5 is not None:
+            self.t5xxl = t5
+        self.empty = empty
         self.dtypes = {torch.float32}
 
     def set_clip_options(self, options: dict) -> None:
-        """Layer and projection choices have no meaning for FLUX's pooled vector; accepted and ignored."""
+        """Layer and projection choices make no sense at this depth; accepted and ignored."""
 
     def reset_clip_options(self) -> None:
         """Nothing to reset."""
@@ -118,10 +125,12 @@ class FluxTextModel(nn.Module):
     def encode_token_weights(self, tokens: dict[str, Weighted]) -> tuple[Tensor, Tensor]:
         """(sequence [1, L, D], pooled [1, P]); weights scale the distance to the empty prompt's embedding."""
         pooled = self.clip_l(self._ids(tokens["l"][0])).pooler_output
-        sequence = self.t5xxl(self._ids(tokens["t5xxl"][0]))[0]
-        weights = torch.tensor([token[1] for token in tokens["t5xxl"][0]], device=sequence.device)
+        name = "t5xxl" if hasattr(self, "t5xxl") else "l"
+        encoder = self.t5xxl if name == "t5xxl" else self.clip_l
+        sequence = encoder(self._ids(tokens[name][0])).last_hidden_state
+        weights = torch.tensor([token[1] for token in tokens[name][0]], device=sequence.device)
         if (weights != 1.0).any():
-            empty = self.t5xxl(self._ids([(number,) for number in self.empty_t5]))[0]
+            empty = encoder(self._ids([(number,) for number in self.empty])).last_hidden_state
             sequence = torch.lerp(empty, sequence, weights[None, :, None])
         return sequence.float(), pooled.float()
 

@@ -22,6 +22,10 @@ def families():
     return ["fill", "kontext"]
 
 
+def latents():
+    return ["fill", "sd_inpaint"]
+
+
 @case(each=families)
 def it_gives_comfyuis_own_objects(host, which):
     import comfy.model_base
@@ -61,18 +65,18 @@ def one_prediction_equals_the_diffusers_transformer(host, which):
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-@case
-def the_vae_equals_diffusers_posterior_mode_and_decoder(host):
+@case(each=latents)
+def the_vae_equals_diffusers_posterior_mode_and_decoder(host, which):
     from diffusers import AutoencoderKL
 
-    _, _, vae = load(host, "fill")
-    reference = AutoencoderKL.from_pretrained(folder(host, "fill") / "vae").float()
+    _, _, vae = load(host, which)
+    reference = AutoencoderKL.from_pretrained(folder(host, which) / "vae").float()
     image = torch.rand(2, 64, 96, 3, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latents = vae.encode(image)
         mode = reference.encode(image.movedim(-1, 1) * 2 - 1).latent_dist.mode()
         decoded = reference.decode(mode).sample.movedim(1, -1).clamp(-1, 1) / 2 + 0.5
-    assert latents.shape == (2, 16, 8, 12)
+    assert latents.shape == (2, reference.config.latent_channels, 8, 12)
     assert (latents - mode).abs().max() < 1e-5
     assert (vae.decode(mode) - decoded).abs().max() < 1e-5
     assert vae.decode_tiled(mode, tile_x=8, tile_y=8, overlap=2).shape == (2, 64, 96, 3)
@@ -160,3 +164,65 @@ def text_and_guidance_nodes_take_the_clip(host):
     assert kept["both"][0][1]["guidance"] == kept["plain"][0][1]["guidance"] == 30.0
     torch.testing.assert_close(kept["both"][0][0], kept["plain"][0][0])
     assert not torch.equal(kept["both"][0][1]["pooled_output"], kept["plain"][0][1]["pooled_output"])
+
+
+@case
+def one_sd_prediction_equals_the_diffusers_unet_with_mask_and_masked_picture(host):
+    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(
+        folder(host, "sd_inpaint"), torch_dtype=torch.float32
+    )
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    model, clip, vae = load(host, "sd_inpaint")
+    image, mask = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    embedding = clip.encode_from_tokens(clip.tokenize(PROMPT))
+    with torch.no_grad():
+        expected = pipe.encode_prompt(PROMPT, torch.device("cpu"), 1, False)[0]
+        torch.testing.assert_close(embedding, expected, atol=1e-6, rtol=1e-5)
+        masked = vae.encode(image * (1 - mask[..., None]) + 0.5 * mask[..., None])
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        step = 601
+        acp = pipe.scheduler.alphas_cumprod[step]
+        sigma = ((1 - acp) / acp).sqrt()
+        concat = model.model.concat_cond(
+            concat_mask=mask[:, None], concat_latent_image=masked, noise=x, device=torch.device("cpu")
+        )
+        small = mask[:, None, ::8, ::8]
+        joined = torch.cat([x, small, masked * pipe.vae.config.scaling_factor], dim=1)
+        epsilon = pipe.unet(joined, step, encoder_hidden_states=expected).sample
+        noisy = x * (1 + sigma**2).sqrt()  # ComfyUI scales it back to unit variance before the model
+        x0 = model.model.apply_model(noisy, sigma[None], c_concat=concat, c_crossattn=embedding)
+    torch.testing.assert_close((noisy - x0) / sigma, epsilon, atol=1e-4, rtol=1e-4)
+
+
+@case
+def the_sd_model_fills_with_cores_own_nodes(host):
+    graph = host.graph()
+    loader = graph.add("DiptychTinyModelLoader", which="sd_inpaint")
+    demo = graph.add("DiptychDemoImage", example=4)
+    text = [graph.add("CLIPTextEncode", clip=loader[1], text=words)[0] for words in (demo[4], "")]
+    inpaint = graph.add(
+        "InpaintModelConditioning",
+        positive=text[0],
+        negative=text[1],
+        vae=loader[2],
+        pixels=demo[0],
+        mask=demo[2],
+        noise_mask=True,
+    )
+    latent = graph.add(
+        "KSampler",
+        model=loader[0],
+        positive=inpaint[0],
+        negative=inpaint[1],
+        latent_image=inpaint[2],
+        seed=1,
+        steps=4,
+        cfg=3.0,
+        sampler_name="ddim",
+        scheduler="ddim_uniform",
+    )
+    kept = host.run(graph.keep(image=graph.add("VAEDecode", samples=latent[0], vae=loader[2])[0])).kept
+    assert kept["image"].shape == (1, 64, 64, 3) and kept["image"].std() > 0.01
