@@ -111,7 +111,7 @@ class FluxDenoiser:
         self.vae = vae
         self.text = text
         self.device = torch.device(device) if device is not None else next(transformer.parameters()).device
-        self.dtype: torch.dtype = next(transformer.parameters()).dtype
+        self.dtype: torch.dtype = transformer.dtype
         self.guidance_embeds: bool = transformer.config.guidance_embeds
         self.max_text_tokens = max_text_tokens or text.max_tokens
 

@@ -59,7 +59,7 @@ class SDInpaint:
         self.text_encoder = text_encoder
         self.scheduler_config = dict(scheduler_config or {})
         self.device = torch.device(device) if device is not None else next(unet.parameters()).device
-        self.dtype: torch.dtype = next(unet.parameters()).dtype
+        self.dtype: torch.dtype = unet.dtype
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, **kwargs) -> SDInpaint:
