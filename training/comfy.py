@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import comfy.model_management as memory
@@ -64,20 +65,21 @@ def root() -> Path:
     return Path(folder_paths.get_output_directory()) / "diptych_training"
 
 
-def run(choices: session.Choices) -> tuple[Path, session.Outcome]:
+def run(choices: session.Choices, how: ModuleType = session) -> tuple[Path, session.Outcome]:
     """Train as chosen and put the LoRA into ComfyUI's loras folder; returns it and the outcome.
 
+    how: the module whose `configure` and `train` are used: `session`, or `grpo_session`.
     Raises ValueError for choices that cannot work, before any memory is freed, and ComfyUI's interruption
     after the checkpoint of a stopped run is on disk.
     """
-    config = session.configure(choices, root())
+    config = how.configure(choices, root())
     memory.unload_all_models()
     memory.soft_empty_cache()
     bar = Bar(config.max_steps)
     try:
         # The executor runs nodes in inference mode, whose tensors can never be trained.
         with torch.inference_mode(False), torch.enable_grad():
-            outcome = session.train(
+            outcome = how.train(
                 config,
                 on_step=bar.update,
                 should_stop=bar.should_stop,

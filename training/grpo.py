@@ -42,7 +42,7 @@ class GRPOTrainer(Trainer):
         super().prepare()
         for part in self.parts.values():
             part.eval()  # rollout and replay must be the same function, so no dropout in either
-        self.judge = Judge(self.rewards, self.batches)
+        self.judge = Judge(self.rewards, self.batches, c.use_targets)
         self.policy = make_policy(self.task)
 
     def _prepare_model(self) -> None:
@@ -206,11 +206,16 @@ class GRPOTrainer(Trainer):
 
     # ---------------------------------------------------------------- watching
 
+    def sample(self) -> None:
+        super().sample()
+        for part in self.parts.values():
+            part.eval()  # it leaves them training, see `prepare`
+
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Held-out rows by the plain ODE from fixed noise; keeps the best weights, stops a collapse."""
         c = self.config
-        judge = Judge(self.rewards, self.sample_batches)
+        judge = Judge(self.rewards, self.sample_batches, c.use_targets)
         numbers = list(range(len(self.sample_batches.entries)))[self.rank :: self.world]
         swapped = self.average is not None
         if swapped:

@@ -47,6 +47,7 @@ class GRPOConfig(TrainConfig):
     reward_options: list[str] = option(
         [], "Options of rewards as NAME.KEY=VALUE, for example hpsv2.path=FILE."
     )
+    use_targets: bool = option(True, "Rewards may see the wanted pictures; off for data without them.")
     inner_updates: int = option(1, "Optimiser steps per rollout collection.")
     clip: float = option(1e-4, "Clip range of the ratio of mean log-probabilities (a tenth of it for cps).")
     advantage_clamp: float = option(5.0, "Largest advantage.")

@@ -86,8 +86,9 @@ def _number(text: str) -> object:
 class Judge:
     """Scores finished pictures of data rows with a composite; remembers the rows it has read."""
 
-    def __init__(self, rewards: Composite, batches: Batches):
-        self.rewards, self.batches = rewards, batches
+    def __init__(self, rewards: Composite, batches: Batches, targets: bool = True):
+        """targets: whether rewards may see the wanted pictures; off for data that has none."""
+        self.rewards, self.batches, self.targets = rewards, batches, targets
         self._rows: dict[int, Row] = {}
 
     def row(self, number: int) -> Row:
@@ -105,6 +106,6 @@ class Judge:
             "prompts": [row.prompt for row in rows],
             "sources": torch.stack([row.source for row in rows]),
             "masks": torch.stack([row.mask for row in rows]),
-            "targets": torch.stack([row.target for row in rows]),
+            "targets": torch.stack([row.target for row in rows]) if self.targets else None,
         }
         return self.rewards.score(pictures, **beside).raw

@@ -213,9 +213,9 @@ def train(
     )
 
 
-def preview(history: dict[int, float], sheets: list[Tensor]) -> Tensor:
-    """[H,W,3]: the loss curve, and below it the samples at its width if there are any."""
-    curve = pictures.as_image(pictures.curve(list(history.values()), steps=list(history), title="loss"))[0]
+def preview(history: dict[int, float], sheets: list[Tensor], title: str = "loss") -> Tensor:
+    """[H,W,3]: the curve, and below it the samples at its width if there are any."""
+    curve = pictures.as_image(pictures.curve(list(history.values()), steps=list(history), title=title))[0]
     if not sheets:
         return curve
     width = curve.shape[1]
