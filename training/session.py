@@ -88,13 +88,18 @@ def is_small(model: str | Path) -> bool:
     return sum(file.stat().st_size for file in files) < SMALL
 
 
-def configure(choices: Choices, root: Path) -> TrainConfig:
-    """The recipe with the choices laid over it. Raises ValueError for choices that do not go together."""
-    task = task_of(choices.model)
+def check_name(choices: Choices) -> None:
+    """Raise ValueError for a name that is no plain file name, or a precision there is not."""
     if not choices.name or Path(choices.name).name != choices.name or choices.name.startswith("."):
         raise ValueError(f"output name is {choices.name!r}: use a plain file name without folders")
     if choices.precision not in PRECISIONS:
         raise ValueError(f"precision is {choices.precision!r}: use one of {', '.join(PRECISIONS)}")
+
+
+def configure(choices: Choices, root: Path) -> TrainConfig:
+    """The recipe with the choices laid over it. Raises ValueError for choices that do not go together."""
+    task = task_of(choices.model)
+    check_name(choices)
     recipe = RECIPES[task] if choices.recipe == "auto" else choices.recipe
     config = load(recipe)
     if config.task != task:
@@ -117,6 +122,8 @@ def configure(choices: Choices, root: Path) -> TrainConfig:
     config.rank, config.lora_alpha = choices.rank or config.rank, None
     config.batch_size = choices.batch_size or (8 if small else config.batch_size)
     config.resolution = choices.resolution or (64 if small else config.resolution)
+    if config.resolution > 768:
+        config.encode_batch = 1  # the VAE's activations would be the peak
     config.base_dtype = _precision(choices.precision, task, small, device)
     if small:
         config.gradient_checkpointing, config.cache_dtype = False, "float32"

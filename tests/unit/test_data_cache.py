@@ -25,13 +25,11 @@ def test_reshuffled_epochs_never_mix_prompt_and_picture(tmp_path):
         [(text_key(p, "t"), p) for p, _ in data],
         lambda prompts: [{"embed": torch.tensor([float(p.split()[1])])} for p in prompts],
         batch_size=3,
-        progress=False,
     )
     cache.fill(
         [(image_key(x, "v"), x) for _, x in data],
         lambda images: [{"latents": x[:1, :1]} for x in images],
         batch_size=7,
-        progress=False,
     )
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     for epoch in range(3):
@@ -51,13 +49,13 @@ def test_a_killed_run_encodes_only_what_is_missing(tmp_path):
         return [{"x": torch.ones(1)} for _ in prompts]
 
     with pytest.raises(KeyboardInterrupt):
-        ContentCache(tmp_path).fill(items, dies_at_six, progress=False)
+        ContentCache(tmp_path).fill(items, dies_at_six)
     (tmp_path / "torn.partial").write_bytes(b"half a shard")
     (tmp_path / "torn.safetensors").write_bytes(b"half a shard")
     seen = []
     again = ContentCache(tmp_path)
     assert len(again) == 6
-    again.fill(items, lambda p: seen.extend(p) or [{"x": torch.ones(1)} for _ in p], progress=False)
+    again.fill(items, lambda p: seen.extend(p) or [{"x": torch.ones(1)} for _ in p])
     assert seen == [f"prompt {i}" for i in range(6, 10)]
     assert all(key in ContentCache(tmp_path) for key, _ in items)
 

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from comfyui_diptych.training.data.broken import Broken, BrokenSample, Tolerant, usable
+from comfyui_diptych.training.data.broken import Broken, BrokenSample
 from comfyui_diptych.training.data.sample import Sample, fit
 from comfyui_diptych.training.data.sources import Mix, open_source
 from PIL import Image
@@ -216,17 +216,28 @@ def test_a_weighted_mix_is_written_in_one_line_per_source(tmp_path):
         open_source([f"pairs:{tmp_path / 'a'}@0.5", f"pairs:{tmp_path / 'b'}"])
 
 
+def read_all(source):
+    """Every readable sample, and the closing sentence about the others."""
+    broken, samples = Broken(len(source)), []
+    for index in range(len(source)):
+        try:
+            samples.append(source[index])
+        except BrokenSample as error:
+            broken.record(error)
+    return samples, broken.close()
+
+
 def test_five_percent_may_be_broken_and_is_named():
-    source = Numbers("x", 40, bad=(3, 7))
-    broken = Broken(len(source))
-    assert usable(source, broken) == [i for i in range(40) if i not in (3, 7)]
-    assert broken.close() == "2 of 40 examples were broken and skipped: x3: torn; x7: torn"
-    assert Tolerant(source)[3].prompt == "x4" and Tolerant(source)[39].prompt == "x39"
+    samples, sentence = read_all(Numbers("x", 40, bad=(3, 7)))
+    assert [sample.prompt for sample in samples] == [f"x{i}" for i in range(40) if i not in (3, 7)]
+    assert sentence == "2 of 40 examples were broken and skipped: x3: torn; x7: torn"
+    assert read_all(Numbers("x", 40))[1] == ""
 
 
-def test_more_than_five_percent_stops_with_the_list():
-    with pytest.raises(ValueError, match=r"3 of 40.*more than 5%.*x1: torn; x2: torn; x3: torn") as stopped:
-        usable(Numbers("x", 40, bad=(1, 2, 3)), Broken(40))
+@pytest.mark.parametrize("count, listed", [(3, "x0: torn; x1: torn; x2: torn"), (40, "and 1 more")])
+def test_more_than_five_percent_stops_with_the_list(count, listed):
+    with pytest.raises(ValueError, match=rf"of 40.*more than 5%.*{listed}") as stopped:
+        read_all(Numbers("x", 40, bad=range(count)))
     assert not isinstance(stopped.value, BrokenSample)
 
 

@@ -11,7 +11,7 @@ masks float32
 - `buckets.bucket_sizes`, `buckets.nearest`, `buckets.BucketBatchSampler` (endless; `start_at(step)` resumes).
 - `cache.ContentCache(folder)`: get, put, flush, fill; `cache.text_key`, `cache.image_key`,
 `cache.fingerprint`.
-- `broken.Broken(total)`, `broken.usable(source, broken)`, `broken.Tolerant(source)`.
+- `broken.Broken(total)` counts `BrokenSample`s and stops a run above 5 %.
 
 Importing these needs torch, numpy and PIL; Hugging Face `datasets` only where a source reads with it.
 """

@@ -6,8 +6,6 @@ opening.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 LISTED = 20
 
 
@@ -54,7 +52,6 @@ class Broken:
                 f"{len(self)} of {self.total} examples are broken, more than {self.limit:.0%}: "
                 f"repair or remove them ({self._list()})"
             )
-
         if not self.reasons:
             return ""
         return f"{len(self)} of {self.total} examples were broken and skipped: {self._list()}"
@@ -64,55 +61,3 @@ class Broken:
         if len(self) > LISTED:
             items.append(f"and {len(self) - LISTED} more")
         return "; ".join(items)
-
-
-def usable(
-    source, broken: Broken, *, visit: Callable | None = None, wrap: Callable[[Iterable], Iterable] = iter
-) -> list[int]:
-    """Indices of the readable examples, opening each once.
-
-    `visit(index, sample)` sees every readable example (to cache what it needs); `wrap` may show progress,
-    for example `lambda it: tqdm(it, desc="reading")`.
-    """
-    good = []
-    for index in wrap(range(len(source))):
-        try:
-            sample = source[index]
-        except BrokenSample as error:
-            broken.record(error)
-            continue
-        if visit is not None:
-            visit(index, sample)
-        good.append(index)
-    broken.close()
-    return good
-
-
-class Tolerant:
-    """The same source, whose item i is the next readable one when i is broken (so that batches keep their
-    size).
-
-    The substitution depends on the files only, hence is the same in every process and epoch. In DataLoader
-    workers each worker counts for itself; use `usable` first where the total count matters.
-    """
-
-    def __init__(self, source, broken: Broken | None = None):
-        self.source, self.broken = source, broken or Broken(len(source))
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int):
-        for step in range(len(self.source)):
-            try:
-                return self.source[(index + step) % len(self.source)]
-            except BrokenSample as error:
-                self.broken.record(error)
-                self.broken.close()
-        raise IndexError(index)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.source.size(index)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -163,35 +163,20 @@ class ContentCache:
         encode: Callable[[list], list[dict[str, torch.Tensor]]],
         *,
         batch_size: int = 1,
-        total: int | None = None,
-        description: str = "caching",
-        progress: bool = True,
+        wrap: Callable[[Sequence[int]], Iterable[int]] = iter,
     ) -> int:
-        """Encode what is missing, in batches, showing a progress bar; returns how many were encoded.
+        """Encode what is missing among `items` (key, value), in batches; returns how many were encoded.
 
-        `items` yields (key, value) and may be lazy; `encode(values)` returns one dict of tensors per value
-        and is only called with values whose key is absent, each key once.
+        `encode(values)` returns one dict of tensors per value; each key is encoded once. `wrap` may show
+        progress: it is given the batches' starts. What was encoded is kept even when it is interrupted.
         """
-        from tqdm.auto import tqdm
-
-        waiting: dict[str, object] = {}
-        encoded = 0
-
-        def run() -> None:
-            nonlocal encoded
-            for key, tensors in zip(waiting, encode(list(waiting.values())), strict=True):
-                self.put(key, tensors)
-            encoded += len(waiting)
-            waiting.clear()
-
+        missing = {key: value for key, value in items if key not in self}
+        keys = list(missing)
         try:
-            for key, value in tqdm(items, desc=description, total=total, disable=not progress, leave=False):
-                if key not in self and key not in waiting:
-                    waiting[key] = value
-                    if len(waiting) == batch_size:
-                        run()
-            if waiting:
-                run()
+            for start in wrap(range(0, len(keys), batch_size)):
+                some = keys[start : start + batch_size]
+                for key, tensors in zip(some, encode([missing[key] for key in some]), strict=True):
+                    self.put(key, tensors)
         finally:
             self.flush()
-        return encoded
+        return len(keys)
