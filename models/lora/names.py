@@ -19,6 +19,7 @@ _PREFIXES = (
     "transformer.",
     "unet.",
 )
+_WRAPPERS = re.compile("(?:" + "|".join(map(re.escape, _PREFIXES)) + ")*")
 _FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 _TEXT_PREFIXES = ("lora_te", "text_encoder", "text_model.", "lora_prior_te", "te1.", "te2.", "conditioner.")
 
@@ -96,19 +97,11 @@ class Target(NamedTuple):
 
 def strip(key: str) -> tuple[str, bool]:
     """Removes wrappers' prefixes from a key; True when the rest is in underscored naming."""
-    flat = False
-    while True:
-        for prefix in _PREFIXES:
-            if key.startswith(prefix):
-                key = key[len(prefix) :]
-                break
-        else:
-            for prefix in _FLAT_PREFIXES:
-                if key.startswith(prefix) and not flat:
-                    key, flat = key[len(prefix) :], True
-                    break
-            else:
-                return key, flat
+    key = key[_WRAPPERS.match(key).end() :]
+    for prefix in _FLAT_PREFIXES:
+        if key.startswith(prefix):
+            return key[len(prefix) :], True
+    return key, False
 
 
 def is_text_encoder(key: str) -> bool:

@@ -73,12 +73,13 @@ class _Reader:
     # -- sorting keys ---------------------------------------------------------------------------------
 
     def _sort(self) -> None:
-        adapter = self._adapter()
+        sorted_keys = {key: parse.classify(key) for key in self.raw.tensors if not names.is_text_encoder(key)}
+        adapter = self._adapter({part.adapter for part in sorted_keys.values() if part is not None})
         for key, tensor in self.raw.tensors.items():
-            if names.is_text_encoder(key):
+            if key not in sorted_keys:
                 self.skipped.append((key, _TEXT))
                 continue
-            part = parse.classify(key)
+            part = sorted_keys[key]
             if part is None:
                 self.plain[key] = tensor
             elif part.adapter and part.adapter != adapter:
@@ -89,8 +90,7 @@ class _Reader:
                 role = part.role if part.expert is None else f"{part.role}.{part.expert}"
                 self.layers.setdefault((layer, flat), {})[role] = tensor
 
-    def _adapter(self) -> str:
-        found = {p.adapter for key in self.raw.tensors if ".lora_" in key and (p := parse.classify(key))}
+    def _adapter(self, found: set[str]) -> str:
         found.discard("")
         if len(found) > 1 and "default" not in found:
             raise LoraError(
