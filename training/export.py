@@ -106,3 +106,20 @@ def part_tensors(module: nn.Module, state: dict[str, Tensor] | None = None) -> d
         return trained_state(module)
     wanted = trained_parameters(module)
     return {file_name(k): v.detach().float().cpu() for k, v in state.items() if file_name(k) in wanted}
+
+
+def write_run(trainer: Any) -> Path:
+    """A run's weights as a LoRA file or a diffusers folder; all processes call it, the main one writes."""
+    c = trainer.config
+    path = trainer.output / f"{c.output_name or c.recipe or c.task}.safetensors"
+    if c.method == "full":
+        path = trainer.output / "model"
+    states: dict[str, Any] = dict.fromkeys(trainer.parts)
+    if trainer.sharded:  # gathering is a collective
+        states = {n: trainer.accelerator.get_state_dict(m) for n, m in trainer.prepared.items()}
+    if not trainer.main:
+        return path
+    if c.method == "full":
+        return save_pipeline(path, c.model, trainer.parts, states if trainer.sharded else None)
+    tensors = {name: part_tensors(module, states[name]) for name, module in trainer.parts.items()}
+    return save_lora(path, tensors, c, trainer.header())

@@ -1,15 +1,13 @@
 """What the trainer eats: the rows of its data, encoded once (or every step), and the batch of any step.
 
-`Corpus` reads and lists, `encode_corpus` fills the caches and can be killed and resumed, `Batches` gives
-tensors. Which rows make up step n is `data.buckets.BucketBatchSampler`'s business.
+`Corpus` reads, `Latents` are the caches (`encode.py` fills them), `Batches` gives tensors. Which rows make up
+step n is `data.buckets.BucketBatchSampler`'s business.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,14 @@ from torch import Tensor
 
 from . import prior
 from .arrange import Arranged, Arranger
-from .data.broken import Broken, BrokenSample
+from .data.broken import BrokenSample
 from .data.buckets import BucketBatchSampler
-from .data.cache import ContentCache, fingerprint, image_key, text_key
+from .data.cache import ContentCache, fingerprint, text_key
 from .data.sample import Sample, stamp
 from .data.sources import open_source
 from .losses import row_generator
 
-logger = logging.getLogger(__name__)
-
 DROPPED_PROMPT = " "
-LINES = 256  # rows between two flushes of the cache
 Progress = Callable[[Iterable, str], Iterable]
 
 
@@ -122,151 +117,6 @@ class Latents:
         if key not in self.memory:
             self.memory[key] = cache.get(key)
         return self.memory[key]
-
-
-def encode_corpus(
-    corpus: Corpus,
-    task: Any,
-    latents: Latents,
-    folder: Path,
-    progress: Progress,
-    rank: int = 0,
-    world: int = 1,
-) -> None:
-    """Encode this process' share of the rows and note them in `folder`; what is noted and cached is not
-    reread.
-
-    Raises ValueError with the list when more than 5 % of the rows are broken.
-    """
-    listing = folder / f"rows-{stamp(corpus.stamp, latents.picture_print)}"
-    listing.mkdir(parents=True, exist_ok=True)
-    places = sorted(set(corpus.places().values()))
-    noted = {entry.index for entry in read_entries(corpus, latents, folder)}
-    todo = [i for i in places[rank::world] if i not in noted]
-    broken = Broken(max(1, len(places) // world))
-    waiting: dict[tuple, list[tuple[Entry, Arranged]]] = {}
-    done: dict[int, list[Entry]] = {}
-    wanted: dict[int, int] = {}  # variants of each row under way
-
-    def encode(group: list[tuple[Entry, Arranged]]) -> None:
-        batch = latents.cast(task.encode_pictures([item for _, item in group]))
-        for i, (entry, _) in enumerate(group):
-            latents.pictures.put(entry.key, {name: t[i] for name, t in batch.items()})
-            done[entry.index].append(entry)
-        group.clear()
-
-    def write() -> None:
-        # Pictures first: a line must never name latents that are not on disk.
-        latents.pictures.flush()
-        latents.texts.flush()
-        whole = [index for index, entries in done.items() if len(entries) == wanted[index]]
-        with open(listing / f"{rank:03d}.jsonl", "a", encoding="utf-8") as file:
-            for index in whole:
-                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in done.pop(index))
-
-    try:
-        for index in progress(todo, "caching pictures"):
-            try:
-                rows = corpus.read(index)
-            except BrokenSample as error:
-                broken.record(error)
-                continue
-            if isinstance(rows, Sample):
-                done[index], wanted[index] = [_keep_precomputed(rows, index, latents)], 1
-                continue
-            done[index], wanted[index] = [], len(rows)
-            for variant, item in enumerate(rows):
-                key = image_key(item.encoded_parts[0], latents.picture_print, *item.encoded_parts[1:])
-                entry = Entry(index, variant, key, item.prompt, item.size, item.weight, item.prior)
-                if key in latents.pictures:
-                    done[index].append(entry)
-                    continue
-                group = waiting.setdefault((item.size, item.reference is None), [])
-                group.append((entry, item))
-                if len(group) >= corpus.config.encode_batch:
-                    encode(group)
-            if len(done) >= LINES:
-                write()
-        for group in waiting.values():
-            if group:
-                encode(group)
-    finally:  # an interrupted run keeps what it has encoded
-        write()
-    if message := broken.close():
-        logger.warning(message)
-
-
-def _keep_precomputed(sample: Sample, index: int, latents: Latents) -> Entry:
-    ready = sample.encoded
-    mask = ready.mask[None].to(torch.uint8)
-    parts = {"latents": ready.latents, "masked_latents": ready.masked_latents, "mask": mask}
-    key = image_key(ready.latents, latents.picture_print, ready.masked_latents, mask)
-    latents.pictures.put(key, latents.cast(parts))
-    prompt = sample.prompt or sample.name
-    text = {"tokens": ready.prompt_embed, "pooled": ready.pooled_prompt_embeds}
-    latents.texts.put(text_key(prompt, latents.text_print), latents.cast(text))
-    return Entry(index, 0, key, prompt, tuple(mask.shape[-2:]))
-
-
-def read_entries(corpus: Corpus, latents: Latents, folder: Path) -> list[Entry]:
-    """All rows noted by all processes whose latents are cached, in row order: the same on every process."""
-    latents.pictures.refresh()
-    listing = folder / f"rows-{stamp(corpus.stamp, latents.picture_print)}"
-    found: dict[tuple[int, int], Entry] = {}
-    for path in sorted(listing.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            entry = Entry(**{**item, "size": tuple(item["size"])})
-            if entry.key in latents.pictures:
-                found[(entry.index, entry.variant)] = entry
-    by_first: dict[int, list[Entry]] = {}
-    for entry in (found[place] for place in sorted(found)):
-        by_first.setdefault(entry.index, []).append(entry)
-    return [entry for first in corpus.places().values() for entry in by_first.get(first, [])]
-
-
-def encode_prompts(
-    prompts: Iterable[str], task: Any, latents: Latents, progress: Progress, rank: int = 0, world: int = 1
-) -> None:
-    """Encode this process' share of the prompts that are not cached yet."""
-    missing = [p for p in sorted(set(prompts)) if text_key(p, latents.text_print) not in latents.texts]
-    mine, step = missing[rank::world], task.config.encode_batch
-    try:
-        for start in progress(range(0, len(mine), step), "caching prompts"):
-            some = mine[start : start + step]
-            with torch.no_grad():
-                batch = latents.cast(task.encode_text(some))
-            for i, prompt in enumerate(some):
-                latents.texts.put(
-                    text_key(prompt, latents.text_print), {name: t[i] for name, t in batch.items()}
-                )
-    finally:
-        latents.texts.flush()
-
-
-def list_corpus(corpus: Corpus) -> list[Entry]:
-    """Entries of all readable rows without encoding anything, for training without a cache."""
-    places = corpus.places()
-    broken = Broken(len(set(places.values())))
-    by_first: dict[int, list[Entry]] = {}
-    for index in sorted(set(places.values())):
-        try:
-            rows = corpus.read(index)
-        except BrokenSample as error:
-            broken.record(error)
-            continue
-        if isinstance(rows, Sample):
-            raise ValueError("cache is off but the data is precomputed: set cache: true")
-        by_first[index] = [
-            Entry(index, v, image_key(r.pixels, ""), r.prompt, r.size, r.weight, r.prior)
-            for v, r in enumerate(rows)
-        ]
-    if message := broken.close():
-        logger.warning(message)
-    return [entry for first in places.values() for entry in by_first.get(first, [])]
 
 
 class Batches:

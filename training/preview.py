@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,32 @@ def contact_sheet(task: Any, batches: Any, seed: int, to_device: Callable) -> Te
     width = max(row.shape[1] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows]
     return torch.cat(rows, dim=0)
+
+
+@contextmanager
+def for_sampling(trainer: Any) -> Iterator[None]:
+    """Modules in eval mode and, unless they are sharded, without their distributed wrappers."""
+    part = trainer.task.denoiser_part
+    modes = {name: module.training for name, module in trainer.parts.items()}
+    for module in trainer.parts.values():
+        module.eval()
+    if not trainer.sharded:
+        trainer.task.make_host(trainer.parts[part])
+    try:
+        yield
+    finally:
+        trainer.task.make_host(trainer.prepared[part])
+        for name, module in trainer.parts.items():
+            module.train(modes[name])
+
+
+def track(accelerator: Any, picture: Tensor, step: int) -> None:
+    """Show an IMAGE [H,W,3] in the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": picture[None].numpy()}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"samples": [picture.numpy()]}, step=step)
 
 
 def write(picture: Tensor, path: Path) -> None:

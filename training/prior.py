@@ -110,6 +110,16 @@ def top_up(
     return len(mine)
 
 
+def prepare(trainer: Any) -> None:
+    """Before anything is trained, the model makes the class pictures that are missing."""
+    config = trainer.config
+    if not config.class_prompt or len(class_files(config.class_dir)) >= config.num_class_images:
+        return
+    trainer.task.make_host(trainer.task.load_denoiser())
+    top_up(trainer.task, config, trainer.bar, trainer.rank, trainer.world)
+    trainer.accelerator.wait_for_everyone()
+
+
 def check(config: Any) -> None:
     """Raises ValueError where prior preservation is asked for but cannot be done."""
     if not config.class_prompt:

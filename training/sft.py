@@ -8,20 +8,22 @@ families in `tasks.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import adapters, checkpoint, export, feed, losses, optim, prior
+from . import adapters, checkpoint, encode, export, feed, losses, optim, preview, prior, processes, resume
 from .checkpoint import TrainingError
 from .config import TrainConfig
+from .tasks import make_task
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +40,6 @@ class Report:
     lr: float
     rows_per_second: float
     seconds_left: float
-
-
-def make_task(config: TrainConfig, device: torch.device | str = "cpu") -> Any:
-    """The task named by the configuration."""
-    if config.task == "sd_inpaint":
-        from .task_sd import SDInpaintTask
-
-        return SDInpaintTask(config, device)
-    from .tasks import FillTask, KontextTask
-
-    return {"fill": FillTask, "kontext": KontextTask}[config.task](config, device)
 
 
 class Trainer:
@@ -75,108 +66,31 @@ class Trainer:
 
     def prepare(self) -> None:
         """Everything before the first step. All errors of the recipe and the data come from here."""
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, PartialState
-
         c = self.config
-        if AcceleratorState._shared_state and PartialState().num_processes == 1:
-            # An earlier run in this process (ComfyUI, tests) may have had another precision.
-            AcceleratorState._reset_state(reset_partial_state=True)
         if c.threads:
             torch.set_num_threads(c.threads)
-        trackers = [t for t in c.log_with if t != "none"]
-        self.accelerator = Accelerator(
-            mixed_precision=c.mixed_precision,
-            gradient_accumulation_steps=c.accumulation,
-            log_with=trackers or None,
-            project_dir=str(self.output / "logs"),
-        )
-        kind = self.accelerator.distributed_type.value
-        self.sharded = kind in ("FSDP", "DEEPSPEED")
-        if kind == "DEEPSPEED":
-            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
-                c.batch_size
-            )
-        if self.sharded and c.ema:
-            raise ValueError(f"ema is {c.ema} under {kind}: set ema: 0, the shards keep no average")
+        self.accelerator, self.sharded = processes.open_accelerator(c, self.output / "logs")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        self.bar = self.progress if self.main else feed.silent
         self.output.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(c.seed)
         prior.check(c)
         self.task = make_task(c, self.accelerator.device)
+        if self.sharded:  # a model that needs sharding fits no single device
+            self.task.load_device = torch.device("cpu")
         self.task.load_encoders()
-        self._make_class_pictures()
-        self._prepare_data()
+        prior.prepare(self)  # class pictures, made before anything is trained
+        encode.prepare(self)
         if not c.train_text_encoder and c.cache:
             self.task.free_text()
         self._prepare_model()
-        if self.main and trackers:
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(c).items()}
-            self.accelerator.init_trackers("diptych", config=flat)
-        self._resume()
+        processes.open_trackers(self.accelerator, c)
+        resume.read(self)
         # The cursor of the data is the number of micro-batches: the order is a function of it.
         self.order = iter(self.sampler.start_at(self.micro))
         if self.class_sampler is not None:
             self.class_order = iter(self.class_sampler.start_at(self.micro))
-
-    def _make_class_pictures(self) -> None:
-        """Prior preservation: before anything is trained, the model makes what it must not forget."""
-        c = self.config
-        if not c.class_prompt or len(prior.class_files(c.class_dir)) >= c.num_class_images:
-            return
-        self.task.make_host(self.task.load_denoiser())
-        prior.top_up(self.task, c, self.progress if self.main else feed.silent, self.rank, self.world)
-        self.accelerator.wait_for_everyone()
-
-    def _prepare_data(self) -> None:
-        c = self.config
-        corpus = feed.Corpus(c, self.task.default_template)
-        sample_corpus = (
-            feed.Corpus(c, self.task.default_template, c.sample_data, c.sample_count)
-            if c.sample_data
-            else None
-        )
-        self.template = corpus.arranger.template
-        if c.cache:
-            self.latents: feed.Latents | None = feed.Latents(self.task, self._cache_folder)
-            entries = self._encode(corpus)
-            samples = self._encode(sample_corpus) if sample_corpus else entries
-            if not c.train_text_encoder:
-                self._encode_prompts(entries + samples)
-            if c.cache_in_memory:
-                self.latents.memory = {}
-        else:
-            self.latents, entries = None, feed.list_corpus(corpus)
-            samples = feed.list_corpus(sample_corpus) if sample_corpus else entries
-        self.batches = feed.Batches(entries, self.task, self.latents, corpus)
-        self.sample_batches = feed.Batches(
-            samples[: c.sample_count], self.task, self.latents, sample_corpus or corpus
-        )
-        order = (c.batch_size, c.seed, self.rank, self.world)
-        self.sampler = self.batches.sampler(*order, prior=False)
-        self.class_sampler = self.batches.sampler(*order, prior=True)
-        if self.class_sampler is not None and len({e.size for e in entries}) > 1:
-            raise ValueError("prior preservation needs pictures of one size: set sizing: squash")
-
-    @property
-    def _cache_folder(self) -> Path:
-        return Path(self.config.cache_dir or self.output / "cache")
-
-    def _encode(self, corpus: feed.Corpus) -> list[feed.Entry]:
-        progress = self.progress if self.main else feed.silent
-        feed.encode_corpus(
-            corpus, self.task, self.latents, self._cache_folder, progress, self.rank, self.world
-        )
-        self.accelerator.wait_for_everyone()
-        return feed.read_entries(corpus, self.latents, self._cache_folder)
-
-    def _encode_prompts(self, entries: list[feed.Entry]) -> None:
-        prompts = {e.prompt for e in entries} | {feed.DROPPED_PROMPT, ""}
-        progress = self.progress if self.main else feed.silent
-        feed.encode_prompts(prompts, self.task, self.latents, progress, self.rank, self.world)
-        self.accelerator.wait_for_everyone()
-        self.latents.texts.refresh()
 
     def _prepare_model(self) -> None:
         c = self.config
@@ -216,35 +130,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _resume(self) -> None:
-        folder = checkpoint.find(self.output / "checkpoints", self.config.resume)
-        if folder is None:
-            return
-        state = checkpoint.read_state(folder)
-        if self.sharded:
-            self.accelerator.load_state(str(folder / "engine"))
-        else:
-            checkpoint.copy_into(
-                self.names, checkpoint.read_tensors(folder, "trained.safetensors"), str(folder)
-            )
-            self.optimizer.load_state_dict(
-                torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            )
-            if self.average is not None and (folder / "ema.safetensors").is_file():
-                self.average.values = {
-                    k: v.to(self.accelerator.device)
-                    for k, v in checkpoint.read_tensors(folder, "ema.safetensors").items()
-                }
-                self.average.updates = state["ema_updates"]
-        rng = folder / f"rng_{self.rank:03d}.pt"
-        if rng.is_file():
-            checkpoint.set_rng_state(torch.load(rng, weights_only=True))
-        if state["data"] != self.batches.fingerprint():
-            logger.warning("the data changed since %s was written: the rows come in another order", folder)
-        self.step, self.micro = state["step"], state["micro"]
-        self.load_extra(folder, state)
-        logger.info("resumed at step %d from %s", self.step, folder)
-
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What another kind of training keeps beside, {file name: tensors}."""
         return {}
@@ -258,41 +143,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present step; all processes call it."""
-        writer = checkpoint.Writer(self.output / "checkpoints", self.step, self.config.keep_last)
-        if not self.main:
-            self.accelerator.wait_for_everyone()
-            torch.save(checkpoint.rng_state(), writer.folder / f"rng_{self.rank:03d}.pt")
-            if self.sharded:
-                self.accelerator.save_state(str(writer.folder / "engine"))
-            self.accelerator.wait_for_everyone()
-            self.accelerator.wait_for_everyone()
-            return writer.final
-        with writer:
-            self.accelerator.wait_for_everyone()
-            torch.save(checkpoint.rng_state(), writer.folder / f"rng_{self.rank:03d}.pt")
-            if self.sharded:
-                self.accelerator.save_state(str(writer.folder / "engine"))
-            else:
-                writer.tensors("trained.safetensors", self.names)
-                torch.save(self.optimizer.state_dict(), writer.folder / "optimizer.pt")
-                if self.average is not None:
-                    writer.tensors("ema.safetensors", self.average.values)
-                for name, tensors in self.extra_tensors().items():
-                    writer.tensors(name, tensors)
-            writer.state(
-                {
-                    **self.extra_state(),
-                    "step": self.step,
-                    "micro": self.micro,
-                    "ema_updates": self.average.updates if self.average is not None else 0,
-                    "data": self.batches.fingerprint(),
-                    "world": self.world,
-                    "config": dataclasses.asdict(self.config),
-                }
-            )
-            self.accelerator.wait_for_everyone()
-        self.accelerator.wait_for_everyone()
-        return writer.final
+        return resume.write(self)
 
     # ---------------------------------------------------------------- steps
 
@@ -388,6 +239,7 @@ class Trainer:
             if c.sample_every and (self.step % c.sample_every == 0 or last):
                 self.sample()
             if stop:
+                self.accelerator.end_training()
                 return self.output / "checkpoints" / f"step_{self.step:08d}"
         path = self.export()
         self.accelerator.end_training()
@@ -422,35 +274,29 @@ class Trainer:
 
     # ---------------------------------------------------------------- results
 
-    @torch.no_grad()
     def sample(self) -> None:
-        """Sample pictures with the averaged weights if there are any: `samples/step_*.png`, and to the
-        trackers."""
+        """Sample pictures, with the averaged weights if there are any, as `samples/step_*.png`."""
         if not self.main and not self.sharded:
             return
-        from .preview import contact_sheet, write
-
-        for part in self.parts.values():
-            part.eval()
-        if self.average is not None:
-            self.average.swap(self.names)
-        if not self.sharded:
-            self.task.make_host(self.parts[self.task.denoiser_part])
-        try:
-            sheet = contact_sheet(self.task, self.sample_batches, self.config.seed, self._to_device)
-        finally:
-            self.task.make_host(self.prepared[self.task.denoiser_part])
-            if self.average is not None:
-                self.average.swap(self.names)
-            for part in self.parts.values():
-                part.train()
+        with self.averaged(), preview.for_sampling(self):
+            sheet = preview.contact_sheet(self.task, self.sample_batches, self.config.seed, self._to_device)
         if self.main:
-            write(sheet, self.output / "samples" / f"step_{self.step:08d}.png")
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.log_images({"samples": sheet[None].numpy()}, step=self.step, dataformats="NHWC")
+            preview.write(sheet, self.output / "samples" / f"step_{self.step:08d}.png")
+            preview.track(self.accelerator, sheet, self.step)
             if self.on_sample is not None:
                 self.on_sample(self.step, sheet)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in place of the trained weights inside the block, if there is one."""
+        average = self.average
+        if average is not None:
+            average.swap(self.names)
+        try:
+            yield
+        finally:
+            if average is not None:
+                average.swap(self.names)
 
     def header(self) -> dict[str, Any]:
         """The `diptych` block of saved files."""
@@ -467,26 +313,7 @@ class Trainer:
 
     def export(self) -> Path:
         """Write the final weights (averaged if there is an average): a LoRA file or a diffusers folder."""
-        c = self.config
-        path = self.output / f"{c.output_name or c.recipe or c.task}.safetensors"
-        if c.method == "full":
-            path = self.output / "model"
-        if self.average is not None:
-            self.average.swap(self.names)
-        states = (
-            {n: self.accelerator.get_state_dict(m) for n, m in self.prepared.items()}
-            if self.sharded
-            else None
-        )
-        try:
-            if self.main:
-                if c.method == "full":
-                    export.save_pipeline(path, c.model, self.parts, states)
-                else:
-                    tensors = {n: export.part_tensors(m, states and states[n]) for n, m in self.parts.items()}
-                    export.save_lora(path, tensors, c, self.header())
-        finally:
-            if self.average is not None:
-                self.average.swap(self.names)
+        with self.averaged():
+            path = export.write_run(self)
         self.accelerator.wait_for_everyone()
         return path

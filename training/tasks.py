@@ -56,6 +56,7 @@ class Task:
                 f"model {config.model} does not exist: pass a diffusers folder or a hub id"
             )
         self.config, self.device = config, torch.device(device)
+        self.load_device = self.device  # of the denoiser; the CPU where it is to be sharded
         self.dtype = DTYPES.get(config.base_dtype, torch.bfloat16)
         self.vae: Any = None
         self.parts: dict[str, Any] = {}
@@ -83,7 +84,7 @@ class Task:
         module = component(self.config.model, self.denoiser_part, self.dtype, random=random)
         if self.config.base_dtype == "float8_e4m3fn":
             module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-        self.module = module.requires_grad_(False).to(self.device)
+        self.module = module.requires_grad_(False).to(self.load_device)
         for path in self.config.fuse_loras:
             adapters.fuse(module, path)
         if self.config.gradient_checkpointing:
@@ -255,3 +256,12 @@ class KontextTask(FluxTask):
             references=tokens,
             reference_ids=ids,
         )
+
+
+def make_task(config: Any, device: torch.device | str = "cpu") -> Task:
+    """The task named by the configuration."""
+    if config.task == "sd_inpaint":
+        from .task_sd import SDInpaintTask
+
+        return SDInpaintTask(config, device)
+    return {"fill": FillTask, "kontext": KontextTask}[config.task](config, device)

@@ -1,0 +1,209 @@
+"""Fills the caches of a run's data and lists its rows; killed at any moment, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arrange import Arranged
+from .data.broken import Broken, BrokenSample
+from .data.cache import image_key, text_key
+from .data.sample import Sample, stamp
+from .feed import DROPPED_PROMPT, Batches, Corpus, Entry, Latents, Progress
+
+logger = logging.getLogger(__name__)
+
+LINES = 256  # rows between two flushes of the cache
+
+
+def prepare(trainer: Any) -> None:
+    """Give a trainer its `batches`, `sample_batches`, the samplers of their order, and the caches behind
+    them.
+
+    All processes call it; each encodes its share.
+    """
+    c, task = trainer.config, trainer.task
+    corpus = sample_corpus = Corpus(c, task.default_template)
+    if c.sample_data:
+        sample_corpus = Corpus(c, task.default_template, c.sample_data, c.sample_count)
+    trainer.template = corpus.arranger.template
+    trainer.latents = None
+    if c.cache:
+        folder = Path(c.cache_dir or trainer.output / "cache")
+        trainer.latents = Latents(task, folder)
+        entries = _encoded(trainer, corpus, folder)
+        samples = entries if sample_corpus is corpus else _encoded(trainer, sample_corpus, folder)
+        if not c.train_text_encoder:
+            prompts = {e.prompt for e in entries + samples} | {DROPPED_PROMPT, ""}
+            encode_prompts(prompts, task, trainer.latents, trainer.bar, trainer.rank, trainer.world)
+            trainer.accelerator.wait_for_everyone()
+            trainer.latents.texts.refresh()
+        if c.cache_in_memory:
+            trainer.latents.memory = {}
+    else:
+        entries = list_corpus(corpus)
+        samples = entries if sample_corpus is corpus else list_corpus(sample_corpus)
+    trainer.batches = Batches(entries, task, trainer.latents, corpus)
+    trainer.sample_batches = Batches(samples[: c.sample_count], task, trainer.latents, sample_corpus)
+    order = (c.batch_size, c.seed, trainer.rank, trainer.world)
+    trainer.sampler = trainer.batches.sampler(*order, prior=False)
+    trainer.class_sampler = trainer.batches.sampler(*order, prior=True)
+    if trainer.class_sampler is not None and len({e.size for e in entries}) > 1:
+        raise ValueError("prior preservation needs pictures of one size: set sizing: squash")
+
+
+def _encoded(trainer: Any, corpus: Corpus, folder: Path) -> list[Entry]:
+    encode_corpus(corpus, trainer.task, trainer.latents, folder, trainer.bar, trainer.rank, trainer.world)
+    trainer.accelerator.wait_for_everyone()
+    return read_entries(corpus, trainer.latents, folder)
+
+
+def encode_corpus(
+    corpus: Corpus,
+    task: Any,
+    latents: Latents,
+    folder: Path,
+    progress: Progress,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Encode this process' share of the rows and note them in `folder`; what is noted and cached is not
+    reread.
+
+    Raises ValueError with the list when more than 5 % of the rows are broken.
+    """
+    listing = folder / f"rows-{stamp(corpus.stamp, latents.picture_print)}"
+    listing.mkdir(parents=True, exist_ok=True)
+    places = sorted(set(corpus.places().values()))
+    noted = {entry.index for entry in read_entries(corpus, latents, folder)}
+    todo = [i for i in places[rank::world] if i not in noted]
+    broken = Broken(max(1, len(places) // world))
+    waiting: dict[tuple, list[tuple[Entry, Arranged]]] = {}
+    done: dict[int, list[Entry]] = {}
+    wanted: dict[int, int] = {}  # variants of each row under way
+
+    def encode(group: list[tuple[Entry, Arranged]]) -> None:
+        batch = latents.cast(task.encode_pictures([item for _, item in group]))
+        for i, (entry, _) in enumerate(group):
+            latents.pictures.put(entry.key, {name: t[i] for name, t in batch.items()})
+            done[entry.index].append(entry)
+        group.clear()
+
+    def write() -> None:
+        # Pictures first: a line must never name latents that are not on disk.
+        latents.pictures.flush()
+        latents.texts.flush()
+        whole = [index for index, entries in done.items() if len(entries) == wanted[index]]
+        with open(listing / f"{rank:03d}.jsonl", "a", encoding="utf-8") as file:
+            for index in whole:
+                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in done.pop(index))
+
+    try:
+        for index in progress(todo, "caching pictures"):
+            try:
+                rows = corpus.read(index)
+            except BrokenSample as error:
+                broken.record(error)
+                continue
+            if isinstance(rows, Sample):
+                done[index], wanted[index] = [_keep_precomputed(rows, index, latents)], 1
+                continue
+            done[index], wanted[index] = [], len(rows)
+            for variant, item in enumerate(rows):
+                key = image_key(item.encoded_parts[0], latents.picture_print, *item.encoded_parts[1:])
+                entry = Entry(index, variant, key, item.prompt, item.size, item.weight, item.prior)
+                if key in latents.pictures:
+                    done[index].append(entry)
+                    continue
+                group = waiting.setdefault((item.size, item.reference is None), [])
+                group.append((entry, item))
+                if len(group) >= corpus.config.encode_batch:
+                    encode(group)
+            if len(done) >= LINES:
+                write()
+        for group in waiting.values():
+            if group:
+                encode(group)
+    finally:  # an interrupted run keeps what it has encoded
+        write()
+    if message := broken.close():
+        logger.warning(message)
+
+
+def _keep_precomputed(sample: Sample, index: int, latents: Latents) -> Entry:
+    ready = sample.encoded
+    mask = ready.mask[None].to(torch.uint8)
+    parts = {"latents": ready.latents, "masked_latents": ready.masked_latents, "mask": mask}
+    key = image_key(ready.latents, latents.picture_print, ready.masked_latents, mask)
+    latents.pictures.put(key, latents.cast(parts))
+    prompt = sample.prompt or sample.name
+    text = {"tokens": ready.prompt_embed, "pooled": ready.pooled_prompt_embeds}
+    latents.texts.put(text_key(prompt, latents.text_print), latents.cast(text))
+    return Entry(index, 0, key, prompt, tuple(mask.shape[-2:]))
+
+
+def read_entries(corpus: Corpus, latents: Latents, folder: Path) -> list[Entry]:
+    """All rows noted by all processes whose latents are cached, in row order: the same on every process."""
+    latents.pictures.refresh()
+    listing = folder / f"rows-{stamp(corpus.stamp, latents.picture_print)}"
+    found: dict[tuple[int, int], Entry] = {}
+    for path in sorted(listing.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run
+            entry = Entry(**{**item, "size": tuple(item["size"])})
+            if entry.key in latents.pictures:
+                found[(entry.index, entry.variant)] = entry
+    by_first: dict[int, list[Entry]] = {}
+    for entry in (found[place] for place in sorted(found)):
+        by_first.setdefault(entry.index, []).append(entry)
+    return [entry for first in corpus.places().values() for entry in by_first.get(first, [])]
+
+
+def encode_prompts(
+    prompts: Iterable[str], task: Any, latents: Latents, progress: Progress, rank: int = 0, world: int = 1
+) -> None:
+    """Encode this process' share of the prompts that are not cached yet."""
+    missing = [p for p in sorted(set(prompts)) if text_key(p, latents.text_print) not in latents.texts]
+    mine, step = missing[rank::world], task.config.encode_batch
+    try:
+        for start in progress(range(0, len(mine), step), "caching prompts"):
+            some = mine[start : start + step]
+            with torch.no_grad():
+                batch = latents.cast(task.encode_text(some))
+            for i, prompt in enumerate(some):
+                latents.texts.put(
+                    text_key(prompt, latents.text_print), {name: t[i] for name, t in batch.items()}
+                )
+    finally:
+        latents.texts.flush()
+
+
+def list_corpus(corpus: Corpus) -> list[Entry]:
+    """Entries of all readable rows without encoding anything, for training without a cache."""
+    places = corpus.places()
+    broken = Broken(len(set(places.values())))
+    by_first: dict[int, list[Entry]] = {}
+    for index in sorted(set(places.values())):
+        try:
+            rows = corpus.read(index)
+        except BrokenSample as error:
+            broken.record(error)
+            continue
+        if isinstance(rows, Sample):
+            raise ValueError("cache is off but the data is precomputed: set cache: true")
+        by_first[index] = [
+            Entry(index, v, image_key(r.pixels, ""), r.prompt, r.size, r.weight, r.prior)
+            for v, r in enumerate(rows)
+        ]
+    if message := broken.close():
+        logger.warning(message)
+    return [entry for first in places.values() for entry in by_first.get(first, [])]

@@ -1,0 +1,42 @@
+"""accelerate as the trainer uses it: one `Accelerator` per run, whatever ran in this process before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def open_accelerator(config: Any, logs: Path) -> tuple[Any, bool]:
+    """The accelerator of a run, and whether it shards the weights (FSDP, DeepSpeed).
+
+    Raises ValueError for options that sharding does not allow.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        # An earlier run in this process (ComfyUI, tests) may have had another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with=[t for t in config.log_with if t != "none"] or None,
+        project_dir=str(logs),
+    )
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        # accelerate takes it from a prepared loader; ours is not one.
+        plugin = accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin["train_micro_batch_size_per_gpu"] = config.batch_size
+    sharded = kind in ("FSDP", "DEEPSPEED")
+    if sharded and config.ema:
+        raise ValueError(f"ema is {config.ema} under {kind}: set ema: 0, the shards keep no average")
+    return accelerator, sharded
+
+
+def open_trackers(accelerator: Any, config: Any) -> None:
+    """TensorBoard and others, with the configuration as flat values."""
+    if accelerator.is_main_process and accelerator.log_with:
+        plain = (int, float, str, bool)
+        flat = {k: v if isinstance(v, plain) else str(v) for k, v in vars(config).items()}
+        accelerator.init_trackers("diptych", config=flat)
