@@ -1,0 +1,245 @@
+"""Train GRPO LoRA: improve an edit model by rewards, from the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .lora import lora_names, lora_path
+from .training import (
+    DEMO,
+    PRECISIONS,
+    TINY,
+    DiptychTrainLora,
+    _number,
+    base_models,
+    data_spec,
+    datasets,
+    model_folder,
+)
+
+PRESETS = ["fast", "flow-grpo", "dance", "mixgrpo", "nft"]
+AUTO, NONE = "auto", "none"
+
+
+class DiptychTrainGRPO:
+    DISPLAY_NAME = "Train GRPO LoRA"
+    DESCRIPTION = (
+        "Improves an edit model by rewards instead of examples: it tries, rewards judge, and what was better "
+        "than average becomes likelier (GRPO, or DiffusionNFT). Needs sources and instructions only. "
+        "Interrupting saves a checkpoint; the same settings go on from it. ComfyUI's own models are unloaded "
+        "first; a diffusers copy of the base is trained."
+    )
+    CATEGORY = "diptych/training"
+    RETURN_TYPES = ("STRING", "IMAGE", "IMAGE", "STRING")
+    RETURN_NAMES = ("lora_name", "reward_curve", "before_after", "report")
+    OUTPUT_TOOLTIPS = (
+        "Name of the file in ComfyUI's loras folder, for the GRPO LoRA Loader.",
+        "The mean reward of the tries over the updates.",
+        "The same starts before and after training: given, before, after, and wanted if it is known.",
+        "What was trained on what, and how the reward went.",
+    )
+    FUNCTION = "train"
+    OUTPUT_NODE = True
+    SEARCH_ALIASES = ["grpo training", "reinforcement learning", "dancegrpo", "flow grpo", "nft", "rlhf"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "reward": ("DIPTYCH_REWARD", {"tooltip": "What is good, from Reward nodes."}),
+                "dataset": (
+                    [DEMO, *datasets()],
+                    {
+                        "default": DEMO,
+                        "tooltip": "A folder in ComfyUI's input folder with NAME.png and NAME.txt (the "
+                        "instruction), or edit pairs as for Train LoRA.",
+                    },
+                ),
+                "base_model": (
+                    [*TINY, *base_models()],
+                    {
+                        "default": next(iter(TINY)),
+                        "tooltip": "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, "
+                        "FLUX.1-Kontext-dev, an SD inpainting model), or a bundled tiny one to try it out.",
+                    },
+                ),
+                "updates": (
+                    "INT",
+                    _number(40, 1, 1_000_000, "Rounds of trying, judging and learning. More later go on."),
+                ),
+                "output_name": (
+                    "STRING",
+                    {
+                        "default": "my_grpo_lora",
+                        "tooltip": "File name in the loras folder, without extension.",
+                    },
+                ),
+            },
+            "optional": {
+                "images": ("IMAGE", {"tooltip": "Sources to learn on instead of the dataset."}),
+                "start_from": (
+                    [AUTO, NONE, *lora_names()],
+                    {
+                        "default": AUTO,
+                        "tooltip": "A LoRA that makes the base an editor (ICEdit on FLUX Fill); it stays "
+                        "as it is and is loaded beside the result. auto: the bundled one, for tiny models.",
+                    },
+                ),
+                "preset": (
+                    PRESETS,
+                    {
+                        "default": "fast",
+                        "tooltip": "fast: ours, 2 trained steps of 8. flow-grpo, dance, mixgrpo: as "
+                        "published. nft: DiffusionNFT, learns from finished pictures alone.",
+                    },
+                ),
+                "instructions": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "Only with images: one line for all, or one for each image.",
+                    },
+                ),
+                "group_size": (
+                    "INT",
+                    _number(0, 0, 64, "Tries per instruction; 0 = the preset's (12 or 24).", advanced=True),
+                ),
+                "groups": (
+                    "INT",
+                    _number(0, 0, 64, "Instructions per update; 0 = the preset's.", advanced=True),
+                ),
+                "rank": ("INT", _number(0, 0, 512, "LoRA rank; 0 = the preset's.", advanced=True)),
+                "learning_rate": (
+                    "FLOAT",
+                    _number(
+                        0.0,
+                        0.0,
+                        1.0,
+                        "Of AdamW; 0 = the preset's (1e-3 for the tiny models).",
+                        step=1e-6,
+                        round=False,
+                        advanced=True,
+                    ),
+                ),
+                "resolution": (
+                    "INT",
+                    _number(
+                        0,
+                        0,
+                        4096,
+                        "Side of one picture in pixels, a multiple of 16; 0 = the preset's.",
+                        step=16,
+                        advanced=True,
+                    ),
+                ),
+                "precision": (
+                    PRECISIONS,
+                    {
+                        "default": "auto",
+                        "tooltip": "Of the frozen base. auto: fp8 below 40 GB of GPU memory, else bfloat16.",
+                        "advanced": True,
+                    },
+                ),
+                "save_every": ("INT", _number(10, 1, 100_000, "Updates between checkpoints.", advanced=True)),
+                "preview_every": (
+                    "INT",
+                    _number(10, 0, 100_000, "Updates between sample pictures; 0 = none.", advanced=True),
+                ),
+                "training_seed": (
+                    "INT",
+                    _number(0, 0, 2**31 - 1, "Of noise, order and weights.", advanced=True),
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, dataset: str, **_: Any) -> str:
+        return DiptychTrainLora.IS_CHANGED(dataset)
+
+    def train(
+        self,
+        reward,
+        dataset: str,
+        base_model: str,
+        updates: int,
+        output_name: str,
+        images: Tensor | None = None,
+        start_from: str = AUTO,
+        preset: str = "fast",
+        instructions: str = "",
+        group_size: int = 0,
+        groups: int = 0,
+        rank: int = 0,
+        learning_rate: float = 0.0,
+        resolution: int = 0,
+        precision: str = "auto",
+        save_every: int = 10,
+        preview_every: int = 10,
+        training_seed: int = 0,
+    ) -> dict:
+        from ..training import comfy, grpo_session, session
+
+        model = model_folder(base_model)
+        task = session.task_of(model)
+        data, sources_only = _data(dataset, task, images, instructions, comfy.root())
+        recipe = reward.recipe()
+        choices = grpo_session.Choices(
+            data=data,
+            model=str(model),
+            name=output_name.strip(),
+            recipe=preset,
+            steps=updates,
+            rank=rank,
+            lr=learning_rate,
+            resolution=resolution,
+            seed=training_seed,
+            precision=precision,
+            save_every=save_every,
+            preview_every=preview_every,
+            preset=preset,
+            rewards=tuple(recipe["rewards"]),
+            reward_options=tuple(recipe["reward_options"]),
+            start=_start(start_from, base_model, task),
+            group_size=group_size,
+            groups=groups,
+            sources_only=sources_only,
+        )
+        lora, outcome = comfy.run(choices, grpo_session)
+        report = f"{outcome.report}\nLoRA: {lora}"
+        return {"ui": {"text": [report]}, "result": (lora.name, outcome.curve, outcome.samples, report)}
+
+
+def _data(dataset: str, task: str, images: Tensor | None, instructions: str, root: Path) -> tuple[str, bool]:
+    """(spec of the data, whether it has no wanted pictures)."""
+    from ..training import given
+
+    if task == "sd_inpaint" and images is not None:
+        raise ValueError("images are for edit models: leave them out for SD inpainting, or use a dataset.")
+    if images is not None:
+        return given.save_sources(images, instructions, root), True
+    folder = datasets().get(dataset)
+    if folder is not None and task != "sd_inpaint" and not given.has_targets(folder):
+        return given.list_sources(folder, root), True
+    return data_spec(dataset, task), False
+
+
+def _start(start_from: str, base_model: str, task: str) -> str:
+    """The LoRA file merged into the base, or ""."""
+    from ..models import tiny
+
+    if start_from == NONE:
+        return ""
+    if start_from == AUTO:
+        bundled = tiny.card().get("default_loras", {}).get(task, []) if base_model in TINY else []
+        return str(tiny.folder() / "loras" / bundled[0]) if bundled else ""
+    path = lora_path(start_from)
+    if path is None:
+        raise ValueError(f"start_from is {start_from!r}, which is not in the loras folder: put it there.")
+    return str(path)
+
+
+NODES = [DiptychTrainGRPO]

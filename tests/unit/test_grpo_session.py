@@ -1,0 +1,103 @@
+"""Reward training as ordered from the graph: choices become a recipe, and data needs no wanted pictures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from comfyui_diptych.nodes import grpo as nodes
+from comfyui_diptych.training import given, grpo_session
+from comfyui_diptych.training.data.sources import open_source
+from PIL import Image
+
+pytest.importorskip("transformers")
+
+
+def model_at(folder, part="transformer", channels=384):
+    (folder / part).mkdir(parents=True)
+    (folder / part / "config.json").write_text(json.dumps({"in_channels": channels}))
+    return folder
+
+
+def choices(model, **change):
+    values = {"data": "shapes:4", "model": str(model), "name": "better", "rewards": ("shapes=1",), "steps": 7}
+    return grpo_session.Choices(**(values | change))
+
+
+def test_the_node_offers_every_preset():
+    assert set(nodes.PRESETS) == set(grpo_session.PRESETS)
+
+
+@pytest.mark.parametrize("preset", grpo_session.PRESETS)
+@pytest.mark.parametrize(
+    "part, channels, task",
+    [("transformer", 384, "fill"), ("transformer", 64, "kontext"), ("unet", 9, "sd_inpaint")],
+)
+def test_every_preset_fits_every_family(tmp_path, preset, part, channels, task):
+    made = choices(model_at(tmp_path / "m", part, channels), preset=preset)
+    if (preset, task) == ("nft", "sd_inpaint"):
+        with pytest.raises(ValueError, match="nft is for flow models"):
+            grpo_session.configure(made, tmp_path)
+        return
+    c = grpo_session.configure(made, tmp_path)
+    assert (c.task, c.recipe, c.max_steps, c.resume) == (task, grpo_session.PRESETS[preset], 7, "auto")
+    assert c.rewards == ["shapes=1"] and c.use_targets and c.micro_batch == c.group_size
+
+
+def test_choices_are_laid_over_the_preset(tmp_path):
+    model = model_at(tmp_path / "m")
+    c = grpo_session.configure(
+        choices(model, rank=5, lr=0.5, group_size=4, groups=3, resolution=48, sources_only=True, start="x"),
+        tmp_path,
+    )
+    assert (c.rank, c.lora_alpha, c.lr, c.group_size, c.groups_per_update) == (5, 10.0, 0.5, 4, 3)
+    assert c.resolution == 48 and not c.use_targets and c.fuse_loras == ["x"]
+
+
+def test_the_same_choices_find_their_run_again_and_another_reward_does_not(tmp_path):
+    one = choices(tmp_path)
+    assert one.folder() == choices(tmp_path, steps=99, preview_every=1).folder()
+    assert one.folder() != choices(tmp_path, rewards=("jpeg_size=1",)).folder()
+
+
+@pytest.mark.parametrize(
+    "change, message", [({"preset": "slow"}, "use one of fast"), ({"name": "../x"}, "plain file name")]
+)
+def test_choices_that_do_not_go_together_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        grpo_session.configure(choices(model_at(tmp_path / "m"), **change), tmp_path)
+
+
+def test_a_folder_of_sources_and_instructions_is_enough(tmp_path):
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    for name in ("a", "b_source"):
+        Image.new("RGB", (32, 16), (200, 10, 10)).save(folder / f"{name}.png")
+        (folder / f"{name.removesuffix('_source')}.txt").write_text(f"make {name} blue\n")
+    assert not given.has_targets(folder)
+    source = open_source(given.list_sources(folder, tmp_path))
+    samples = [source[i] for i in range(len(source))]
+    assert [sample.prompt for sample in samples] == ["make a blue", "make b_source blue"]
+    assert torch.equal(samples[0].source, samples[0].target)
+    Image.new("RGB", (32, 16)).save(folder / "b_target.png")
+    assert given.has_targets(folder)
+
+
+def test_a_batch_of_pictures_with_one_or_as_many_instructions(tmp_path):
+    images = torch.rand(2, 16, 24, 4, generator=torch.Generator().manual_seed(0))
+    source = open_source(given.save_sources(images, "make it blue\n", tmp_path))
+    assert [source[i].prompt for i in range(2)] == ["make it blue"] * 2
+    torch.testing.assert_close(source[1].source, images[1, ..., :3], rtol=0, atol=0.5 / 255 + 1e-6)
+    two = given.save_sources(images, "one\n\ntwo", tmp_path)
+    assert [open_source(two)[i].prompt for i in range(2)] == ["one", "two"]
+    assert two == given.save_sources(images, "one\ntwo", tmp_path)
+    with pytest.raises(ValueError, match="3 lines for 2 images"):
+        given.save_sources(images, "a\nb\nc", tmp_path)
+
+
+def test_the_reward_history_of_a_stopped_run_goes_on(tmp_path):
+    rows = [{"step": 2, "reward/a": 1.0, "reward/b": 0.0}, {"step": 1, "reward/a": 0.5}, {"ratio": 1}]
+    (tmp_path / "rewards.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{half a li")
+    assert grpo_session.reward_history(tmp_path) == {1: 0.5, 2: 0.5}
+    assert grpo_session.reward_history(tmp_path / "none") == {}
