@@ -36,7 +36,7 @@ def judge(
 ) -> EditReport:
     """Judge edits [B,H,W,C] against their sources; a batch of one serves all.
 
-    mask [B,H,W], 1 = may change; without one it is what the expected picture, else the instruction, else the
+    mask [B,H,W], 1 = may change; without one it is what the instruction, else the expected picture, else the
     edit itself changes. Raises ValueError when the pictures are not of one size.
     """
     edited = _picture(edited, "edited")
@@ -48,10 +48,10 @@ def judge(
     if mask is not None:
         mask = pixels.binarise(pixels.resize_mask(pixels.as_mask(mask), *edited.shape[1:3]))
         mask = pixels.repeat_batch(mask, batch)
-    elif expected is not None:
-        mask = metrics.changed_region(source, expected)
     elif all(edits):
         mask = shapes.place_masks([edit.places for edit in edits], edited.shape[1])
+    elif expected is not None:
+        mask = metrics.changed_region(source, expected)
     else:
         mask = metrics.changed_region(source, edited)
     kept = 1 - metrics.kept_l1(edited, source, mask)

@@ -126,7 +126,7 @@ def configure(choices: Choices, root: Path) -> TrainConfig:
         config.encode_batch = 1  # the VAE's activations would be the peak
     config.base_dtype = _precision(choices.precision, task, small, device)
     if small:
-        config.gradient_checkpointing, config.cache_dtype = False, "float32"
+        config.gradient_checkpointing, config.cache_dtype, config.accumulation = False, "float32", 1
         config.sample_steps = min(config.sample_steps, 12)
     if device == "cpu" or config.base_dtype == "float32":
         config.mixed_precision = "no"
