@@ -38,6 +38,7 @@ class TinyRecipe:
     vae: str = "runs/tiny_vae/vae"
     text: str = "runs/tiny_text"
     start_from: str = ""  # transformer folder: base of a LoRA, or warm start of a full training
+    merge_lora: str = ""  # LoRA file added to `start_from` for good
     rank: int = 32
     lora_alpha: float = 32.0
     moe_experts: int = 4
@@ -102,6 +103,8 @@ def transformer_for(recipe: TinyRecipe) -> nn.Module:
     channels = 64 if recipe.family == "kontext" else 384
     if recipe.start_from:
         module = FluxTransformer2DModel.from_pretrained(recipe.start_from).float()
+        if recipe.merge_lora:
+            _merge(module, Path(recipe.merge_lora))
         if module.config.in_channels != channels:
             module = _with_inputs(module, channels)
     else:
@@ -113,6 +116,18 @@ def transformer_for(recipe: TinyRecipe) -> nn.Module:
     if recipe.method != "full":
         adapters.add_lora(module, adapters.TARGETS["fill"], recipe)
     return module
+
+
+@torch.no_grad()
+def _merge(module: nn.Module, path: Path) -> None:
+    """Adds a plain LoRA to the weights of its modules. Raises ValueError for one with experts."""
+    from ..models.lora import read
+    from ..models.lora.weights import LowRank
+
+    for name, part in read(path).modules.items():
+        if not isinstance(part, LowRank):
+            raise ValueError(f"merge_lora {path} has more than a plain LoRA at {name}: name a plain one")
+        module.get_submodule(name).weight += part.scale * (part.B.float() @ part.A.float())
 
 
 def _with_inputs(module: nn.Module, channels: int) -> nn.Module:
