@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
+import pytest
+
+ROOT = Path(__file__).parents[2]
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "comfy"}
 
 
@@ -14,3 +20,29 @@ def test_import_loads_no_heavy_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not HEAVY & set(loaded)
+
+
+@pytest.mark.skipif(
+    shutil.which("ruff") is None and find_spec("ruff") is None, reason="ruff is not installed"
+)
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["check", "format"])
+def test_the_tree_is_ruff_clean(command):
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_requirements_leave_torch_to_the_host():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    names = {line.partition(">=")[0].lower() for line in lines}
+    assert names == {
+        "diffusers", "transformers", "safetensors", "peft", "accelerate", "einops", "numpy", "pillow"
+    }  # fmt: skip
+
+
+def test_every_package_folder_is_installed():
+    listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    rooms = ("commands", "models", "nodes", "samplers", "training")
+    for init in (path for room in rooms for path in (ROOT / room).rglob("__init__.py")):
+        assert f'"comfyui_diptych.{".".join(init.parent.relative_to(ROOT).parts)}"' in listed
