@@ -4,7 +4,7 @@ A node is a schema, its validation, one call into `models/`, `samplers/` or `tra
 A new node goes into the file of its menu, at the end of that file's `NODES` list.
 """
 
-from . import best_of, conditioning, diptych, grpo, lora, masks, rewards, sampling, tiny, training
+from . import best_of, conditioning, diptych, grpo, lora, masks, rewards, sampling, score, tiny, training
 
 NODE_CLASSES = [
     *diptych.NODES,
@@ -15,6 +15,7 @@ NODE_CLASSES = [
     *best_of.NODES,
     *rewards.NODES,
     *training.NODES,
+    *score.NODES,
     *grpo.NODES,
     *tiny.NODES,
 ]

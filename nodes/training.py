@@ -1,12 +1,10 @@
-"""Training and scoring nodes: a LoRA from a folder of pictures, and numbers about an edit."""
+"""The training node: a LoRA from a folder of pictures. What it trains on what is `training/session.py`."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 DEMO = "shapes demo (512 pairs)"
 DEMO_SPEC = "shapes:512?split=train&seed=0&size=64&task={task}"
@@ -255,73 +253,4 @@ def model_folder(base_model: str) -> Path:
     return folder
 
 
-class DiptychEditScore:
-    DISPLAY_NAME = "Edit Score"
-    DESCRIPTION = (
-        "Measures an edit: how much of the rest was kept, how much changed where it should, how near it "
-        "comes to "
-        "an expected picture. For pictures of the shapes world it also says whether the edit was made."
-    )
-    CATEGORY = "diptych/training"
-    RETURN_TYPES = ("FLOAT", "FLOAT", "FLOAT", "FLOAT", "STRING", "IMAGE")
-    RETURN_NAMES = ("kept", "changed", "similarity", "success", "report", "annotated")
-    OUTPUT_TOOLTIPS = (
-        "1 minus the mean difference to the source outside the mask: 1 is untouched.",
-        "Mean difference to the source inside the mask: 0 is no edit at all.",
-        "SSIM to the expected picture if one is connected, else to the source: 1 is equal.",
-        "Shapes world: share of pictures where the edit was made and all else kept. -1 for other pictures.",
-        "The numbers of every picture.",
-        "Source, edit and their difference side by side.",
-    )
-    FUNCTION = "score"
-    OUTPUT_NODE = True
-    SEARCH_ALIASES = ["evaluate edit", "ssim", "psnr", "compare images", "metrics", "edit success"]
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {
-            "required": {
-                "edited": ("IMAGE", {"tooltip": "The result, from Diptych Split or VAE Decode."}),
-                "source": ("IMAGE", {"tooltip": "The picture before the edit, of the same size."}),
-            },
-            "optional": {
-                "instruction": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "What was asked for. Judged for shapes pictures, else only reported.",
-                    },
-                ),
-                "mask": (
-                    "MASK",
-                    {"tooltip": "1 where the edit may change something. Without it: what changed."},
-                ),
-                "expected": ("IMAGE", {"tooltip": "What a perfect edit looks like, if known."}),
-            },
-        }
-
-    def score(
-        self,
-        edited: Tensor,
-        source: Tensor,
-        instruction: str = "",
-        mask: Tensor | None = None,
-        expected: Tensor | None = None,
-    ) -> dict:
-        from ..training.edit_report import judge
-
-        result = judge(edited, source, instruction, mask, expected)
-        return {
-            "ui": {"text": [result.text]},
-            "result": (
-                result.kept,
-                result.changed,
-                result.similarity,
-                result.success,
-                result.text,
-                result.annotated,
-            ),
-        }
-
-
-NODES = [DiptychTrainLora, DiptychEditScore]
+NODES = [DiptychTrainLora]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .arrange import Arranged
 from .data.broken import Broken, BrokenSample
@@ -173,18 +174,18 @@ def encode_prompts(
 ) -> None:
     """Encode this process' share of the prompts that are not cached yet."""
     missing = [p for p in sorted(set(prompts)) if text_key(p, latents.text_print) not in latents.texts]
-    mine, step = missing[rank::world], task.config.encode_batch
-    try:
-        for start in progress(range(0, len(mine), step), "caching prompts"):
-            some = mine[start : start + step]
-            with torch.no_grad():
-                batch = latents.cast(task.encode_text(some))
-            for i, prompt in enumerate(some):
-                latents.texts.put(
-                    text_key(prompt, latents.text_print), {name: t[i] for name, t in batch.items()}
-                )
-    finally:
-        latents.texts.flush()
+
+    @torch.no_grad()
+    def encode(some: list[str]) -> list[dict[str, Tensor]]:
+        batch = latents.cast(task.encode_text(some))
+        return [{name: t[i] for name, t in batch.items()} for i in range(len(some))]
+
+    latents.texts.fill(
+        [(text_key(p, latents.text_print), p) for p in missing[rank::world]],
+        encode,
+        batch_size=task.config.encode_batch,
+        wrap=lambda starts: progress(starts, "caching prompts"),
+    )
 
 
 def list_corpus(corpus: Corpus) -> list[Entry]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_diptych.nodes import training as nodes
+from comfyui_diptych.nodes.score import DiptychEditScore
 from comfyui_diptych.training import session, shapes
 from comfyui_diptych.training.data.sources import spec_of
 from comfyui_diptych.training.shapes.words import understand
@@ -140,7 +141,7 @@ def test_every_instruction_of_the_world_is_understood():
 
 
 def score(*pictures, **options):
-    return nodes.DiptychEditScore().score(*pictures, **options)["result"]
+    return DiptychEditScore().score(*pictures, **options)["result"]
 
 
 def test_scores_tell_the_edit_from_no_edit_and_from_a_spoilt_one():
