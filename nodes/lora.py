@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..models import tiny
-from ..models.lora import apply_to_comfy, read
-from ..models.lora.files import SIDECARS, WEIGHT_FILES
+
+# models.lora is imported where it is used: it is a third of what importing the pack would cost.
 
 BUNDLED_PREFIX = "diptych tiny demo/"
 
@@ -133,6 +133,8 @@ class DiptychGRPOLoraLoader:
         path = lora_path(lora)
         if path is None:
             raise ValueError(f"lora is {lora!r}, which is not in ComfyUI's loras folder: put the file there")
+        from ..models.lora import apply_to_comfy, read
+
         weights = read(path, scale=scale or None, top_k=top_k or None)
         whole = (sigma_start, sigma_end) == (1.0, 0.0)
         window = "file" if whole and file_window else (sigma_start, sigma_end)
@@ -174,6 +176,8 @@ def _listed() -> list[str]:
 
 def _folders(files: list[str]) -> dict[str, str]:
     """`folder/` -> the weights file in it that gave it away."""
+    from ..models.lora.files import WEIGHT_FILES
+
     found = {}
     for file in files:
         folder, _, name = file.replace("\\", "/").rpartition("/")
@@ -187,6 +191,8 @@ def _bundled() -> list[Path]:
 
 
 def _fingerprint(path: Path) -> str:
+    from ..models.lora.files import SIDECARS, WEIGHT_FILES
+
     folder = path if path.is_dir() else path.parent
     files = [p for p in folder.iterdir() if p.name in WEIGHT_FILES] if path.is_dir() else [path]
     files += [folder / name for name in SIDECARS]
