@@ -81,8 +81,8 @@ def _sync(folder: Path) -> None:
 
 def _sync_one(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+        return  # Windows syncs no folders, and no files opened for reading
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

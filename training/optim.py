@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+REMEDIES = {
+    "prodigy": ("prodigyopt", "pip install prodigyopt, or set optimizer: adamw and lr: 1e-4"),
+    "adamw8bit": ("bitsandbytes", "pip install bitsandbytes, or set optimizer: adamw"),
+}
+
+
+def check(config) -> None:
+    """Raises ValueError, before anything expensive, if the optimiser's package is missing."""
+    package, remedy = REMEDIES.get(config.optimizer, (None, ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"optimizer is {config.optimizer} but {package} is not installed: {remedy}")
+
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config) -> torch.optim.Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy. Raises ValueError naming the package to install."""
+    """AdamW, 8-bit AdamW or Prodigy. Raises ValueError if there is nothing to train."""
+    check(config)
     parameters = list(parameters)
     if not parameters:
         raise ValueError("nothing is trained: check method and target_modules")
@@ -18,13 +32,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config) -> torch.optim.Op
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=decay)
     if config.optimizer == "prodigy":
-        try:
-            from prodigyopt import Prodigy
-        except ImportError:
-            raise ValueError(
-                "optimizer is prodigy but prodigyopt is not installed: pip install prodigyopt, or set "
-                "optimizer: adamw and lr: 1e-4"
-            ) from None
+        from prodigyopt import Prodigy
+
         return Prodigy(
             parameters,
             lr=config.lr,
@@ -33,12 +42,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config) -> torch.optim.Op
             use_bias_correction=True,
             safeguard_warmup=True,
         )
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ValueError(
-            "optimizer is adamw8bit but bitsandbytes is not installed: pip install bitsandbytes, or use adamw"
-        ) from None
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=decay)
 
 

@@ -74,8 +74,8 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.bar = self.progress if self.main else feed.silent
         self.output.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(c.seed)
         prior.check(c)
+        optim.check(c)
         self.task = make_task(c, self.accelerator.device)
         if self.sharded:  # a model that needs sharding fits no single device
             self.task.load_device = torch.device("cpu")
@@ -84,7 +84,9 @@ class Trainer:
         encode.prepare(self)
         if not c.train_text_encoder and c.cache:
             self.task.free_text()
+        torch.manual_seed(c.seed)  # every process makes the same new weights ...
         self._prepare_model()
+        torch.manual_seed(c.seed * 1_000_003 + self.rank)  # ... and drops out others
         processes.open_trackers(self.accelerator, c)
         resume.read(self)
         # The cursor of the data is the number of micro-batches: the order is a function of it.

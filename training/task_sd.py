@@ -18,6 +18,7 @@ class SDInpaintTask(Task):
 
     name = "sd_inpaint"
     denoiser_part = "unet"
+    denoiser_input = (9, "SD inpainting")
     text_parts = ("text_encoder", "tokenizer")
 
     def load_encoders(self) -> None:

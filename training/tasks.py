@@ -8,12 +8,12 @@ runs.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.flux import check_folder
 from . import adapters, losses
 from .arrange import Arranged
 
@@ -43,18 +43,15 @@ class Task:
 
     name: str
     denoiser_part: str
+    denoiser_input: tuple[int, str]  # input channels, and what has so many
     text_parts: tuple[str, ...]
     default_template = "{instruction}"
 
     def __init__(self, config, device: torch.device | str = "cpu"):
         if not config.model:
             raise ValueError("model is empty: set it to a diffusers folder or hub id")
-        if not Path(config.model).exists() and (
-            config.model.startswith((".", "/")) or config.model.count("/") != 1
-        ):
-            raise FileNotFoundError(
-                f"model {config.model} does not exist: pass a diffusers folder or a hub id"
-            )
+        channels, what = self.denoiser_input
+        check_folder(config.model, self.denoiser_part, channels, what)
         self.config, self.device = config, torch.device(device)
         self.load_device = self.device  # of the denoiser; the CPU where it is to be sharded
         self.dtype = DTYPES.get(config.base_dtype, torch.bfloat16)
@@ -191,6 +188,7 @@ class FillTask(FluxTask):
     """FLUX.1 Fill and ICEdit: masked picture and mask beside the noisy latents."""
 
     name = "fill"
+    denoiser_input = (384, "FLUX.1 Fill")
 
     @property
     def default_template(self) -> str:
@@ -231,6 +229,7 @@ class KontextTask(FluxTask):
     only."""
 
     name = "kontext"
+    denoiser_input = (64, "FLUX.1 Kontext")
 
     def host_class(self) -> type:
         from ..models.flux_kontext import FluxKontext

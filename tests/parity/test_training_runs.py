@@ -305,3 +305,34 @@ def test_gradient_checkpointing_changes_no_gradient(folders, tmp_path, gate):
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
         if "lora_route" in name:
             assert bool(gradient.abs().sum() > 0) == (gate == "softmax_all")
+
+
+@pytest.mark.parametrize(
+    ("task", "method"), [("fill", "lora"), ("fill", "moe_lora"), ("kontext", "lora"), ("sd_inpaint", "full")]
+)
+def test_a_few_pictures_are_learned(folders, tmp_path, task, method):
+    data = ["shapes:2?size=32&task=inpaint"] if task == "sd_inpaint" else ["shapes:2?size=32"]
+    options = {"data": data, "max_steps": 60, "batch_size": 8, "rank": 16, "lr": 1e-2, "prompt_drop": 0.0}
+    options |= {"method": method, "save_every": 60}
+    seen = []
+    run(toy(folders, tmp_path, task, **options), on_report=lambda r: seen.append(r.loss))
+    assert sum(seen[-10:]) < 0.7 * sum(seen[:10])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "kontext"}, "384 input channels"),
+        ({"model": "nowhere/at/all"}, "does not exist"),
+        ({"data": ["pairs:nowhere"]}, "nowhere does not exist"),
+        ({"class_prompt": "a dog"}, "leave it empty"),
+        ({"target_modules": ["nothing"]}, "match no linear"),
+        ({"optimizer": "adamw8bit"}, "bitsandbytes is not installed"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_is_trained(folders, tmp_path, options, words):
+    c = toy(folders, tmp_path)
+    for name, value in options.items():
+        setattr(c, name, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        sft.Trainer(c).run()
