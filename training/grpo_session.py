@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import adapters, config, pictures, session
 from .grpo_config import GRPOConfig
+from .judging import is_diptych
 from .losses import row_noise
 
 PRESETS = {
@@ -203,11 +204,13 @@ def before_after(trainer: Any) -> Tensor:
             made.append(task.host.decode(batch["latents"]))
         given = batch.get("masked_latents", batch.get("references"))
         shown = [task.host.decode(given)] if given is not None else []
-        rows.append(
-            ([picture.float().cpu()[0] for picture in (*shown, *made)], batches.entries[number].prompt)
-        )
+        panels = [picture.float().cpu()[0] for picture in (*shown, *made)]
+        if is_diptych(batches, number):
+            middle = panels[0].shape[1] // 2
+            panels = [panels[0][:, :middle], *(panel[:, middle:] for panel in panels[1:])]
+        rows.append((panels, batches.corpus.source[batches.entries[number].index].prompt))
     headings = (["given"] if shown else []) + ["before", "after"] + (["wanted"] if c.use_targets else [])
-    return pictures.as_image(pictures.contact_sheet(rows, headings, side=160, columns=1))
+    return pictures.as_image(pictures.contact_sheet(rows, headings, side=128, columns=1))
 
 
 def _report(c: GRPOConfig, step: int, history: dict[int, float], lora: Path | None) -> str:

@@ -20,6 +20,15 @@ SLOTS = {"UNETLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
 LORAS = {"DiptychGRPOLoraLoader": "lora", "LoraLoaderModelOnly": "lora_name"}
 BUNDLED = "diptych tiny demo/"
 PICTURE = 64
+FEW = {
+    "steps": 2,
+    "judge_steps": 1,
+    "candidates": 2,
+    "updates": 1,
+    "group_size": 2,
+    "groups": 1,
+    "preview_every": 0,
+}
 
 
 def convert(host, name: str) -> dict:
@@ -78,8 +87,7 @@ def swapped(prompt: dict) -> dict:
         for key, value in inputs.items():
             if isinstance(value, list) and value[0] in slots:
                 inputs[key] = ["tiny", slots[value[0]]]
-        if "steps" in inputs:
-            inputs["steps"] = 2
+        inputs.update({key: few for key, few in FEW.items() if key in inputs})
         if inputs.get("panel_width", 0) > PICTURE:
             inputs["panel_width"] = PICTURE
         if "size_policy" in inputs:
