@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -134,7 +135,10 @@ def _inject(handle: Applied, plain: dict[str, LowRank], trainable: bool) -> None
         rank_pattern={f"^{path}": c.rank for path, c in plain.items()},
         init_lora_weights=False,
     )
-    inject_adapter_in_model(config, module, adapter_name=name)
+    with warnings.catch_warnings():
+        # a second LoRA is meant; peft warns of any second adapter
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, module, adapter_name=name)
     handle._undo.append(lambda: _eject(module, name, list(plain), had_config=active is not None))
     for path, change in plain.items():
         layer = module.get_submodule(path)

@@ -12,7 +12,7 @@ HIDDEN = 96
 WIDTHS = {"in_channels": 96, "hidden_size": HIDDEN, "num_heads": 6, "axes_dim": [4, 6, 6]}
 
 
-def tiny_flux(in_channels: int = 96, seed: int = 0):
+def tiny_flux(in_channels: int = 96, seed: int = 0, storage: torch.dtype = torch.float32):
     """A FLUX with every parameter written (comfy's layers are born uninitialised), as a ModelPatcher."""
     import comfy.model_management
     import comfy.model_patcher
@@ -26,7 +26,7 @@ def tiny_flux(in_channels: int = 96, seed: int = 0):
         del config["txt_ids_dims"]
     family = comfy.supported_models.FluxInpaint if in_channels == 96 else comfy.supported_models.Flux
     conf = family(config)
-    conf.set_inference_dtype(torch.float32, None)
+    conf.set_inference_dtype(storage, None if storage == torch.float32 else torch.float32)
     model = conf.get_model({}, "").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,9 +51,10 @@ def predict(patcher, sigma: float = 0.7, low_memory: bool = False):
     options = {"transformer_options": {}}
     comfy.sampler_helpers.prepare_model_patcher(patcher, {}, options)
     extra = patcher.get_nested_additional_models()
-    comfy.model_management.load_models_gpu([patcher, *extra])
-    if low_memory:
-        patcher.partially_unload(patcher.offload_device, patcher.model_size() // 2)
+    with torch.inference_mode():  # as the executor runs
+        comfy.model_management.load_models_gpu([patcher, *extra])
+        if low_memory:
+            patcher.partially_unload(patcher.offload_device, patcher.model_size() // 2)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(1, 16, 8, 8, generator=generator)
     extra_channels = patcher.model.diffusion_model.img_in.weight.shape[1] // 4 - 16
@@ -113,6 +114,10 @@ def experts_of(
             *(torch.randn(s, generator=generator) * 0.2 for s in shapes), scale=0.5
         )
     return lora.LoraWeights(modules, {}, lora.LoraInfo())
+
+
+def moe_modules(host):
+    return experts_of(host).modules.values()
 
 
 def apply(host, model, weights, strength=1.0, **options):
@@ -262,8 +267,8 @@ def run_time_tensors_are_counted_by_comfyui(host):
     model = tiny_flux()
     patched, _ = apply(host, model, experts_of(host))
     (extra,) = patched.get_nested_additional_models()
-    moe = experts_of(host).modules.values()
-    assert extra.model_size() == sum(4 * (m.A.numel() + m.B.numel() + m.router.numel()) for m in moe)
+    # per layer: 4 experts of rank 3 and 4 router rows, in 32 rows of the input's width; 12 columns back
+    assert extra.model_size() == sum(4 * (32 * i + 12 * o) for o, i in (m.shape for m in moe_modules(host)))
     assert patched.clone().get_nested_additional_models()[0].model is extra.model
 
 
@@ -475,3 +480,23 @@ def a_whole_sampling_run_switches_at_the_window(host):
     want = sample(model, steps[2:], first, torch.zeros_like(noise))
     assert change(got, sample(merged, steps, latent, noise)) > 1e-3
     assert change(got, want) < 1e-4, change(got, want)
+
+
+@case
+def fp8_models_take_plain_loras_as_core_does_and_experts_beside_them(host):
+    import comfy.sd
+
+    model, pairs = tiny_flux(storage=torch.float8_e4m3fn), factors(layers())
+    core = {
+        f"transformer.{n}.lora_{ab}.weight": t
+        for n, p in pairs.items()
+        for ab, t in zip("AB", p, strict=True)
+    }
+    theirs, _ = comfy.sd.load_lora_for_models(model, None, core, 1.0, 0)
+    base, want = predict(model), predict(theirs)
+    ours = apply(host, model, weights_of(host, pairs))[0]
+    got = predict(ours)
+    assert change(got, want) == 0 and change(got, base) > 1e-2
+    both = predict(apply(host, ours, experts_of(host))[0])
+    assert both.isfinite().all() and change(both, got) > 1e-3
+    assert change(predict(apply(host, model, weights_of(host, pairs), window=(0.9, 0.4))[0]), base) > 1e-2
