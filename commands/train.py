@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.sft import Trainer
 
     with TrainingBar(config.max_steps) as bar:
-        trainer = Trainer(config, on_report=bar.report, progress=bar.wrap)
+        trainer = Trainer(config, on_step=bar.advance, on_report=bar.report, progress=bar.wrap)
         path = trainer.run()
     if trainer.main:
         sys.stdout.write(f"{path}\n")
@@ -102,10 +102,19 @@ class TrainingBar:
     def step(self, step: int, steps: int, loss: float) -> None:
         self.show(step, loss=loss)
 
+    def advance(self, step: int) -> None:
+        """One step done."""
+        self._open(step - 1)
+        self.bar.update(step - self.bar.n)
+
     def show(self, step: int, **figures: float) -> None:
+        self._open(step)
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+        self.bar.update(step - self.bar.n)
+        self.bar.refresh()
+
+    def _open(self, step: int) -> None:
         from tqdm import tqdm
 
         if self.bar is None:
             self.bar = tqdm(total=self.steps, initial=step, desc="training", unit="step")
-        self.bar.n = step
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})

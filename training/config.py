@@ -105,7 +105,7 @@ class TrainConfig:
         "bfloat16", "Storage type of cached latents and text: float32 | bfloat16 | float16."
     )
     cache_in_memory: bool = option(False, "Hold the cache in memory (small worlds).")
-    encode_batch: int = option(8, "Pictures per VAE call while caching.")
+    encode_batch: int = option(8, "Most pictures per VAE call while caching; never above 2 megapixels.")
     vae_sample: bool = option(
         False, "Draw latents from the VAE posterior (once, at caching) instead of its mode."
     )

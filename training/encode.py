@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from .feed import DROPPED_PROMPT, Batches, Corpus, Entry, Latents, Progress
 logger = logging.getLogger(__name__)
 
 LINES = 256  # rows between two flushes of the cache
+PIXELS = 2 << 20  # of one VAE call: about 6 GB in float32
 
 
 def prepare(trainer: Any) -> None:
@@ -40,7 +42,9 @@ def prepare(trainer: Any) -> None:
         trainer.latents = Latents(task, folder)
         entries = _encoded(trainer, corpus, folder)
         samples = entries if sample_corpus is corpus else _encoded(trainer, sample_corpus, folder)
-        if not c.train_text_encoder:
+        if c.train_text_encoder:
+            task.wake_text()
+        else:
             prompts = {e.prompt for e in entries + samples} | {DROPPED_PROMPT, ""}
             encode_prompts(prompts, task, trainer.latents, trainer.bar, trainer.rank, trainer.world)
             trainer.accelerator.wait_for_everyone()
@@ -48,6 +52,7 @@ def prepare(trainer: Any) -> None:
         if c.cache_in_memory:
             trainer.latents.memory = {}
     else:
+        task.wake_text()
         entries = list_corpus(corpus)
         samples = entries if sample_corpus is corpus else list_corpus(sample_corpus)
     trainer.batches = Batches(entries, task, trainer.latents, corpus)
@@ -124,7 +129,7 @@ def encode_corpus(
                     continue
                 group = waiting.setdefault((item.size, item.reference is None), [])
                 group.append((entry, item))
-                if len(group) >= corpus.config.encode_batch:
+                if len(group) >= min(corpus.config.encode_batch, PIXELS // math.prod(item.size)):
                     encode(group)
             if len(done) >= LINES:
                 write()
@@ -174,6 +179,8 @@ def encode_prompts(
 ) -> None:
     """Encode this process' share of the prompts that are not cached yet."""
     missing = [p for p in sorted(set(prompts)) if text_key(p, latents.text_print) not in latents.texts]
+    if missing:
+        task.wake_text()
 
     @torch.no_grad()
     def encode(some: list[str]) -> list[dict[str, Tensor]]:

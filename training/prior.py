@@ -115,6 +115,7 @@ def prepare(trainer: Any) -> None:
     config = trainer.config
     if not config.class_prompt or len(class_files(config.class_dir)) >= config.num_class_images:
         return
+    trainer.task.wake_text()
     trainer.task.make_host(trainer.task.load_denoiser())
     top_up(trainer.task, config, trainer.bar, trainer.rank, trainer.world)
     trainer.accelerator.wait_for_everyone()

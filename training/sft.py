@@ -51,12 +51,13 @@ class Trainer:
         config: TrainConfig,
         *,
         on_report: Callable[[Report], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         on_sample: Callable[[int, Tensor], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
         progress: Callable[[Any, str], Any] | None = None,
     ):
         self.config = config
-        self.on_report, self.on_sample = on_report, on_sample
+        self.on_report, self.on_step, self.on_sample = on_report, on_step, on_sample
         self.should_stop = should_stop or (lambda: False)
         self.progress = progress or (lambda items, label: items)
         self.output = Path(config.output_dir)
@@ -206,22 +207,36 @@ class Trainer:
             self.average.update(self.names)
         return total, norm
 
-    def _not_finite(self, loss: float) -> TrainingError:
+    def _last_good(self) -> str:
         complete = checkpoint.folders(self.output / "checkpoints")
-        last = (
-            f"the last good checkpoint {complete[-1]} is intact"
-            if complete
-            else "no checkpoint was written yet"
+        return (
+            f"the last good checkpoint {complete[-1]} is intact" if complete else "there is no checkpoint yet"
         )
+
+    def _not_finite(self, loss: float) -> TrainingError:
         return TrainingError(
             f"loss is {loss} and its gradient is not finite at step {self.step + 1}: lower lr or grad_clip, "
-            f"or look for broken pictures; {last}"
+            f"or look for broken pictures; {self._last_good()}"
         )
 
     def run(self) -> Path:
-        """Prepare, train, save. Returns the LoRA file or the diffusers folder (the last checkpoint if
-        stopped)."""
+        """Prepare, train, save.
+
+        Returns the LoRA file or the diffusers folder; the last checkpoint's folder if it was stopped.
+        """
         self.prepare()
+        try:
+            finished = self._steps()
+            path = self.export() if finished else self.output / "checkpoints" / f"step_{self.step:08d}"
+        except OSError as error:
+            raise checkpoint.TrainingError(
+                f"cannot write to {self.output} ({error}): {self._last_good()}"
+            ) from error
+        self.accelerator.end_training()
+        return path
+
+    def _steps(self) -> bool:
+        """All steps that are left; False if it was stopped before the end, after a checkpoint."""
         c = self.config
         started, at, since = time.monotonic(), self.step, self.step
         running = torch.zeros((), device=self.accelerator.device)
@@ -229,6 +244,8 @@ class Trainer:
             loss, norm = self.train_step()
             running += loss
             last = self.step == c.max_steps
+            if self.main and self.on_step is not None:
+                self.on_step(self.step)
             if self.step % c.log_every == 0 or last:
                 mean = float(self.accelerator.reduce(running, "mean")) / (self.step - since)
                 running.zero_()
@@ -241,11 +258,8 @@ class Trainer:
             if c.sample_every and (self.step % c.sample_every == 0 or last):
                 self.sample()
             if stop:
-                self.accelerator.end_training()
-                return self.output / "checkpoints" / f"step_{self.step:08d}"
-        path = self.export()
-        self.accelerator.end_training()
-        return path
+                return False
+        return True
 
     def _stopping(self) -> bool:
         """Whether any process was asked to stop."""

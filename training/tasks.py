@@ -61,19 +61,27 @@ class Task:
         self.host: Any = None
 
     def load_encoders(self) -> None:
-        """VAE (float32) and text encoders with tokenizers, frozen."""
+        """VAE (float32) and text encoders with tokenizers, frozen. The text encoders wait on the CPU."""
         self.vae = (
             component(self.config.model, "vae", torch.float32).to(self.device).requires_grad_(False).eval()
         )
         for name in self.text_parts:
             part = component(self.config.model, name, self.dtype if "encoder" in name else None)
             if isinstance(part, nn.Module):
-                part = part.to(self.device).requires_grad_(False).eval()
+                part = part.requires_grad_(False).eval()
             self.parts[name] = part
+
+    def wake_text(self) -> None:
+        """Bring the text encoders to the device; T5 alone takes 10 GB there, so not before they are used."""
+        for part in self.parts.values():
+            if isinstance(part, nn.Module):
+                part.to(self.device)
 
     def free_text(self) -> None:
         """Drop the text encoders (not the tokenizers) once every prompt is cached."""
         self.parts = {k: v for k, v in self.parts.items() if not isinstance(v, nn.Module)}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def load_denoiser(self) -> nn.Module:
         """The module to train: base weights in base_dtype, frozen, before any adapter."""

@@ -237,6 +237,15 @@ def test_a_full_disk_during_a_run_keeps_the_last_checkpoint(folders, tmp_path, m
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_a_full_disk_beside_the_checkpoints_is_one_sentence_too(folders, tmp_path, monkeypatch):
+    def full(self, *args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sft.Trainer, "_report", full)  # writes the loss log
+    with pytest.raises(checkpoint.TrainingError, match="No space left.*no checkpoint yet"):
+        run(toy(folders, tmp_path))
+
+
 def test_a_killed_cache_is_completed_not_redone(folders, tmp_path):
     c = toy(folders, tmp_path, max_steps=1)
     run(c)
