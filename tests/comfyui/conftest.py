@@ -50,6 +50,11 @@ def pytest_collection_finish(session):
     session.config.stash[SELECTED] = selected
 
 
+def pytest_terminal_summary(terminalreporter):
+    if "skipped" in terminalreporter.stats and not finding.comfyui_folders():
+        terminalreporter.write_line(f"tests/comfyui skipped: {finding.HOW_TO_GET_ONE}")
+
+
 SELECTED = pytest.StashKey[dict]()
 
 

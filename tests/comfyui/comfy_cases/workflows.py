@@ -156,3 +156,16 @@ def it_runs_changes_no_input_and_is_cached_when_queued_again(host, name):
     assert pictures
     assert host.run(prompt).executed == []
     assert torch.is_inference_mode_enabled() is False
+
+
+@case(each=lambda: ["instruction_edit_tiny", "kontext_edit", "masked_fill"])
+def the_demo_as_shipped_makes_the_edit_it_asks_for(host, name):
+    if not host.pack("models.tiny").card().get("trained"):
+        raise SkipCase("the bundled tiny models are not trained yet")
+    prompt = convert(host, name)
+    number = {node["class_type"]: key for key, node in prompt.items()}
+    demo = number["DiptychDemoImage"]
+    judged = {"edited": [number["DiptychSplit"], 0], "source": [demo, 0], "instruction": [demo, 1]}
+    prompt["judge"] = {"class_type": "DiptychEditScore", "inputs": {**judged, "expected": [demo, 3]}}
+    prompt["keep"] = {"class_type": "TestKeepValue", "inputs": {"value": ["judge", 3], "name": "success"}}
+    assert host.run(prompt).kept["success"] == 1.0
