@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.n < 1 or (args.batch or 1) < 1 or args.steps < 1:
         raise ValueError(f"n is {args.n}, batch {args.batch}, steps {args.steps}: each must be 1 or more")
-    missing: dict[str, str] = {}
+    notes: dict[str, str] = {}
     size = args.size or (512 if args.data else 64)
     if size < 16 or size % 16:
         raise ValueError(
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
         spec = f"pairs:{args.data}" if Path(args.data).is_dir() else args.data
         source = open_source(spec)
-        total, cases = min(args.n, len(source)), judges.data_cases(source, args.n, size, missing)
+        total, cases = min(args.n, len(source)), judges.data_cases(source, args.n, size, notes)
     else:
         total, cases = args.n, judges.shapes_cases(args.n, split=args.split, seed=args.data_seed, size=size)
     denoiser, at_sigma, lora = load(args)
@@ -94,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
     )
     more: dict[str, Any] = {}
     if args.what != "vae":
-        more["more"] = judges.similarity_judges(missing, args.clip, args.dino, str(denoiser.device))
+        more["more"] = judges.similarity_judges(notes, args.clip, args.dino, str(denoiser.device))
     measure = {"edit": score.score_edits, "fill": score.score_fill, "vae": score.score_vae}[args.what]
     scores = measure(denoiser, cases, settings, total=total, **more)
-    scores.missing |= missing
+    scores.notes |= notes
     kept = (
         "what",
         "engine",
@@ -116,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
     path = scores.save(args.output, about)
     for name, value in scores.figures().items():
         sys.stdout.write(f"{name:24} {value:.4f}\n")
-    for name, why in scores.missing.items():
-        sys.stdout.write(f"{name:24} not available: {why}\n")
+    for name, why in scores.notes.items():
+        sys.stdout.write(f"{name:24} {why}\n")
     sys.stdout.write(f"{path}\n")
     return 0
 

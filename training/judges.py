@@ -43,7 +43,7 @@ def shapes_cases(n: int, *, split: str = "test", seed: int = 0, size: int = 64) 
     ]
 
 
-def data_cases(source, n: int, size: int, missing: dict[str, str]) -> Iterator[Case]:
+def data_cases(source, n: int, size: int, notes: dict[str, str]) -> Iterator[Case]:
     """The first `n` readable samples of a source, at about `size` x `size` pixels and their own aspect."""
     from .data.broken import Broken, BrokenSample
     from .data.buckets import bucket_sizes, nearest
@@ -66,7 +66,7 @@ def data_cases(source, n: int, size: int, missing: dict[str, str]) -> Iterator[C
         given += 1
         yield Case(fit(sample, sizes[nearest(*sample.target.shape[:2], sizes)]))
     if skipped := broken.close():
-        missing["data"] = skipped
+        notes["data"] = skipped
 
 
 def batches(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
@@ -142,14 +142,14 @@ def vae_numbers(group: Sequence[Case], made: Tensor) -> Numbers:
     return numbers
 
 
-def similarity_judges(missing: dict[str, str], clip: str, dino: str, device: str = "cpu") -> list[Judge]:
+def similarity_judges(notes: dict[str, str], clip: str, dino: str, device: str = "cpu") -> list[Judge]:
     """`clip_i` and `dino` (cosine to the target, as for MagicBrush) and `clip_t` (to the caption).
 
     clip, dino: folders, or hub ids that are in the local cache: nothing is downloaded, and what is absent is
-    named in `missing`.
+    named in `notes`.
     """
     judges = []
-    if folder := _on_disk(clip, missing, "clip_i and clip_t"):
+    if folder := _on_disk(clip, notes, "clip_i and clip_t"):
         from .rewards.clip import ClipModel
 
         model = ClipModel.load(folder, device)
@@ -161,7 +161,7 @@ def similarity_judges(missing: dict[str, str], clip: str, dino: str, device: str
             return {"clip_i": (features * targets).sum(-1).cpu(), "clip_t": (features * texts).sum(-1).cpu()}
 
         judges.append(clip_judge)
-    if folder := _on_disk(dino, missing, "dino"):
+    if folder := _on_disk(dino, notes, "dino"):
         from .rewards.vision import dino as dino_reward
 
         reward = dino_reward(folder, device)
@@ -169,7 +169,7 @@ def similarity_judges(missing: dict[str, str], clip: str, dino: str, device: str
     return judges
 
 
-def _on_disk(model: str, missing: dict[str, str], names: str) -> str | None:
+def _on_disk(model: str, notes: dict[str, str], names: str) -> str | None:
     if not model:
         return None
     if Path(model).is_dir():
@@ -180,5 +180,5 @@ def _on_disk(model: str, missing: dict[str, str], names: str) -> str | None:
     try:
         return snapshot_download(model, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
-        missing[names] = f"{model} is not on disk"
+        notes[names] = f"{model} is not on disk"
         return None

@@ -48,14 +48,14 @@ class Settings:
 
 @dataclass
 class Scores:
-    """`rows`: one dict per picture. `shown`: pictures and texts for the contact sheet. `missing`: what could
-    not be measured, and why.
+    """`rows`: one dict per picture. `shown`: pictures and texts for the contact sheet. `notes`: what could
+    not be measured or read, and why.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     shown: list[tuple[list[Tensor], str]] = field(default_factory=list)
     headings: tuple[str, ...] = ()
-    missing: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
         """Means over the pictures for which a number is defined; success also by kind of edit."""
@@ -80,7 +80,7 @@ class Scores:
             "figures": self.figures(),
             "pictures": len(self.rows),
             "about": about,
-            "not_available": self.missing,
+            "notes": self.notes,
             "rows": [{name: _json(value) for name, value in row.items()} for row in self.rows],
         }
         path = folder / "score.json"

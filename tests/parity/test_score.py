@@ -12,6 +12,7 @@ from comfyui_diptych.models.flux_fill import FluxFill
 from comfyui_diptych.models.flux_kontext import FluxKontext
 from comfyui_diptych.models.sd_inpaint import SDInpaint
 from comfyui_diptych.training import judges, score
+from safetensors.torch import save_file
 
 SETTINGS = score.Settings(steps=2, batch=2, guidance=7.0, progress=False)
 
@@ -69,11 +70,20 @@ def test_sd_inpainting_is_scored_as_a_base_model_and_refused_as_an_editor(sd_inp
 def test_the_command_scores_a_folder_on_disk(fill_pipeline, tmp_path, capsys):
     fill_pipeline.save_pretrained(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--n", "2", "--size", "32", "--steps", "1", "--autocast"]
-    assert main(["score", *arguments, "-o", str(tmp_path / "out")]) == 0
-    report = json.loads((tmp_path / "out/score.json").read_text())
-    assert report["pictures"] == 2 and report["about"]["engine"] == "fill"
-    assert (tmp_path / "out/contact-sheet.png").is_file()
-    assert "success" in capsys.readouterr().out
+    lora = {
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 384),
+        "transformer.x_embedder.lora_B.weight": torch.ones(48, 2),
+    }
+    save_file(lora, tmp_path / "lora.safetensors")
+    reports = {}
+    for name, more in {"base": [], "lora": ["--lora", str(tmp_path / "lora.safetensors")]}.items():
+        assert main(["score", *arguments, *more, "-o", str(tmp_path / name)]) == 0
+        reports[name] = json.loads((tmp_path / name / "score.json").read_text())
+        assert (tmp_path / name / "contact-sheet.png").is_file()
+        assert "success" in capsys.readouterr().out
+    assert reports["base"]["pictures"] == 2 and reports["base"]["about"]["engine"] == "fill"
+    assert reports["base"]["figures"]["psnr"] != reports["lora"]["figures"]["psnr"]
+    assert "loaded 1 modules" in reports["lora"]["about"]["lora_report"]
 
 
 def test_the_command_refuses_nonsense_in_one_sentence(tmp_path, capsys):

@@ -84,10 +84,10 @@ def test_reconstructions_are_read_back_by_the_checker(cases):
 def test_the_report_is_strict_json_and_the_sheet_shows_the_first_rows(monkeypatch, cases, tmp_path):
     editor(monkeypatch, cases, lambda case: case.sample.target)
     scores = score.score_edits(HOST, cases, QUIET, shown=5)
-    scores.missing["dino"] = "not on disk"
+    scores.notes["dino"] = "not on disk"
     path = scores.save(tmp_path / "out", {"steps": 12})
     report = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert report["figures"]["success"] == 1 and report["not_available"] == {"dino": "not on disk"}
+    assert report["figures"]["success"] == 1 and report["notes"] == {"dino": "not on disk"}
     assert len(report["rows"]) == report["pictures"] == 30 and report["about"] == {"steps": 12}
     assert Image.open(tmp_path / "out/contact-sheet.png").width > 3 * 128
 
@@ -110,9 +110,9 @@ def test_data_without_a_mask_is_judged_outside_what_changed():
 
 
 def test_models_that_are_not_on_disk_are_reported_not_downloaded():
-    missing = {}
-    assert judges.similarity_judges(missing, "nobody/no-clip", "nobody/no-dino") == []
-    assert set(missing) == {"clip_i and clip_t", "dino"} and "not on disk" in missing["dino"]
+    notes = {}
+    assert judges.similarity_judges(notes, "nobody/no-clip", "nobody/no-dino") == []
+    assert set(notes) == {"clip_i and clip_t", "dino"} and "not on disk" in notes["dino"]
 
 
 def test_a_loss_curve_is_drawn_even_of_little():
