@@ -27,6 +27,11 @@ from .tiny_model import Velocity
 
 log = logging.getLogger(__name__)
 
+TEXT_MODULES = [
+    r"context_embedder",
+    r"transformer_blocks\.\d+\.(norm1_context\.linear|attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.2)",
+]
+
 
 @dataclass
 class TinyRecipe:
@@ -39,6 +44,10 @@ class TinyRecipe:
     text: str = "runs/tiny_text"
     start_from: str = ""  # transformer folder: base of a LoRA, or warm start of a full training
     merge_lora: str = ""  # LoRA file added to `start_from` for good
+    start_lora: str = ""  # state.pt of a LoRA training to start from; modules it lacks start from nothing
+    text_modules: bool = (
+        False  # LoRA on the text stream of the double blocks too, not only on ICEdit's modules
+    )
     rank: int = 32
     lora_alpha: float = 32.0
     moe_experts: int = 4
@@ -55,6 +64,9 @@ class TinyRecipe:
     ema_decay: float = 0.999
     grad_clip: float = 1.0
     mask_loss_weight: float = 4.0  # of the repainted cells against 1 elsewhere
+    edit_loss_weight: float = (
+        0.0  # added in the quadrants that an edit touches, a small part of what is repainted
+    )
     logit_mean: float = 0.0
     logit_std: float = 1.0
     prompt_drop: float = 0.03
@@ -114,7 +126,10 @@ def transformer_for(recipe: TinyRecipe) -> nn.Module:
                 nn.init.zeros_(part.weight)
                 nn.init.zeros_(part.bias)
     if recipe.method != "full":
-        adapters.add_lora(module, adapters.TARGETS["fill"], recipe)
+        more = TEXT_MODULES if recipe.text_modules else []
+        adapters.add_lora(module, adapters.TARGETS["fill"] + more, recipe)
+        if recipe.start_lora:
+            module.load_state_dict(torch.load(recipe.start_lora, weights_only=True)["ema"], strict=False)
     return module
 
 
@@ -163,6 +178,10 @@ def step_loss(velocity: Velocity, rows: Rows, index: list[int], recipe: TinyReci
     prediction = velocity(x, sigma, batch, text, guidance)
     weighted = "all" if recipe.family == "kontext" else "weighted"
     cells = losses.region(batch["mask"][:, None], x0, weighted, recipe.mask_loss_weight)
+    if recipe.edit_loss_weight:
+        touched = shapes.place_masks([rows.canvases[i].edit.places for i in index], 8)[:, None]
+        left = torch.nn.functional.pad(touched, (x0.shape[-1] - 8, 0))
+        cells = (torch.ones_like(left) if cells is None else cells) + recipe.edit_loss_weight * left
     return losses.weighted_mse(prediction, target, cells).mean()
 
 
