@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import files, names, parse
+from . import describe, files, names, parse
 from .scale import ScaleRule, parse_json, scale_rule
 from .weights import Factored, FullTensor, LoraError, LoraInfo, LoraWeights, LowRank, MoeLowRank
 
@@ -292,8 +292,8 @@ class _Reader:
                 f"mixture of experts: gate {self.gate}, top_k {1 if self.top_k is None else self.top_k}"
             )
         return LoraInfo(
-            format=self._format(),
-            base=self.ours.get("base") or guess_base(self.modules, self.full),
+            format=describe.format_name(self.raw, self.styles),
+            base=self.ours.get("base") or describe.guess_base(self.modules, self.full),
             rank=rank,
             alpha=alpha,
             alpha_from=", ".join(sources),
@@ -306,53 +306,12 @@ class _Reader:
     def is_moe(self) -> bool:
         return "moe" in self.styles
 
-    def _format(self) -> str:
-        raw, first = self.raw, next(iter(self.raw.tensors), "")
-        if "full checkpoint" in self.styles:
-            return "full checkpoint"
-        if self.is_moe():
-            return "ICEdit MoE-LoRA"
-        if "xlabs" in self.styles:
-            return "XLabs"
-        if "lokr" in self.styles or "loha" in self.styles:
-            return "LyCORIS LoKr" if "lokr" in self.styles else "LyCORIS LoHa"
-        if any(key.endswith("query_norm.scale") for key in raw.tensors):
-            return "BFL control"
-        if "kohya" in self.styles or "underscored" in self.styles:
-            return "kohya" if "kohya" in self.styles else "OneTrainer"
-        if raw.lora_config is not None:
-            return "DanceGRPO"
-        if raw.adapter_config is not None or first.startswith("base_model."):
-            return "PEFT, BFL names" if "bfl" in self.styles else "PEFT"
-        if "diptych" in raw.header:
-            return "Diptych"
-        if "bfl" in self.styles:
-            return "BFL names"
-        return "diffusers" if first.startswith(("transformer.", "unet.")) else "bare keys"
-
     def _nothing_found(self) -> str:
         keys = list(self.raw.tensors)
         if keys and all(names.is_text_encoder(k) for k in keys):
             return f"{self.raw.name} holds text encoder weights only: use core's Load LoRA for CLIP"
         shown = ", ".join(keys[:2]) if keys else "nothing"
         return f"{self.raw.name} holds no LoRA known here (its keys: {shown}): check that it is a LoRA file"
-
-
-def guess_base(modules, full) -> str:
-    """The model family a LoRA was trained on, from layer names and sizes."""
-    paths = [*modules, *full]
-    if any(p.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for p in paths):
-        return "Stable Diffusion UNet"
-    widths = {m.shape[1] for p, m in modules.items() if p.endswith((".to_q", ".to_k", "norm1.linear"))}
-    is_flux = any(p.startswith("single_transformer_blocks.") for p in paths) or 3072 in widths
-    if not is_flux:
-        return (
-            "SD3"
-            if any(p.startswith("transformer_blocks.") for p in paths) and widths & {1536, 2432}
-            else "unknown"
-        )
-    inputs = modules["x_embedder"].shape[1] if "x_embedder" in modules else None
-    return {384: "FLUX Fill", 128: "FLUX control", 64: "FLUX dev or Kontext"}.get(inputs, "FLUX")
 
 
 def _rows(tensor: Tensor, target: names.Target, width: int | None) -> Tensor:

@@ -1,0 +1,51 @@
+"""What a LoRA file is, in people's words: who wrote it, and for which model family. For reports only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .files import RawFile
+from .weights import FullTensor, Module
+
+
+def format_name(raw: RawFile, styles: set[str]) -> str:
+    """Who writes such files; styles are the namings met while its keys were sorted."""
+    first = next(iter(raw.tensors), "")
+    if "full checkpoint" in styles:
+        return "full checkpoint"
+    if "moe" in styles:
+        return "ICEdit MoE-LoRA"
+    if "xlabs" in styles:
+        return "XLabs"
+    if "lokr" in styles or "loha" in styles:
+        return "LyCORIS LoKr" if "lokr" in styles else "LyCORIS LoHa"
+    if any(key.endswith("query_norm.scale") for key in raw.tensors):
+        return "BFL control"
+    if "kohya" in styles or "underscored" in styles:
+        return "kohya" if "kohya" in styles else "OneTrainer"
+    if raw.lora_config is not None:
+        return "DanceGRPO"
+    if raw.adapter_config is not None or first.startswith("base_model."):
+        return "PEFT, BFL names" if "bfl" in styles else "PEFT"
+    if "diptych" in raw.header:
+        return "Diptych"
+    if "bfl" in styles:
+        return "BFL names"
+    return "diffusers" if first.startswith(("transformer.", "unet.")) else "bare keys"
+
+
+def guess_base(modules: Mapping[str, Module], full: Mapping[str, FullTensor]) -> str:
+    """The model family a LoRA was trained on, from layer names and sizes."""
+    paths = [*modules, *full]
+    if any(p.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for p in paths):
+        return "Stable Diffusion UNet"
+    widths = {m.shape[1] for p, m in modules.items() if p.endswith((".to_q", ".to_k", "norm1.linear"))}
+    is_flux = any(p.startswith("single_transformer_blocks.") for p in paths) or 3072 in widths
+    if not is_flux:
+        return (
+            "SD3"
+            if any(p.startswith("transformer_blocks.") for p in paths) and widths & {1536, 2432}
+            else "unknown"
+        )
+    inputs = modules["x_embedder"].shape[1] if "x_embedder" in modules else None
+    return {384: "FLUX Fill", 128: "FLUX control", 64: "FLUX dev or Kontext"}.get(inputs, "FLUX")
