@@ -176,7 +176,7 @@ def test_precomputed_files_that_would_run_code_are_refused(tmp_path):
         def __reduce__(self):
             return (tmp_path.joinpath("ran").write_text, ("boom",))
 
-    (tmp_path / "text_ids/fill_0.pt").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "text_ids/fill_0.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(BrokenSample, match="not a plain tensor file"):
         source[0]
     assert not tmp_path.joinpath("ran").exists()

@@ -12,7 +12,7 @@ import torch
 from comfyui_diptych.nodes import training as nodes
 from comfyui_diptych.nodes.score import DiptychEditScore
 from comfyui_diptych.training import session, shapes
-from comfyui_diptych.training.data.sources import spec_of
+from comfyui_diptych.training.data.sources import open_source, spec_of
 from comfyui_diptych.training.shapes.words import understand
 from PIL import Image
 
@@ -127,6 +127,12 @@ def test_folders_are_recognised_by_their_files(tmp_path):
     assert spec_of(tmp_path) == f"jsonl:{tmp_path / 'data.jsonl'}"
     (tmp_path / "x_target.png").write_bytes(b"")
     assert spec_of(tmp_path) == f"pairs:{tmp_path}"
+    weighty = tmp_path / "cats@2"
+    weighty.mkdir()
+    for name in ("a_source.png", "a_target.png"):
+        Image.new("RGB", (16, 16)).save(weighty / name)
+    (weighty / "a.txt").write_text("make it black")
+    assert open_source(spec_of(weighty))[0].prompt == "make it black"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="NAME_source.png"):
         spec_of(tmp_path / "empty")

@@ -13,6 +13,8 @@ from pathlib import Path
 from .broken import BrokenSample
 from .sample import Sample, read_image, read_size, stamp
 
+NEEDS_DATASETS = "reading {} needs the package datasets: pip install datasets"
+
 
 def load_table(where: str, split: str, columns: dict[str, bool]):
     """A `datasets.Dataset` with undecoded pictures.
@@ -26,7 +28,10 @@ def load_table(where: str, split: str, columns: dict[str, bool]):
         ValueError: a required column is missing.
         FileNotFoundError: a path that looks local does not exist.
     """
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(NEEDS_DATASETS.format(where)) from None
 
     path = Path(where)
     if path.is_dir() and not any(path.rglob("*.parquet")):
@@ -57,6 +62,15 @@ def load_table(where: str, split: str, columns: dict[str, bool]):
     return table
 
 
+def column_names(file: Path) -> list[str]:
+    """Of a parquet file, without reading it."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(NEEDS_DATASETS.format(file)) from None
+    return parquet.read_schema(file).names
+
+
 class MagicBrush:
     """Columns source_img, target_img, instruction.
 
@@ -64,7 +78,7 @@ class MagicBrush:
     ICEdit does.
     """
 
-    def __init__(self, where: str, split: str = "train", crop: str | bool = True):
+    def __init__(self, where: str, split: str = "train+dev", crop: str | bool = True):
         columns = {"source_img": True, "target_img": True, "instruction": False}
         self._table = load_table(where, split, columns).select_columns(list(columns))
         self._where, self.crop = where, str(crop).lower() not in ("false", "0", "no")

@@ -171,7 +171,7 @@ def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) ->
         a list.
             pairs:FOLDER                        name_source.png, name_target.png, name.txt (and name_mask.png)
             jsonl:FILE                          one {"prompt", "image", "mask"} per line
-            magicbrush:ID_OR_PATH?split=train   columns source_img, target_img, instruction
+            magicbrush:ID_OR_PATH?crop=false    columns source_img, target_img, instruction
             omniedit:ID_PATH_OR_GLOB?task=swap  columns src_img, edited_img, edited_prompt_list, task
             precomputed:FILE.json               Flux Fill embeddings and latents
             shapes:N?split=train&seed=0&size=64&task=edit
@@ -254,21 +254,27 @@ def spec_of(folder: str | Path) -> str:
         raise FileNotFoundError(f"data folder {folder} does not exist")
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if any(path.stem.endswith(("_source", "_target")) for path in files):
-        return f"pairs:{folder}"
+        return _spec("pairs", folder)
     if lines := [path for path in files if path.suffix == ".jsonl"]:
-        return f"jsonl:{lines[0]}"
+        return _spec("jsonl", lines[0])
     if (folder / "masked_latents").is_dir() and (index := [path for path in files if path.suffix == ".json"]):
-        return f"precomputed:{index[0]}"
+        return _spec("precomputed", index[0])
     if tables := sorted(folder.rglob("*.parquet")):
-        from pyarrow import parquet
+        from .hub import column_names
 
-        columns = parquet.read_schema(tables[0]).names
+        columns = column_names(tables[0])
         if "source_img" in columns:
-            return f"magicbrush:{folder}"
+            return _spec("magicbrush", folder)
         if "src_img" in columns:
-            return f"omniedit:{folder}"
+            return _spec("omniedit", folder)
     raise ValueError(
         f"data folder {folder} holds no training data: put NAME_source.png, NAME_target.png and NAME.txt "
         "there (edit pairs), a .jsonl file with prompt, image and mask (inpainting), or MagicBrush or "
         "OmniEdit parquet files"
     )
+
+
+def _spec(kind: str, path: Path) -> str:
+    """The spec of a path; a name that ends like a weight (cats@2) gets one of its own behind it."""
+    spec = f"{kind}:{path}"
+    return spec if split_spec(spec)[2] is None else f"{spec}@1"
