@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -46,3 +47,11 @@ def test_every_package_folder_is_installed():
     rooms = ("commands", "models", "nodes", "samplers", "training")
     for init in (path for room in rooms for path in (ROOT / room).rglob("__init__.py")):
         assert f'"comfyui_diptych.{".".join(init.parent.relative_to(ROOT).parts)}"' in listed
+
+
+def test_every_node_speaks_chinese():
+    import comfyui_diptych
+
+    words = json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    assert words.keys() == comfyui_diptych.NODE_CLASS_MAPPINGS.keys()
+    assert all(entry["display_name"] and entry["description"] for entry in words.values())
