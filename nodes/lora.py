@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from ..models import tiny
 
 # models.lora is imported where it is used: it is a third of what importing the pack would cost.
@@ -19,11 +21,13 @@ class DiptychGRPOLoraLoader:
         "XLabs, BFL. Can confine it to a range of noise levels, where reward tuning helps most."
     )
     CATEGORY = "diptych"
-    RETURN_TYPES = ("MODEL", "STRING")
-    RETURN_NAMES = ("model", "report")
+    RETURN_TYPES = ("MODEL", "STRING", "IMAGE")
+    RETURN_NAMES = ("model", "report", "reward_curve")
     OUTPUT_TOOLTIPS = (
         "The model with the LoRA; the one given stays as it was.",
-        "What was loaded, what was not and why, rank, alpha and where it came from.",
+        "What was loaded, what was not and why, rank, alpha and where it came from; of reward-trained files "
+        "also the algorithm and the rewards.",
+        "The reward over the training, where the file brings it (Train GRPO LoRA); else an empty plot.",
     )
     FUNCTION = "load"
     SEARCH_ALIASES = ["load lora", "icedit lora", "moe lora", "peft lora", "dancegrpo", "flow grpo", "lora"]
@@ -139,7 +143,15 @@ class DiptychGRPOLoraLoader:
         whole = (sigma_start, sigma_end) == (1.0, 0.0)
         window = "file" if whole and file_window else (sigma_start, sigma_end)
         patched, report = apply_to_comfy(model, weights, strength, window=window)
-        return patched, str(report)
+        return patched, str(report), _reward_curve(weights.info)
+
+
+def _reward_curve(info) -> Tensor:
+    """IMAGE of the curve that a reward-trained file carries."""
+    from ..training.pictures import as_image, curve
+
+    title = f"reward: {info.reward}" if info.curve else "this file carries no reward curve"
+    return as_image(curve([v for _, v in info.curve], steps=[s for s, _ in info.curve], title=title))
 
 
 def lora_names() -> list[str]:

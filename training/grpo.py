@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -299,7 +300,7 @@ class GRPOTrainer(Trainer):
         out = super().header() | {
             "algorithm": c.algorithm,
             "reward": ", ".join(f"{name} x {weight:g}" for name, weight in self.rewards.weights.items()),
-            "curve": [[entry["step"], round(entry["value"], 5)] for entry in self.history],
+            "curve": self._curve(),
         }
         if c.algorithm == "grpo":
             first = window_of(c.window, 0, c.rollout_steps, size=c.window_size, **c.window_bounds)
@@ -308,6 +309,14 @@ class GRPOTrainer(Trainer):
             out["sigma_window"] = self.policy.sigma_range(self.sampling, reach, *cells)
             out["rule"] = c.rule
         return out
+
+    def _curve(self) -> list[list[float]]:
+        """[[step, reward], ...] of the held-out rows; without such rows, of the rollouts (200 at most)."""
+        points = [(entry["step"], entry["value"]) for entry in self.history]
+        if not points and (self.output / "rewards.jsonl").is_file():
+            points = list(zip(*rollout_rewards(self.output), strict=True))
+            points = points[:: -(-len(points) // 200)]
+        return [[step, round(value, 5)] for step, value in points if math.isfinite(value)]
 
     def export(self) -> Path:
         """The best weights by the held-out reward where there was one, else the last (averaged)."""
@@ -327,18 +336,23 @@ class GRPOTrainer(Trainer):
                     tensor.copy_(kept[name])
 
 
+def rollout_rewards(folder: Path) -> tuple[list[int], list[float]]:
+    """(updates, mean over the rewards of the rollouts) as logged in a run's folder."""
+    entries = [
+        json.loads(line) for line in (folder / "rewards.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    means = {}
+    for entry in entries:  # a resumed run logs a step again
+        scores = [value for key, value in entry.items() if key.startswith("reward/")]
+        means[entry["step"]] = sum(scores) / len(scores)
+    return list(means), list(means.values())
+
+
 def reward_curve(folder: Path) -> Path:
     """Draw `rewards.jsonl` of a run: the mean over its rewards at every logged update, as a PNG beside it."""
     from .pictures import curve
 
-    entries = [
-        json.loads(line) for line in (folder / "rewards.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    entries = list({entry["step"]: entry for entry in entries}.values())  # a resumed run logs a step again
-    means = []
-    for entry in entries:
-        scores = [value for key, value in entry.items() if key.startswith("reward/")]
-        means.append(sum(scores) / len(scores))
+    steps, means = rollout_rewards(folder)
     path = folder / "rewards.png"
-    curve(means, steps=[entry["step"] for entry in entries], title="reward of the rollouts").save(path)
+    curve(means, steps=steps, title="reward of the rollouts").save(path)
     return path

@@ -301,6 +301,7 @@ class _Reader:
             reward=_text(self.ours.get("reward")),
             step=self.ours.get("step", (self.raw.lora_config or {}).get("step", self.raw.step)),
             sigma_window=None if window is None else (float(window[0]), float(window[1])),
+            curve=_curve(self.ours.get("curve")),
         )
 
     def is_moe(self) -> bool:
@@ -312,6 +313,19 @@ class _Reader:
             return f"{self.raw.name} holds text encoder weights only: use core's Load LoRA for CLIP"
         shown = ", ".join(keys[:2]) if keys else "nothing"
         return f"{self.raw.name} holds no LoRA known here (its keys: {shown}): check that it is a LoRA file"
+
+
+def _curve(stored: object) -> tuple[tuple[int, float], ...]:
+    """[[step, value], ...] of a header; what is not of that form is no curve."""
+    if not isinstance(stored, list):
+        return ()
+    numbers = (int, float)
+    pairs = [
+        (int(pair[0]), float(pair[1]))
+        for pair in stored
+        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, numbers) for n in pair)
+    ]
+    return tuple(pairs)
 
 
 def _rows(tensor: Tensor, target: names.Target, width: int | None) -> Tensor:

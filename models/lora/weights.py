@@ -130,7 +130,10 @@ Module = LowRank | MoeLowRank | Factored
 
 @dataclass(frozen=True)
 class LoraInfo:
-    """What a file says about itself; None where it says nothing. sigma_window is (start, end], 1 = noise."""
+    """What a file says about itself; None where it says nothing. sigma_window is (start, end], 1 = noise.
+
+    curve: (step, reward) of a reward-trained file, in order; empty for others.
+    """
 
     format: str = "unknown"
     base: str = "unknown"
@@ -141,6 +144,7 @@ class LoraInfo:
     reward: str | None = None
     step: int | None = None
     sigma_window: tuple[float, float] | None = None
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from comfyui_diptych.models.lora import read
 from comfyui_diptych.nodes import lora as node
+from safetensors.torch import save_file
 
 FILES = ["style.safetensors", "grpo/checkpoint-3/adapter_model.safetensors", "a/b.safetensors"]
 
@@ -51,3 +56,25 @@ def test_a_missing_file_is_named(loras):
     assert "gone.safetensors" in node.DiptychGRPOLoraLoader.VALIDATE_INPUTS("gone.safetensors")
     with pytest.raises(ValueError, match="gone.safetensors"):
         node.DiptychGRPOLoraLoader().load(None, "gone.safetensors", 1.0)
+
+
+@pytest.mark.parametrize(
+    "stored, expected",
+    [
+        ([[1, 0.25], [2, 0.5]], ((1, 0.25), (2, 0.5))),
+        (None, ()),
+        ("rising", ()),
+        ([[1, "high"], [3], [2, 0.5]], ((2, 0.5),)),
+    ],
+)
+def test_the_reward_curve_of_a_file_is_drawn(tmp_path, stored, expected):
+    tensors = {
+        f"transformer.transformer_blocks.0.attn.to_q.lora_{ab}.weight": torch.ones(4, 4) for ab in "AB"
+    }
+    header = {"reward": "shapes x 1", "algorithm": "grpo"} | ({} if stored is None else {"curve": stored})
+    save_file(tensors, tmp_path / "x.safetensors", {"diptych": json.dumps(header)})
+    info = read(tmp_path / "x.safetensors").info
+    assert info.curve == expected
+    drawn, empty = node._reward_curve(info), node._reward_curve(replace(info, curve=()))
+    assert drawn.shape == empty.shape and drawn.shape[-1] == 3
+    assert torch.equal(drawn, empty) != bool(expected)
