@@ -51,7 +51,7 @@ def pytest_collection_finish(session):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if "skipped" in terminalreporter.stats and not finding.comfyui_folders():
+    if "skipped" in terminalreporter.stats and not installed.comfyui_folders():
         terminalreporter.write_line(f"tests/comfyui skipped: {finding.HOW_TO_GET_ONE}")
 
 
