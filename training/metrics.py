@@ -61,7 +61,7 @@ def ssim_map(a: Tensor, b: Tensor, *, sigma: float = 1.5, window: int = 11) -> T
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean structural similarity, [N] in -1..1; the 5 pixels at the border, whose windows are cut, left out."""
+    """Mean structural similarity, [N] in -1..1, without the 5 border pixels, whose windows are cut."""
     similarity, edge = ssim_map(a, b), 5
     if min(similarity.shape[1:]) > 2 * edge:
         similarity = similarity[:, edge:-edge, edge:-edge]
