@@ -89,3 +89,29 @@ def test_the_command_scores_a_folder_on_disk(fill_pipeline, tmp_path, capsys):
 def test_the_command_refuses_nonsense_in_one_sentence(tmp_path, capsys):
     assert main(["score", "--size", "40", "-o", str(tmp_path)]) == 2
     assert "size is 40" in capsys.readouterr().err
+
+
+def test_clip_and_dino_are_measured_when_they_are_on_disk(fill_pipeline, tmp_path, cases):
+    from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = fill_pipeline.tokenizer
+    text = tower | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": len(tokenizer) - 1,
+    }
+    vision = tower | {"image_size": 32, "patch_size": 16}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    clip.save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    ViTModel(ViTConfig(**tower, image_size=224, patch_size=56)).save_pretrained(tmp_path / "dino")
+    notes = {}
+    measures = judges.similarity_judges(notes, str(tmp_path / "clip"), str(tmp_path / "dino"))
+    assert len(measures) == 2 and not notes
+    targets = torch.stack([case.sample.target for case in cases])
+    equal, other = ({k: v for m in measures for k, v in m(cases, p).items()} for p in (targets, 1 - targets))
+    assert set(equal) == {"clip_i", "clip_t", "dino"} and all(len(column) == 3 for column in equal.values())
+    torch.testing.assert_close(equal["clip_i"], torch.ones(3))
+    torch.testing.assert_close(equal["dino"], torch.ones(3))
+    assert (other["clip_i"] < 1 - 1e-6).all() and (other["dino"] < 1 - 1e-6).all()
