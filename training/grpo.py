@@ -303,8 +303,8 @@ class GRPOTrainer(Trainer):
             "curve": self._curve(),
         }
         if c.algorithm == "grpo":
-            first = window_of(c.window, 0, c.rollout_steps, size=c.window_size, **c.window_bounds)
-            reach = (first[0], first[1] if c.window == "fixed" else c.window_bounds["last"])
+            last = c.window_first + c.window_size if c.window == "fixed" else c.window_bounds["last"]
+            reach = (c.window_first, last)
             cells = self.batches([0], [False])["latents"].shape[-2:]
             out["sigma_window"] = self.policy.sigma_range(self.sampling, reach, *cells)
             out["rule"] = c.rule
