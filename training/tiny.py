@@ -20,17 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models.prompt import ICEDIT_TEMPLATE
-from ..models.tiny import build
 from . import adapters, export, losses, shapes, tiny_data
 from .tiny_data import Rows
-from .tiny_model import Velocity
+from .tiny_model import Velocity, transformer_for
 
 log = logging.getLogger(__name__)
-
-TEXT_MODULES = [
-    r"context_embedder",
-    r"transformer_blocks\.\d+\.(norm1_context\.linear|attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.2)",
-]
 
 
 @dataclass
@@ -44,7 +38,7 @@ class TinyRecipe:
     text: str = "runs/tiny_text"
     start_from: str = ""  # transformer folder: base of a LoRA, or warm start of a full training
     merge_lora: str = ""  # LoRA file added to `start_from` for good
-    start_lora: str = ""  # state.pt of a LoRA training to start from; modules it lacks start from nothing
+    start_lora: str = ""  # state.pt of a LoRA training to start from
     text_modules: bool = (
         False  # LoRA on the text stream of the double blocks too, not only on ICEdit's modules
     )
@@ -105,53 +99,6 @@ def load_rows(recipe: TinyRecipe, n: int, split: str, seed: int) -> list[Rows]:
             torch.save([rows.latents, rows.condition, rows.mask, text.tokens, text.pooled, text.pad], cache)
         out.append(rows)
     return out
-
-
-def transformer_for(recipe: TinyRecipe) -> nn.Module:
-    """The module to train: fresh with zero-initialised modulation, or loaded; with adapters for a LoRA."""
-    from diffusers import FluxTransformer2DModel
-
-    torch.manual_seed(recipe.seed)
-    channels = 64 if recipe.family == "kontext" else 384
-    if recipe.start_from:
-        module = FluxTransformer2DModel.from_pretrained(recipe.start_from).float()
-        if recipe.merge_lora:
-            _merge(module, Path(recipe.merge_lora))
-        if module.config.in_channels != channels:
-            module = _with_inputs(module, channels)
-    else:
-        module = build.flux_transformer(channels)
-        for name, part in module.named_modules():
-            if isinstance(part, nn.Linear) and (".norm" in name or "norm_out" in name or name == "proj_out"):
-                nn.init.zeros_(part.weight)
-                nn.init.zeros_(part.bias)
-    if recipe.method != "full":
-        more = TEXT_MODULES if recipe.text_modules else []
-        adapters.add_lora(module, adapters.TARGETS["fill"] + more, recipe)
-        if recipe.start_lora:
-            module.load_state_dict(torch.load(recipe.start_lora, weights_only=True)["ema"], strict=False)
-    return module
-
-
-@torch.no_grad()
-def _merge(module: nn.Module, path: Path) -> None:
-    """Adds a plain LoRA to the weights of its modules. Raises ValueError for one with experts."""
-    from ..models.lora import read
-    from ..models.lora.weights import LowRank
-
-    for name, part in read(path).modules.items():
-        if not isinstance(part, LowRank):
-            raise ValueError(f"merge_lora {path} has more than a plain LoRA at {name}: name a plain one")
-        module.get_submodule(name).weight += part.scale * (part.B.float() @ part.A.float())
-
-
-def _with_inputs(module: nn.Module, channels: int) -> nn.Module:
-    """The same transformer reading only the first `channels` features of a token."""
-    fresh = build.flux_transformer(channels)
-    state = module.state_dict()
-    state["x_embedder.weight"] = state["x_embedder.weight"][:, :channels].clone()
-    fresh.load_state_dict(state)
-    return fresh
 
 
 def _pick(rows: Rows, index: list[int]) -> dict[str, Tensor]:

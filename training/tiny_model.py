@@ -1,17 +1,26 @@
 """The tiny FLUX transformer as it is trained on a CPU: attention written out, text padded by arithmetic.
 
-Same numbers as diffusers' own forward (tests/unit/test_tiny_models.py); only the time differs.
+Same numbers as diffusers' own forward (tests/unit/test_tiny_models.py); only the time differs. And what a
+training starts from: fresh weights, a base, a base with a LoRA merged, a LoRA cut down to another's rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.packing import image_ids, pack_latents, pack_mask, unpack_latents
+from ..models.tiny import build
+from . import adapters
+
+TEXT_MODULES = [
+    r"context_embedder",
+    r"transformer_blocks\.\d+\.(norm1_context\.linear|attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.2)",
+]
 
 
 class ExplicitAttention:
@@ -137,3 +146,63 @@ class Velocity:
                 return_dict=False,
             )[0]
         return unpack_latents(out[:, : target.shape[1]].float(), height, width)
+
+
+def transformer_for(recipe: Any) -> nn.Module:
+    """The module to train: fresh with zero-initialised modulation, or loaded; with adapters for a LoRA."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(recipe.seed)
+    channels = 64 if recipe.family == "kontext" else 384
+    if recipe.start_from:
+        module = FluxTransformer2DModel.from_pretrained(recipe.start_from).float()
+        if recipe.merge_lora:
+            adapters.fuse(module, recipe.merge_lora)
+        if module.config.in_channels != channels:
+            module = _with_inputs(module, channels)
+    else:
+        module = build.flux_transformer(channels)
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Linear) and (".norm" in name or "norm_out" in name or name == "proj_out"):
+                nn.init.zeros_(part.weight)
+                nn.init.zeros_(part.bias)
+    if recipe.method != "full":
+        more = TEXT_MODULES if recipe.text_modules else []
+        adapters.add_lora(module, adapters.TARGETS["fill"] + more, recipe)
+        if recipe.start_lora:
+            saved = torch.load(recipe.start_lora, weights_only=True)["ema"]
+            _start_adapters(module, saved, recipe.rank)
+    return module
+
+
+@torch.no_grad()
+def _start_adapters(module: nn.Module, state: dict[str, Tensor], rank: int) -> None:
+    """Fills adapters from a plain LoRA's tensors, cut to `rank` by SVD where they had more.
+
+    Experts all start from their module's LoRA, slightly apart, and twice as strong, since a gate over four
+    experts gives its first about one half.
+    """
+    layers = dict(module.named_modules())
+    for key in [k for k in state if k.endswith("lora_A.default.weight")]:
+        name = key.removesuffix(".lora_A.default.weight")
+        u, s, v = torch.linalg.svd(state[f"{name}.lora_B.default.weight"] @ state[key], full_matrices=False)
+        root = s[:rank].sqrt()
+        down, up = root[:, None] * v[:rank], u[:, :rank] * root
+        layer = layers[name]
+        if isinstance(layer, adapters.MoELoRALinear):
+            for expert in layer.lora_A:
+                noise = 0.1 * down.std() * torch.randn_like(down)
+                layer.lora_A[expert].weight.copy_(down + noise)
+                layer.lora_B[expert].weight.copy_(2 * up)
+        elif f"{name}.lora_A.default" in layers:
+            layers[f"{name}.lora_A.default"].weight.copy_(down)
+            layers[f"{name}.lora_B.default"].weight.copy_(up)
+
+
+def _with_inputs(module: nn.Module, channels: int) -> nn.Module:
+    """The same transformer reading only the first `channels` features of a token."""
+    fresh = build.flux_transformer(channels)
+    state = module.state_dict()
+    state["x_embedder.weight"] = state["x_embedder.weight"][:, :channels].clone()
+    fresh.load_state_dict(state)
+    return fresh
