@@ -96,8 +96,7 @@ class Latents:
         self.dtype = getattr(torch, config.cache_dtype)
         how = ("sample" if config.vae_sample else "mode", config.cache_dtype, task.name)
         self.picture_print = fingerprint(task.vae, *how)
-        parts = [p if isinstance(p, torch.nn.Module) else str(p.name_or_path) for p in task.parts.values()]
-        self.text_print = fingerprint(*parts, str(config.max_sequence_length), config.cache_dtype)
+        self.text_print = task.text_fingerprint()
         self.pictures = ContentCache(folder / "pictures")
         self.texts = ContentCache(folder / "texts")
         self.memory: dict[str, dict[str, Tensor]] | None = None

@@ -8,6 +8,7 @@ runs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ..models.flux import check_folder
 from . import adapters, losses
 from .arrange import Arranged
+from .data.cache import fingerprint
+from .data.sample import stamp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +39,18 @@ def component(model: str, name: str, dtype: torch.dtype | None = None, *, random
         return cls.from_config(cls.load_config(model, subfolder=name)).to(dtype)
     kwargs = {"torch_dtype": dtype} if dtype is not None else {}
     return cls.from_pretrained(model, subfolder=name, **kwargs)
+
+
+def files_stamp(folder: Path, sample: int = 1 << 16) -> str:
+    """A short hash of a folder's files: names, sizes, and the first and last `sample` bytes of each."""
+    facts = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(sample)
+            file.seek(max(0, size - sample))
+            facts.append((path.name, size, head, file.read(sample)))
+    return stamp(facts)
 
 
 class Task:
@@ -61,21 +76,36 @@ class Task:
         self.host: Any = None
 
     def load_encoders(self) -> None:
-        """VAE (float32) and text encoders with tokenizers, frozen. The text encoders wait on the CPU."""
-        self.vae = (
-            component(self.config.model, "vae", torch.float32).to(self.device).requires_grad_(False).eval()
-        )
+        """VAE (float32, frozen) and tokenizers; text encoders only come with `load_text`."""
+        vae = component(self.config.model, "vae", torch.float32)
+        self.vae = vae.to(self.device).requires_grad_(False).eval()
         for name in self.text_parts:
-            part = component(self.config.model, name, self.dtype if "encoder" in name else None)
-            if isinstance(part, nn.Module):
-                part = part.requires_grad_(False).eval()
-            self.parts[name] = part
+            if "encoder" not in name:
+                self.parts[name] = component(self.config.model, name)
+
+    def load_text(self) -> None:
+        """The text encoders, frozen, on the CPU."""
+        for name in self.text_parts:
+            if name not in self.parts:
+                part = component(self.config.model, name, self.dtype)
+                self.parts[name] = part.requires_grad_(False).eval()
 
     def wake_text(self) -> None:
-        """Bring the text encoders to the device; T5 alone takes 10 GB there, so not before they are used."""
+        """The text encoders on the device; T5 alone takes 10 GB there, so not before they are used."""
+        self.load_text()
         for part in self.parts.values():
             if isinstance(part, nn.Module):
                 part.to(self.device)
+
+    def text_fingerprint(self) -> str:
+        """Identifies text encoders and tokenizers, local ones by their files, without loading them."""
+        folder = Path(self.config.model)
+        how = (str(self.config.max_sequence_length), self.config.cache_dtype, str(self.dtype))
+        if folder.is_dir():
+            return stamp(*how, *(files_stamp(folder / name) for name in self.text_parts))
+        self.load_text()
+        encoders = [self.parts[name] for name in self.text_parts if "encoder" in name]
+        return fingerprint(self.config.model, *encoders, *how)
 
     def free_text(self) -> None:
         """Drop the text encoders (not the tokenizers) once every prompt is cached."""

@@ -345,3 +345,21 @@ def test_mistakes_are_one_sentence_before_anything_is_trained(folders, tmp_path,
         setattr(c, name, value)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         sft.Trainer(c).run()
+
+
+def test_a_run_whose_prompts_are_cached_never_loads_a_text_encoder(folders, tmp_path, monkeypatch):
+    c = toy(folders, tmp_path / "one", cache_dir=str(tmp_path / "cache"), max_steps=1)
+    run(c)
+    shutil.copytree(folders / "fill", tmp_path / "moved")
+    c.model = str(tmp_path / "moved")
+    real = sft.make_task(c).load_text.__func__
+    loaded = []
+    monkeypatch.setattr(
+        "comfyui_diptych.training.tasks.Task.load_text", lambda self: loaded.append(real(self))
+    )
+    run(c)
+    assert not loaded
+    config_file = tmp_path / "moved" / "text_encoder" / "config.json"
+    config_file.write_text(config_file.read_text().replace("\n", " \n"))  # other files, another encoder
+    run(c)
+    assert loaded
