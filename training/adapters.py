@@ -189,6 +189,24 @@ def train_all(module: nn.Module) -> None:
     module.float().requires_grad_(True)
 
 
+def attach(module: nn.Module, patterns: list[str], config) -> None:
+    """Make a module trainable as `config.method` says: adapters on the matching linears, or everything."""
+    if config.method == "full":
+        train_all(module)
+    else:
+        add_lora(module, patterns, config)
+    module.train()
+
+
+def named(parts: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """{part/file name: parameter} of what is trained in several modules."""
+    return {
+        f"{part}/{name}": parameter
+        for part, module in parts.items()
+        for name, parameter in trained_parameters(module).items()
+    }
+
+
 def file_name(name: str) -> str:
     """A parameter's name as files spell it: without peft's adapter name and wrappers' prefixes."""
     for prefix in ("module.", "_orig_mod.", "base_model.model."):

@@ -102,30 +102,15 @@ class Trainer:
         if c.train_text_encoder:
             parts |= {n: p for n, p in self.task.parts.items() if isinstance(p, nn.Module)}
         for name, part in parts.items():
-            if c.method == "full":
-                adapters.train_all(part)
-            else:
-                patterns = (
-                    self.task.targets() if name == self.task.denoiser_part else adapters.TARGETS["text"]
-                )
-                adapters.add_lora(part, patterns, c)
-            part.train()
-        self.parts = parts
-        self.names = {
-            f"{part}/{name}": p
-            for part, m in parts.items()
-            for name, p in adapters.trained_parameters(m).items()
-        }
+            targets = self.task.targets() if name == self.task.denoiser_part else adapters.TARGETS["text"]
+            adapters.attach(part, targets, c)
+        self.parts, self.names = parts, adapters.named(parts)
         optimizer = optim.make_optimizer(self.names.values(), c)
         prepared = self.accelerator.prepare(*parts.values(), optimizer)
         self.optimizer = prepared[-1]
         self.prepared = dict(zip(parts, prepared[:-1], strict=True))
         if self.sharded:  # FSDP2 replaces the parameters
-            self.names = {
-                f"{part}/{name}": p
-                for part, m in self.prepared.items()
-                for name, p in adapters.trained_parameters(m).items()
-            }
+            self.names = adapters.named(self.prepared)
         if c.train_text_encoder:
             self.task.parts |= {n: m for n, m in self.prepared.items() if n != self.task.denoiser_part}
         self.task.make_host(self.prepared[self.task.denoiser_part])
