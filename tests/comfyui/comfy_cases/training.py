@@ -138,3 +138,82 @@ def a_score_of_the_expected_picture_is_a_success(host):
     other = graph.add("DiptychEditScore", edited=photo, source=photo)
     kept = host.run(graph.keep(kept=node[0], success=node[3], sheet=node[5], unknown=other[3])).kept
     assert kept["kept"] == 1 and kept["success"] == 1 and kept["unknown"] == -1 and kept["sheet"].ndim == 4
+
+
+def reinforce(host, name: str, **widgets):
+    """Two updates of the smallest reward training there is."""
+    pairs(host, "reward_pairs", 2)
+    defaults = {"updates": 2, "output_name": name, "preset": "fast", "start_from": "none"}
+    defaults["dataset"] = "reward_pairs"
+    small = {"rank": 2, "group_size": 2, "groups": 1, "preview_every": 1, "save_every": 1}
+    graph = host.graph()
+    if "reward" not in widgets:
+        widgets["reward"] = graph.add("DiptychReward", name="jpeg_size")[0]
+    node = graph.add("DiptychTrainGRPO", **(defaults | small | widgets))
+    return graph.keep(name=node[0], curve=node[1], sheet=node[2], report=node[3])
+
+
+@case
+def reward_training_leaves_a_lora_that_says_how_it_came_about(host):
+    from safetensors import safe_open
+
+    kept = host.run(reinforce(host, "rewarded")).kept
+    with safe_open(loras() / kept["name"], "pt") as opened:
+        header = json.loads(opened.metadata()["diptych"])
+    assert header["algorithm"] == "grpo" and header["reward"] == "jpeg_size x 1" and header["step"] == 2
+    assert kept["curve"].ndim == kept["sheet"].ndim == 4 and "2 of 2 updates" in kept["report"]
+    graph = host.graph()
+    tiny = graph.add("DiptychTinyModelLoader", which="fill")
+    loaded = graph.add("DiptychGRPOLoraLoader", model=tiny[0], lora=kept["name"], strength=1.0)
+    report = host.run(graph.keep(report=loaded[1])).kept["report"]
+    assert "grpo" in report and "jpeg_size" in report
+
+
+@case
+def a_batch_of_pictures_and_instructions_is_enough_to_learn_from(host):
+    graph = host.graph()
+    reward = graph.add("DiptychReward", name="shapes")[0]
+    demo = graph.add("DiptychDemoImage", example=3)
+    node = graph.add(
+        "DiptychTrainGRPO",
+        reward=reward,
+        images=demo[0],
+        instructions=demo[1],
+        base_model="tiny kontext (bundled)",
+        updates=1,
+        output_name="from_batch",
+        preset="nft",
+        group_size=2,
+        groups=1,
+        rank=2,
+        preview_every=0,
+    )
+    kept = host.run(graph.keep(name=node[0], report=node[3])).kept
+    assert (loras() / kept["name"]).is_file() and "grpo_nft (nft)" in kept["report"]
+
+
+@case
+def a_stopped_reward_training_goes_on_where_it_was(host):
+    import comfy.model_management
+    import comfy.utils
+
+    seen: list[int] = []
+
+    def press_stop(value, total, preview, **_):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if total == 3 and preview is not None:
+            seen.append(value)
+            if value == 1:
+                comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(press_stop)
+    try:
+        run = host.run(reinforce(host, "stopped_reward", updates=3), may_fail=True)
+        comfy.model_management.interrupt_current_processing(False)
+        assert run.message("execution_interrupted"), run.error
+        assert seen and not (loras() / "stopped_reward.safetensors").exists()
+        kept = host.run(reinforce(host, "stopped_reward", updates=3)).kept
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
+    assert "3 of 3 updates" in kept["report"] and (loras() / kept["name"]).is_file()
