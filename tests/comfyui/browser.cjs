@@ -12,10 +12,10 @@ async function main() {
   const page = await browser.newPage({ viewport: { width: 1600, height: 900 } });
   const problems = [];
   page.on("pageerror", (error) => problems.push(String(error)));
-  await page.goto(task.url, { waitUntil: "domcontentloaded", timeout: 120000 });
+  await page.goto(task.url, { waitUntil: "domcontentloaded", timeout: 300000 });
   await page.waitForFunction(
     (nodes) => window.app?.graph && nodes.every((node) => window.LiteGraph?.registered_node_types[node]),
-    task.nodes, { timeout: 120000 });
+    task.nodes, { timeout: 300000 });
 
   const workflow = JSON.parse(fs.readFileSync(task.workflow, "utf8"));
   await page.evaluate((graph) => window.app.loadGraphData(graph), workflow);
@@ -41,7 +41,7 @@ async function main() {
   }));
   await page.waitForFunction(
     () => window.app.graph._nodes.some((node) => node.imgs?.length && node.imgs.every((image) => image.complete)),
-    null, { timeout: 60000 });
+    null, { timeout: 300000 });
   const pictures = await page.evaluate(
     () => window.app.graph._nodes.flatMap((node) => node.imgs ?? []).map((image) => image.naturalHeight));
 

@@ -58,7 +58,7 @@ def test_a_workflow_opens_and_runs_in_the_page(server, browser, comfyui):
         "nodes": comfy_cases.node_ids(),
     }
     done = subprocess.run(
-        [node, str(HERE / "browser.cjs"), json.dumps(task)], capture_output=True, text=True, timeout=300
+        [node, str(HERE / "browser.cjs"), json.dumps(task)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)

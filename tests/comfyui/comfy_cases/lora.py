@@ -382,7 +382,7 @@ def the_node_lists_and_loads_a_peft_folder_at_its_trained_strength(host):
     assert node.VALIDATE_INPUTS("grpo/checkpoint-7/") is True
     model = tiny_flux()
     with torch.inference_mode():
-        patched, report = node().load(model, "grpo/checkpoint-7/", 1.0)
+        patched, report, _ = node().load(model, "grpo/checkpoint-7/", 1.0)
     want = apply(host, model, weights_of(host, pairs, 2.0))[0]
     assert change(predict(patched), predict(want)) < 1e-6
     assert "adapter_config.json" in report and "step 7" in report

@@ -139,7 +139,7 @@ def it_has_a_square_jpeg_thumbnail(host, name):
 
 
 @case(each=workflow_names)
-def it_runs_changes_no_input_and_is_cached_when_queued_again(host, name):
+def it_runs_changes_no_input_and_is_cached_after(host, name):
     from fingerprint import watch
 
     prompt = convert(host, name)
