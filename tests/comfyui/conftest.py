@@ -76,7 +76,7 @@ def base_folder(comfyui, tmp_path_factory):
 
 
 class Child:
-            [finding.interpreter(self.comfyui), str(HERE / "comfy_host.py"), self.comfyui, self.base],
+    """Runs the cases of one ComfyUI in a process; one that dies or hangs is replaced for the next case."""
 
     def __init__(self, comfyui: Path, base: Path, cases: list[str]):
         self.comfyui, self.base, self.left = comfyui, base, list(cases)
