@@ -11,7 +11,7 @@ async function main() {
   });
   const page = await browser.newPage({ viewport: { width: 1600, height: 900 } });
   const problems = [];
-  page.on("pageerror", (error) => problems.push(String(error)));
+  page.on("pageerror", (error) => problems.push(String(error.stack || error)));
   await page.goto(task.url, { waitUntil: "domcontentloaded", timeout: 300000 });
   await page.waitForFunction(
     (nodes) => window.app?.graph && nodes.every((node) => window.LiteGraph?.registered_node_types[node]),
