@@ -38,7 +38,7 @@ class TinyRecipe:
     text: str = "runs/tiny_text"
     start_from: str = ""  # transformer folder: base of a LoRA, or warm start of a full training
     merge_lora: str = ""  # LoRA file added to `start_from` for good
-    start_lora: str = ""  # state.pt of a LoRA training to start from
+    start_lora: str = ""  # state.pt or file of a plain LoRA to start from
     text_modules: bool = (
         False  # LoRA on the text stream of the double blocks too, not only on ICEdit's modules
     )

@@ -170,9 +170,21 @@ def transformer_for(recipe: Any) -> nn.Module:
         more = TEXT_MODULES if recipe.text_modules else []
         adapters.add_lora(module, adapters.TARGETS["fill"] + more, recipe)
         if recipe.start_lora:
-            saved = torch.load(recipe.start_lora, weights_only=True)["ema"]
-            _start_adapters(module, saved, recipe.rank)
+            _start_adapters(module, _plain_lora(recipe.start_lora), recipe.rank)
     return module
+
+
+def _plain_lora(path: str) -> dict[str, Tensor]:
+    """Tensors of a plain LoRA under peft's names, from a `state.pt` or a LoRA file."""
+    if path.endswith(".pt"):
+        return torch.load(path, weights_only=True)["ema"]
+    from ..models.lora import read
+
+    tensors = {}
+    for name, part in read(path).modules.items():
+        tensors[f"{name}.lora_A.default.weight"] = part.A.float()
+        tensors[f"{name}.lora_B.default.weight"] = part.scale * part.B.float()
+    return tensors
 
 
 @torch.no_grad()
