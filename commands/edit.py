@@ -18,6 +18,7 @@ from . import best_of, pictures
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("fill", "kontext")
+DEMO_EXAMPLE = 7  # the held-out picture that README.md shows
 
 
 def add_parser(subparsers) -> None:
@@ -196,7 +197,7 @@ def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tens
         return pictures.load_image(image), instruction
     from ..training.shapes import edit_pairs
 
-    pair = next(edit_pairs(0, 1, "test"))
+    pair = next(edit_pairs(DEMO_EXAMPLE, 1, "test"))
     return pair.source[None], instruction or pair.instruction
 
 
