@@ -1,7 +1,7 @@
 """Claim: importing the pack inside ComfyUI costs at most 20 ms beyond what ComfyUI has imported already.
 
-Processor time, which other programs on the machine disturb least. Named peer: ComfyUI core (torch and its nodes), in
-the same process. Run with ComfyUI's interpreter:
+Processor time, which other programs on the machine disturb least. Named peer: ComfyUI core (torch and its
+nodes), in the same process. Run with ComfyUI's interpreter:
 
     python benchmarks/import_time.py /path/to/ComfyUI
 """
