@@ -197,14 +197,7 @@ class Server:
     def run(self, prompt: dict, seconds: float = CASE_SECONDS) -> dict:
         """Queue an API prompt and return its history entry when it is done."""
         number = json.loads(self.post("/prompt", {"prompt": prompt}))["prompt_id"]
-
-        def finished() -> dict | None:
-            # The entry can be there a moment before its outputs are.
-            entry = self.get_json(f"/history/{number}").get(number)
-            failed = entry and entry["status"]["status_str"] == "error"
-            return entry if entry and (entry["outputs"] or failed) else None
-
-        return self.poll(finished, seconds)
+        return self.poll(lambda: self.get_json(f"/history/{number}").get(number), seconds)
 
     def close(self) -> None:
         self.process.terminate()
