@@ -10,11 +10,11 @@ from torch import Tensor
 from .lora import lora_names, lora_path
 from .training import (
     DEMO,
-    PRECISIONS,
+    PRECISION_INPUT,
     TINY,
     DiptychTrainLora,
     _number,
-    base_models,
+    base_model_input,
     data_spec,
     datasets,
     model_folder,
@@ -58,14 +58,7 @@ class DiptychTrainGRPO:
                         "instruction), or edit pairs as for Train LoRA.",
                     },
                 ),
-                "base_model": (
-                    [*TINY, *base_models()],
-                    {
-                        "default": next(iter(TINY)),
-                        "tooltip": "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, "
-                        "FLUX.1-Kontext-dev, an SD inpainting model), or a bundled tiny one to try it out.",
-                    },
-                ),
+                "base_model": base_model_input(),
                 "updates": (
                     "INT",
                     _number(40, 1, 1_000_000, "Rounds of trying, judging and learning. More later go on."),
@@ -136,14 +129,7 @@ class DiptychTrainGRPO:
                         advanced=True,
                     ),
                 ),
-                "precision": (
-                    PRECISIONS,
-                    {
-                        "default": "auto",
-                        "tooltip": "Of the frozen base. auto: fp8 below 40 GB of GPU memory, else bfloat16.",
-                        "advanced": True,
-                    },
-                ),
+                "precision": PRECISION_INPUT,
                 "save_every": ("INT", _number(10, 1, 100_000, "Updates between checkpoints.", advanced=True)),
                 "preview_every": (
                     "INT",

@@ -14,7 +14,14 @@ TINY = {
     "tiny sd_inpaint (bundled)": "sd_inpaint",
 }
 RECIPES = ["auto", "icedit", "icedit_moe", "kontext", "sd_inpaint_dreambooth"]
-PRECISIONS = ["auto", "bfloat16", "float8_e4m3fn", "float32"]
+PRECISION_INPUT = (
+    ["auto", "bfloat16", "float8_e4m3fn", "float32"],
+    {
+        "default": "auto",
+        "tooltip": "Of the frozen base. auto: fp8 below 40 GB of GPU memory, else bfloat16.",
+        "advanced": True,
+    },
+)
 
 
 def _folder_paths() -> Any:
@@ -43,6 +50,18 @@ def base_models() -> dict[str, Path]:
         for index in sorted(Path(parent).glob("*/model_index.json")):
             found.setdefault(index.parent.name, index.parent)
     return found
+
+
+def base_model_input() -> tuple[list[str], dict]:
+    """The widget that chooses what to train; both training nodes have it."""
+    return (
+        [*TINY, *base_models()],
+        {
+            "default": next(iter(TINY)),
+            "tooltip": "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, "
+            "FLUX.1-Kontext-dev, an SD inpainting model), or a bundled tiny one to try it out.",
+        },
+    )
 
 
 def _number(default: float, low: float, high: float, tooltip: str, **more: Any) -> dict:
@@ -90,14 +109,7 @@ class DiptychTrainLora:
                         "NAME.txt (the instruction), or a .jsonl file with prompt, image and mask.",
                     },
                 ),
-                "base_model": (
-                    [*TINY, *base_models()],
-                    {
-                        "default": next(iter(TINY)),
-                        "tooltip": "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, "
-                        "FLUX.1-Kontext-dev, an SD inpainting model), or a bundled tiny one to try it out.",
-                    },
-                ),
+                "base_model": base_model_input(),
                 "steps": (
                     "INT",
                     _number(500, 1, 1_000_000, "Optimiser steps. More of them later go on from here."),
@@ -145,14 +157,7 @@ class DiptychTrainLora:
                     ),
                 ),
                 "batch_size": ("INT", _number(0, 0, 256, "Pairs per step; 0 = the recipe's.", advanced=True)),
-                "precision": (
-                    PRECISIONS,
-                    {
-                        "default": "auto",
-                        "tooltip": "Of the frozen base. auto: fp8 below 40 GB of GPU memory, else bfloat16.",
-                        "advanced": True,
-                    },
-                ),
+                "precision": PRECISION_INPUT,
                 "save_every": ("INT", _number(100, 1, 100_000, "Steps between checkpoints.", advanced=True)),
                 "preview_every": (
                     "INT",

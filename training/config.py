@@ -242,7 +242,13 @@ def read(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text!r} is not of the form key=value")
-        values[key.strip()] = yaml.safe_load(value) if value else ""
+        try:
+            values[key.strip()] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise ValueError(
+                f"--set {text!r}: the value is not YAML; put quotes around what holds ? : & or [, "
+                f"""for example --set '{key.strip()}=["..."]'"""
+            ) from None
     if values.get("task", "fill") in TASKS:
         values.setdefault("recipe", path.stem)
     return values
@@ -251,7 +257,12 @@ def read(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        raise ValueError(f"recipe {path} is not YAML{line}: quote values that hold ? : & or [") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} is not a YAML mapping of keys to values")
     parent = values.pop("extends", None)

@@ -10,17 +10,16 @@ import json
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import adapters, checkpoint, nft, optim, policy
+from . import adapters, checkpoint, nft, optim, policy, screening
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
-from .rollout import Rollout, Sampling, collect, make_policy
+from .rollout import Rollout, Sampling, collect, kept_only, make_policy
 from .sft import Trainer
 from .windows import window as window_of
 
@@ -41,15 +40,17 @@ class GRPOTrainer(Trainer):
         self.best: dict[str, Tensor] | None = None
         self.old: nft.OldPolicy | None = None
         super().prepare()
-        for part in self.parts.values():
-            part.eval()  # rollout and replay must be the same function, so no dropout in either
         self.judge = Judge(self.rewards, self.batches, c.use_targets)
-        self.policy = make_policy(self.task)
 
     def _prepare_model(self) -> None:
         super()._prepare_model()
+        for part in self.parts.values():
+            part.eval()  # rollout and replay must be the same function, so no dropout in either
+        self.policy = make_policy(self.task)
         if self.config.algorithm == "nft":
             self.old = nft.OldPolicy(self.names, self.config)
+        if self.config.screen < 1:
+            screening.keep_worst(self)
 
     # ---------------------------------------------------------------- one step
 
@@ -63,7 +64,7 @@ class GRPOTrainer(Trainer):
         with self.old.active(self.names) if self.old else nullcontext():
             rollouts = collect(
                 self.policy,
-                self._rollout_batch,
+                lambda numbers: self.rollout_batch(self.batches, numbers),
                 rows,
                 range(first, first + len(rows)),
                 group_size=c.group_size,
@@ -109,8 +110,12 @@ class GRPOTrainer(Trainer):
             c.shared_prefix,
         )
 
-    def _rollout_batch(self, numbers: list[int]) -> dict[str, Any]:
-        return self._to_device(self.batches(numbers, [False] * len(numbers)))
+    def rollout_batch(self, batches: Any, numbers: list[int]) -> dict[str, Any]:
+        """What the policy needs of these rows, on the device."""
+        batch = self._to_device(batches(numbers, [False] * len(numbers)))
+        if self.task.name == "sd_inpaint" and self.config.rollout_guidance != 1:
+            batch["empty_tokens"] = self.task.empty_tokens(batches)
+        return batch
 
     def _advantages(
         self, rollouts: list[Rollout], rows: list[int], first: int
@@ -147,6 +152,8 @@ class GRPOTrainer(Trainer):
         total = torch.zeros((), device=device)
         if self._kept == 0:
             return total, 0.0
+        if self.old is not None:
+            rollouts, worth = self._compacted(rollouts, worth)
         # The mean over all kept samples of all processes; DDP averages over processes.
         scale = self.world * c.inner_updates / self._kept
         pieces = [
@@ -175,6 +182,16 @@ class GRPOTrainer(Trainer):
         joined = {name: torch.cat(values).float() for name, values in log.items()}
         self.measures |= {name: float(values.mean()) for name, values in joined.items() if len(values)}
         return total, norm
+
+    def _compacted(
+        self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]]
+    ) -> tuple[list[Rollout], list[tuple[Tensor, Tensor]]]:
+        """Only what teaches; the last micro-batch as it is where this process has nothing of that."""
+        advantages, keeps = (torch.cat(column) for column in zip(*worth, strict=True))
+        some = kept_only(rollouts, [keeps], self.config.micro_batch)
+        if not some:
+            return rollouts[-1:], worth[-1:]
+        return [r for r, _ in some], [(advantages[places], keeps[places]) for _, places in some]
 
     def _terms(self, rollout: Rollout) -> int:
         return self.config.nft_times if self.old is not None else len(rollout.transitions)
@@ -215,41 +232,24 @@ class GRPOTrainer(Trainer):
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Held-out rows by the plain ODE from fixed noise; keeps the best weights, stops a collapse."""
-        c = self.config
-        judge = Judge(self.rewards, self.sample_batches, c.use_targets)
         numbers = list(range(len(self.sample_batches.entries)))[self.rank :: self.world]
-        swapped = self.average is not None
-        if swapped:
-            self.average.swap(self.names)
-        rows: dict[str, list[Tensor]] = {}
-        for start in range(0, len(numbers), c.micro_batch):
-            some = numbers[start : start + c.micro_batch]
-            batch = self._to_device(self.sample_batches(some, [False] * len(some)))
-            made = collect(
-                self.policy,
-                lambda _, batch=batch: batch,
-                some[:1],
-                [1 << 40 | start],
-                group_size=len(some),
-                micro_batch=len(some),
-                sampling=replace(self.sampling, shared_noise=False, shared_prefix=False),
-                window=None,
-                seed=c.seed,
-            )
-            for name, values in judge(self.task.host.decode(made[0].latents), some).items():
-                rows.setdefault(name, []).append(values)
-        if swapped:
-            self.average.swap(self.names)
+        with self.averaged():
+            rows = screening.try_rows(self, self.sample_batches, numbers)
         scores = {}
         for name, values in rows.items():
-            everyone = self.accelerator.gather_for_metrics(torch.cat(values).to(self.accelerator.device))
-            scores[name] = float(everyone.nanmean())
+            scores[name] = float(screening.gathered(self.accelerator, values).nanmean())
         value = sum(self.rewards.weights[name] * score for name, score in scores.items())
         self.history.append({"step": self.step, "value": value, **scores})
+        logger.info("held-out reward after %d updates: %.4f", self.step, value)
         self.measures |= {f"held_out/{name}": score for name, score in scores.items()}
         if value >= max(entry["value"] for entry in self.history):
             source = self.average.values if self.average is not None else self.names
             self.best = {name: tensor.detach().float().clone() for name, tensor in source.items()}
+
+    def _steps(self) -> bool:
+        if self.config.eval_rows and not self.history:
+            self._evaluate()  # what there is to beat, and what is exported if nothing beats it
+        return super()._steps()
 
     def _collapsed(self) -> bool:
         values = [entry["value"] for entry in self.history[-self.config.patience - 1 :]]

@@ -33,7 +33,13 @@ class GRPOConfig(TrainConfig):
     window_every: int = option(25, "progressive: updates between moves of the window.")
     group_size: int = option(12, "Samples per row (source and instruction).")
     groups_per_update: int = option(4, "Rows per process and update.")
-    micro_batch: int = option(12, "Samples per forward pass, in rollouts and in updates alike.")
+    micro_batch: int = option(
+        12,
+        "Samples per forward pass, rolling out and learning: part of a group, or several whole groups.",
+    )
+    screen: float = option(
+        1.0, "Try every row once before the first update and learn on this share, the worst; 1 = on all."
+    )
     shared_noise: bool = option(False, "Start all samples of a group from one noise.")
     shared_prefix: bool = option(
         False, "Run the steps before the window once per group (implies shared noise)."
@@ -58,8 +64,9 @@ class GRPOConfig(TrainConfig):
     )
     nft_beta: float = option(1.0, "nft: strength of the implicit positive and negative policies.")
     nft_times: int = option(2, "nft: noise levels per rollout and inner update.")
+    nft_shared_noise: bool = option(False, "nft: noise all samples of a group alike: less noisy gradients.")
     nft_old_ramp: float = option(0.001, "nft: growth per update of the old policy's decay.")
-    nft_old_max: float = option(0.5, "nft: largest decay of the old policy.")
+    nft_old_max: float = option(0.5, "nft: largest decay of the old policy; 0 = always the present one.")
 
     # stopping
     eval_rows: int = option(0, "Rows of `sample_data` sampled (plain ODE) at every evaluation; 0 = none.")
@@ -86,6 +93,8 @@ class GRPOConfig(TrainConfig):
         for name in ("groups_per_update", "inner_updates", "rollout_steps", "eval_every", "nft_times"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if not 0 < self.screen <= 1:
+            raise ValueError(f"screen is {self.screen:g}: it is a share above 0, at most 1")
         if self.algorithm == "grpo":
             from .windows import window
 

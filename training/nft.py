@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import noised, row_noise, row_uniform
+from .losses import noised, row_noise, row_uniform, sigma_from_uniform
 from .optim import MovingAverage
 
 NORM_FLOOR = 1e-5
@@ -80,15 +80,22 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     """Loss [B] of one noise level of a rollout; called by `GRPOTrainer`."""
     c = trainer.config
     x0 = rollout.latents
-    positions = [member * c.nft_times + index for member in rollout.members]
-    sigma = row_uniform(c.seed, positions, "nft").to(x0.device).clamp(1e-3, 1 - 1e-3)
-    noise = row_noise(c.seed, [(1 << 41) + position for position in positions], tuple(x0.shape[1:])).to(
-        x0.device
+    # With one noise and level for a whole group, what its members share cancels in the sum over advantages.
+    share = c.group_size if c.nft_shared_noise else 1
+    positions = [member // share * c.nft_times + index for member in rollout.members]
+    u = row_uniform(c.seed, positions, "nft")
+    sigma = sigma_from_uniform(
+        u, c.time_sampling, logit_mean=c.logit_mean, logit_std=c.logit_std, mode_scale=c.mode_scale
     )
-    x, _ = noised(x0, noise, sigma)
-    with torch.no_grad(), trainer.old.active(trainer.names):
-        v_old = trainer.policy.predict(x, sigma, rollout.batch, c.rollout_guidance)
+    sigma = sigma.to(x0.device).clamp(1e-3, 1 - 1e-3)
+    noise = row_noise(c.seed, [(1 << 41) + position for position in positions], tuple(x0.shape[1:]))
+    x, _ = noised(x0, noise.to(x0.device), sigma)
+    same = c.nft_old_max == 0 and c.inner_updates == 1  # the old weights are the present ones
+    if not same:  # before the prediction with gradient: the weights are swapped in place
+        with torch.no_grad(), trainer.old.active(trainer.names):
+            v_old = trainer.policy.predict(x, sigma, rollout.batch, c.rollout_guidance)
     v = trainer.policy.predict(x, sigma, rollout.batch, c.rollout_guidance)
+    v_old = v.detach() if same else v_old
     loss = nft_loss(
         x, sigma, x0, v.float(), v_old.float(), preference(advantage, c.advantage_clamp), c.nft_beta
     )

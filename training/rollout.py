@@ -153,36 +153,67 @@ def collect(
     window: tuple[int, int] | None,
     seed: int,
 ) -> list[Rollout]:
-    """`group_size` samples of each row, in micro-batches that never mix rows.
+    """`group_size` samples of each row, in micro-batches of part of a row's group or of several whole groups.
 
     rows: entry numbers; groups: a number per row, unique over processes and updates, that alone fixes its
     noise (so any split over processes makes the same pictures). window None records nothing (DiffusionNFT).
     """
     rollouts = []
-    for row, group in zip(rows, groups, strict=True):
-        members = [group * group_size + index for index in range(group_size)]
-        prefix = _prefix(policy, make_batch, row, members[0], sampling, window, seed)
+    together = max(1, micro_batch // group_size)  # rows; an update's rows are all of one size
+    for first in range(0, len(rows), together):
+        some = list(rows[first : first + together])
+        starts = [group * group_size for group in groups[first : first + together]]
+        prefix = _prefix(policy, make_batch, some, starts, sampling, window, seed)
         for start in range(0, group_size, micro_batch):
-            part = members[start : start + micro_batch]
-            batch = make_batch([row] * len(part))
+            numbers = range(start, min(start + micro_batch, group_size))
+            part = [member + number for member in starts for number in numbers]
+            batch = make_batch([row for row in some for _ in numbers])
             device = batch["latents"].device
-            positions = [members[0]] * len(part) if sampling.shared_noise else part
+            firsts = [member for member in starts for _ in numbers]
             shape = tuple(batch["latents"].shape[1:])
-            noise = row_noise(seed, positions, shape).to(device)
             steps = (0, sampling.steps)
-            if prefix is not None:
-                noise, steps = prefix.expand(len(part), *shape).clone(), (window[0], sampling.steps)
+            if prefix is None:
+                noise = row_noise(seed, firsts if sampling.shared_noise else part, shape).to(device)
+            else:
+                noise = prefix.repeat_interleave(len(numbers), 0)
+                steps = (window[0], sampling.steps)
             generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
             latents, transitions = policy.run(batch, noise, sampling, window, generators, steps)
             rollouts.append(Rollout(part, batch, latents, transitions))
     return rollouts
 
 
-def _prefix(policy, make_batch, row, member, sampling, window, seed) -> Tensor | None:
-    """The group's common latents [1,C,h,w] at the window's start; None where nothing is shared."""
+def _prefix(policy, make_batch, rows, members, sampling, window, seed) -> Tensor | None:
+    """The groups' common latents [rows,C,h,w] at the window's start; None where nothing is shared."""
     if not sampling.shared_prefix or window is None or window[0] == 0:
         return None
-    batch = make_batch([row])
-    noise = row_noise(seed, [member], tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
+    batch = make_batch(rows)
+    noise = row_noise(seed, members, tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
     latents, _ = policy.run(batch, noise, sampling, None, None, (0, window[0]))
     return latents
+
+
+def kept_only(
+    rollouts: Sequence[Rollout], keeps: Sequence[Tensor], size: int
+) -> list[tuple[Rollout, Tensor]]:
+    """The samples marked in `keeps` ([B] bool each), put together into micro-batches of at most `size`.
+
+    Returns them with the places that each one's samples had among all. For objectives that replay no recorded
+    step, which may leave samples out.
+    """
+    batch = {name: _joined([r.batch[name] for r in rollouts]) for name in rollouts[0].batch}
+    latents = torch.cat([r.latents for r in rollouts])
+    members = [member for r in rollouts for member in r.members]
+    out = []
+    for places in torch.cat([k.cpu() for k in keeps]).nonzero()[:, 0].split(size):
+        index = places.to(latents.device)
+        some = {
+            name: value[index] if isinstance(value, Tensor) else [value[i] for i in places.tolist()]
+            for name, value in batch.items()
+        }
+        out.append((Rollout([members[i] for i in places.tolist()], some, latents[index], ()), places))
+    return out
+
+
+def _joined(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else [item for part in parts for item in part]

@@ -35,15 +35,8 @@ class SDInpaintTask(Task):
         )
         return {"tokens": self.parts["text_encoder"](ids.input_ids.to(self.device))[0]}
 
-    @torch.no_grad()
     def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
-        pixels = torch.stack([r.pixels for r in rows])
-        mask = torch.stack([r.mask for r in rows])
-        return {
-            "latents": self.latents(pixels),
-            "masked_latents": self.latents(pixels * (1 - mask)),
-            "mask": mask.to(torch.uint8),
-        }
+        return self.encode_masked(rows)
 
     def make_host(self, module: nn.Module) -> None:
         from ..models.sd_inpaint import SDInpaint

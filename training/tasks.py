@@ -141,6 +141,17 @@ class Task:
         """Same-sized rows to `latents` and whatever the family's condition needs, batched."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def encode_masked(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        """`encode_pictures` of the families that repaint: picture, picture with a mid-grey hole, mask."""
+        pixels = torch.stack([r.pixels for r in rows])
+        mask = torch.stack([r.mask for r in rows])
+        return {
+            "latents": self.latents(pixels),
+            "masked_latents": self.latents(pixels * (1 - mask)),
+            "mask": mask.to(torch.uint8),
+        }
+
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """Prompts to `tokens` (and `pooled`), batched; with gradient if the text encoders are trained."""
         raise NotImplementedError
@@ -239,15 +250,8 @@ class FillTask(FluxTask):
 
         return FluxFill
 
-    @torch.no_grad()
     def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
-        pixels = torch.stack([r.pixels for r in rows])
-        mask = torch.stack([r.mask for r in rows])
-        return {
-            "latents": self.latents(pixels),
-            "masked_latents": self.latents(pixels * (1 - mask)),
-            "mask": mask.to(torch.uint8),
-        }
+        return self.encode_masked(rows)
 
     def condition(self, batch: dict[str, Any], guidance: float) -> Any:
         from ..models.denoiser import Condition, TextEmbedding

@@ -211,9 +211,9 @@ def train(recipe: TinyRecipe, progress: Callable[[int, int, float], None] | None
             raise ValueError(
                 f"the loss is {value} at step {step}: lower learning_rate ({recipe.learning_rate})"
             )
-        balance = [m.balance for m in module.modules() if isinstance(m, adapters.MoELoRALinear)]
-        if balance and balance[0] is not None:
-            loss = loss + recipe.moe_balance * torch.stack(balance).mean()
+        balance = adapters.balance_loss(module)
+        if balance is not None:
+            loss = loss + recipe.moe_balance * balance
         loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), recipe.grad_clip)
         optimizer.step()

@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class VaeRecipe:
     architecture: str = "flux"  # "flux": 16 latent channels; "sd": 4
     decoder_only: bool = False  # keep the encoder, and with it every cached latent, as it is
     start_from: str = ""  # a vae folder to start from; empty: fresh weights
+    text: str = ""  # "sd": folder with the text encoder; a pipeline with an untrained UNet is written too
     steps: int = 15_000
     batch_size: int = 8  # panels a step; a diptych counts as two
     learning_rate: float = 2e-3
@@ -140,6 +141,10 @@ def train(
     if not recipe.decoder_only:
         measure_latents(vae, recipe.seed)
     vae.eval().to(memory_format=torch.contiguous_format).save_pretrained(out / "vae")
+    if recipe.text:
+        from ..models.tiny import folders
+
+        folders.write_sd(out / "pipeline", vae=vae, text=Path(recipe.text), unet=build.sd_unet())
     return out / "vae"
 
 
@@ -197,8 +202,3 @@ def evaluate(vae, n: int = 500, seed: int = 1, split: str = "test") -> dict[str,
     psnr = -10 * (out - pictures).square().mean((1, 2, 3)).log10()
     exact = shapes.read(out).matches(scenes)
     return {"psnr": psnr.mean().item(), "read_back": exact.float().mean().item(), "pictures": n}
-
-
-def recipe_dict(recipe: VaeRecipe) -> dict:
-    """The recipe as plain values, for a report or a file header."""
-    return asdict(recipe)

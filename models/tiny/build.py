@@ -213,7 +213,7 @@ def sd_unet():
         sample_size=PANEL // 8,
         in_channels=2 * SD_LATENTS + 1,
         out_channels=SD_LATENTS,
-        block_out_channels=(16, 32),
+        block_out_channels=(24, 32),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

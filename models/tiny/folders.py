@@ -12,8 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import build
-
 FLUX_SCHEDULER = {
     "num_train_timesteps": 1000,
     "shift": 3.0,
@@ -99,15 +97,3 @@ def write_sd(out: Path, *, vae: Any, text: Path, unet: Any) -> Path:
     _index(out, "StableDiffusionInpaintPipeline", parts, requires_safety_checker=False)
     halve(out)
     return out
-
-
-def write_untrained(root: Path, *, vae: Path, text: Path, seed: int = 0) -> None:
-    """All three folders with seeded, untrained denoisers, and a card that says so."""
-    import torch
-
-    torch.manual_seed(seed)
-    write_flux(root / "fill", vae=vae, text=text, transformer=build.flux_transformer(384))
-    write_flux(root / "kontext", vae=vae, text=text, transformer=build.flux_transformer(64), kontext=True)
-    write_sd(root / "sd_inpaint", vae=build.vae("sd"), text=text, unet=build.sd_unet())
-    card = {"trained": False, "panel": build.PANEL, "steps": 16, "guidance": {"fill": 30.0, "kontext": 2.5}}
-    (root / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import checkpoint, config, grpo
+from comfyui_diptych.training import checkpoint, config, grpo, screening
 from comfyui_diptych.training.grpo_config import GRPOConfig
 from safetensors.torch import load_file
 
@@ -109,7 +109,7 @@ def test_options_run_and_move_the_weights(toys, tmp_path, options):
 def test_kl_of_an_untouched_adapter_is_zero_and_of_a_touched_one_its_closed_form(toys, tmp_path):
     trainer = grpo.GRPOTrainer(toy(toys, tmp_path, kl_beta=1.0))
     trainer.prepare()
-    batch = trainer._rollout_batch([0])
+    batch = trainer.rollout_batch(trainer.batches, [0])
     x, sigma = torch.randn_like(batch["latents"]), torch.tensor([0.5])
     with torch.no_grad():
         reference = trainer.policy.predict(x, sigma, batch, 3.0)
@@ -184,6 +184,53 @@ def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_pa
     assert max(t.abs().max().item() for k, t in a.items() if "lora_B" in k) > 1e-3
     assert max((a[k] - b[k]).abs().max().item() for k in a) <= 1e-5
     assert (tmp_path / "two" / "rewards.png").is_file()
+
+
+def test_screening_leaves_the_rows_that_came_out_worst(toys, tmp_path):
+    whole = grpo.GRPOTrainer(toy(toys, tmp_path / "whole"))
+    whole.prepare()
+    entries = whole.batches.entries
+    # Row by row instead of in micro-batches: the noise belongs to the row.
+    values = [screening.try_rows(whole, whole.batches, [n])["toy_judge:brightness"] for n in range(12)]
+    worst = torch.cat(values).argsort()[:5].tolist()
+    c = toy(toys, tmp_path / "part", screen=5 / 12, max_steps=1)
+    part = grpo.GRPOTrainer(c)
+    part.run()
+    assert part.batches.entries == [entries[n] for n in sorted(worst)]
+    file = tmp_path / "part" / "screened.json"
+    saved = json.loads(file.read_text())
+    assert saved["values"] == pytest.approx(torch.cat(values).tolist(), abs=1e-5)
+    # A run that goes on reads what was found instead of trying every row again.
+    saved["values"] = [-float(n) for n in range(12)]
+    file.write_text(json.dumps(saved))
+    again = grpo.GRPOTrainer(toy(toys, tmp_path / "part", screen=5 / 12, max_steps=2, resume="auto"))
+    again.run()
+    assert again.step == 2
+    assert again.batches.entries == entries[7:]
+
+
+def test_screening_names_what_is_left_too_small(toys, tmp_path):
+    with pytest.raises(ValueError, match="leaves 1 of 12 rows, an update takes 2: raise screen"):
+        grpo.GRPOTrainer(toy(toys, tmp_path, screen=0.1)).run()
+
+
+def test_worst_leaves_failures_out():
+    assert screening.worst([0.5, None, 0.1, float("nan"), 0.1, 0.9], 0.5) == [0, 2, 4]
+    assert screening.worst([0.5, 0.4], 0.01) == [1]
+
+
+def test_guided_rollouts_of_sd_see_the_empty_prompt(toys, tmp_path):
+    data = ["shapes:12?size=32&task=inpaint"]
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, "sd_inpaint", data=data, rollout_guidance=4.0))
+    trainer.prepare()
+    batch = trainer.rollout_batch(trainer.batches, [0])
+    x = torch.randn_like(batch["latents"])
+    plain = {**batch, "tokens": batch["empty_tokens"].expand_as(batch["tokens"])}
+    with torch.no_grad():
+        guided = trainer.policy.predict(x, 500, batch, 4.0)
+        positive = trainer.policy.predict(x, 500, batch, 1.0)
+        negative = trainer.policy.predict(x, 500, plain, 1.0)
+    torch.testing.assert_close(guided, negative + 4 * (positive - negative), atol=1e-5, rtol=1e-5)
 
 
 def test_a_failing_reward_is_counted_and_never_zero(toys, tmp_path):

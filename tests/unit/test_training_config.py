@@ -74,3 +74,13 @@ def test_a_bare_no_in_yaml_is_the_word(tmp_path):
     recipe.write_text("task: fill\nmixed_precision: no\n", encoding="utf-8")
     assert config.load(str(recipe)).mixed_precision == "no"
     assert config.load("icedit", ["mixed_precision=no"]).mixed_precision == "no"
+
+
+def test_what_is_not_yaml_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"shapes:256\?task=inpaint\]': the value is not YAML; put quotes"):
+        config.read("icedit", ["data=[shapes:256?task=inpaint]"])
+    assert config.read("icedit", ['data=["shapes:256?task=inpaint"]'])["data"] == ["shapes:256?task=inpaint"]
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("task: fill\ndata: [a: b: c]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="mine.yaml is not YAML in line 2"):
+        config.read(str(recipe))
