@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import best_of, pictures
+from . import best_of, loras, pictures
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("fill", "kontext")
@@ -34,13 +34,7 @@ def add_parser(subparsers) -> None:
     add("-o", "--output", type=Path, default=Path("edited.png"), metavar="OUT.png", help="default edited.png")
     add("--engine", choices=ENGINES, help="ICEdit diptych on FLUX Fill, or Kontext (default: by the model)")
     add("--model", metavar="DIR_OR_HUB_ID", help="diffusers folder or Hugging Face id (default: bundled)")
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="PATH[:STRENGTH]",
-        help="LoRA file or folder; may be repeated",
-    )
+    loras.add_argument(parser)
     add("--lora-strength", type=float, default=1.0, help="strength of LoRAs that name none (default 1)")
     add("--steps", type=int, help="sampling steps (default 28)")
     add("--guidance", type=float, help="embedded guidance (default 50 for fill, 2.5 for kontext)")
@@ -153,7 +147,7 @@ def check(args: argparse.Namespace) -> Request:
     guidance = (
         args.guidance if args.guidance is not None else (tiny or {}).get("guidance", {}).get(engine, default)
     )
-    loras = [_read_lora(text, args.lora_strength) for text in args.lora or _tiny_loras(tiny, engine)]
+    chosen = [loras.read(text, args.lora_strength) for text in args.lora or _tiny_loras(tiny, engine)]
     return Request(
         image=image,
         instruction=instruction,
@@ -162,7 +156,7 @@ def check(args: argparse.Namespace) -> Request:
         tiny=tiny,
         mask=mask,
         further=further,
-        loras=tuple(loras),
+        loras=tuple(chosen),
         panel_width=panel_width,
         guidance=guidance,
         sampling=sampling,
@@ -245,24 +239,6 @@ def _say_what_tiny_is(card: dict[str, Any]) -> None:
         )
 
 
-def _read_lora(text: str, strength: float) -> tuple[Any, float]:
-    """PATH or PATH:STRENGTH to the LoRA and its strength. A path that exists is taken whole (C:\\...)."""
-    from ..models.lora.read import read
-
-    path = text
-    if not Path(text).exists() and ":" in text:
-        path, _, number = text.rpartition(":")
-        try:
-            strength = float(number)
-        except ValueError:
-            path = text
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"LoRA {path} does not exist: give a file or folder, with :0.8 for a strength"
-        )
-    return read(path), strength
-
-
 def _quiet() -> None:
     """One progress bar, ours: the libraries' own bars and warnings about optional parts go."""
     from diffusers.utils import logging as diffusers_logging
@@ -290,12 +266,9 @@ def _load(request: Request, args: argparse.Namespace) -> Any:
 
 
 def _apply_loras(denoiser: Any, request: Request) -> list[Any]:
-    from ..models.lora.diffusers import apply_to_diffusers
-
-    handles = []
-    for weights, strength in request.loras:
-        handles.append(apply_to_diffusers(denoiser.transformer, weights, strength))
-        print(handles[-1].report)
+    handles = loras.apply(denoiser.transformer, request.loras)
+    for handle in handles:
+        print(handle.report)
     return handles
 
 

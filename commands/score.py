@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import loras
+
 ENGINES = ("fill", "kontext", "sd_inpaint")
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # the ones ICEdit reports
 QUESTIONS = {
@@ -26,8 +28,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--model", help="diffusers folder or hub id (default: the bundled tiny model of the engine)"
     )
-    parser.add_argument("--lora", help="LoRA file or folder, of any format")
-    parser.add_argument("--strength", type=float, default=1.0, help="LoRA strength (default 1)")
+    loras.add_argument(parser)
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="strength of LoRAs that name none (default 1)"
+    )
     parser.add_argument("--engine", choices=ENGINES, default="fill", help="model family (default fill)")
     parser.add_argument(
         "--what", choices=tuple(QUESTIONS), default="edit", help="what to measure (default edit)"
@@ -123,10 +127,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The denoiser with its LoRA on, the LoRA's sigma hook, and the LoRA's report."""
+    """The denoiser with its LoRAs on, their sigma hook, and their reports."""
     import torch
 
-    from ..models import lora as loras
     from ..models import tiny
     from ..models.flux import default_device
 
@@ -135,7 +138,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype is {args.dtype!r}: use float32, bfloat16 or float16")
-    weights = loras.read(args.lora) if args.lora else None
+    chosen = [loras.read(text, args.strength) for text in args.lora]
     if args.engine == "fill":
         from ..models.flux_fill import FluxFill as Engine
     elif args.engine == "kontext":
@@ -143,8 +146,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
     else:
         from ..models.sd_inpaint import SDInpaint as Engine
     denoiser = Engine.load(folder, dtype=dtype, device=device)
-    if weights is None:
-        return denoiser, None, ""
     module = denoiser.unet if args.engine == "sd_inpaint" else denoiser.transformer
-    applied = loras.apply_to_diffusers(module, weights, args.strength)
-    return denoiser, applied.at_sigma, str(applied)
+    handles = loras.apply(module, chosen)
+
+    def at_sigma(sigma: float) -> None:
+        for handle in handles:
+            handle.at_sigma(sigma)
+
+    return denoiser, at_sigma, "\n".join(str(handle.report) for handle in handles)

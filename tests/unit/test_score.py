@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_diptych.commands import score as command
+from comfyui_diptych.models import tiny
 from comfyui_diptych.training import judges, pictures, score
 from PIL import Image
 
@@ -119,3 +121,27 @@ def test_a_loss_curve_is_drawn_even_of_little():
     for values in ([], [float("nan")], [1.0], [3.0, float("nan"), 1.0, 2.0]):
         image = pictures.as_image(pictures.curve(values))
         assert image.shape == (1, 360, 640, 3) and 0 < image.mean() < 1
+
+
+def test_loras_of_the_command_line_add_up():
+    file = str(tiny.folder() / "loras" / "icedit.safetensors")
+    rows = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 32, 384, generator=rows),
+        "encoder_hidden_states": torch.randn(1, 8, 64, generator=rows),
+        "pooled_projections": torch.randn(1, 64, generator=rows),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([30.0]),
+        "img_ids": torch.zeros(32, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    outputs = []
+    for chosen in ([file], [f"{file}:0.75", f"{file}:0.25"], []):
+        args = SimpleNamespace(engine="fill", model=None, device="cpu", dtype=None, lora=chosen, strength=1.0)
+        denoiser, at_sigma, report = command.load(args)
+        at_sigma(0.5)
+        with torch.no_grad():
+            outputs.append(denoiser.transformer(**inputs, return_dict=False)[0])
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+    assert (outputs[0] - outputs[2]).abs().max() > 0.01
+    assert report == ""

@@ -1,0 +1,46 @@
+"""LoRAs on the command line: `--lora PATH[:STRENGTH]`, any number of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="LoRA file or folder, of any format; may be repeated",
+    )
+
+
+def read(text: str, strength: float = 1.0) -> tuple[Any, float]:
+    """PATH or PATH:STRENGTH to the LoRA and its strength. A path that exists is taken whole (C:\\...).
+
+    Raises FileNotFoundError.
+    """
+    from ..models.lora.read import read as read_lora
+
+    path = text
+    if not Path(text).exists() and ":" in text:
+        path, _, number = text.rpartition(":")
+        try:
+            strength = float(number)
+        except ValueError:
+            path = text
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"LoRA {path} does not exist: give a file or folder, with :0.8 for a strength"
+        )
+    return read_lora(path), strength
+
+
+def apply(module: Any, loras: Sequence[tuple[Any, float]]) -> list[Any]:
+    """Put them on a diffusers module, in order; returns their handles, which follow sigma and can report."""
+    from ..models.lora.diffusers import apply_to_diffusers
+
+    return [apply_to_diffusers(module, weights, strength) for weights, strength in loras]
