@@ -114,7 +114,7 @@ class GRPOTrainer(Trainer):
         """What the policy needs of these rows, on the device."""
         batch = self._to_device(batches(numbers, [False] * len(numbers)))
         if self.task.name == "sd_inpaint" and self.config.rollout_guidance != 1:
-            batch["empty_tokens"] = self.task.empty_tokens(batches)
+            batch["empty_tokens"] = self.task.empty_tokens(batches).expand_as(batch["tokens"])
         return batch
 
     def _advantages(

@@ -82,8 +82,6 @@ class GRPOConfig(TrainConfig):
         super().__post_init__()
         if self.method != "lora":
             raise ValueError(f"method is {self.method!r}: reward training trains a LoRA")
-        if self.algorithm == "nft" and self.task == "sd_inpaint":
-            raise ValueError("algorithm nft is for flow models: use grpo for sd_inpaint")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")

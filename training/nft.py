@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import noised, row_noise, row_uniform, sigma_from_uniform
+from .losses import row_noise, row_uniform, sigma_from_uniform
 from .optim import MovingAverage
 
 NORM_FLOOR = 1e-5
@@ -28,16 +28,21 @@ def preference(advantage: Tensor, clamp: float) -> Tensor:
 def nft_loss(
     x: Tensor, sigma: Tensor, x0: Tensor, v: Tensor, v_old: Tensor, wanted: Tensor, beta: float
 ) -> Tensor:
-    """The contrastive loss per sample [B].
+    """The contrastive loss per sample [B] of a velocity model.
 
     x = (1-sigma) x0 + sigma noise [B,...], sigma [B], wanted [B] in 0..1. With v+ = beta v + (1-beta) v_old
     and v- = (1+beta) v_old - beta v, each data prediction x - sigma v+- is compared with x0; its squared
     error is divided by its own mean absolute error (detached), as the authors' code does.
     """
     sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return data_loss(x - sigma * v, x - sigma * v_old, x0, wanted, beta)
+
+
+def data_loss(data: Tensor, data_old: Tensor, x0: Tensor, wanted: Tensor, beta: float) -> Tensor:
+    """The same from the data predictions, in which it is linear too: so it serves epsilon models as well."""
     losses = []
-    for velocity in (beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v):
-        error = (x - sigma * velocity) - x0
+    for mixed in (beta * data + (1 - beta) * data_old, (1 + beta) * data_old - beta * data):
+        error = mixed - x0
         weight = error.detach().abs().flatten(1).mean(1).clamp_min(NORM_FLOOR)
         losses.append((error**2).flatten(1).mean(1) / weight)
     positive, negative = losses
@@ -84,23 +89,23 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     share = c.group_size if c.nft_shared_noise else 1
     positions = [member // share * c.nft_times + index for member in rollout.members]
     u = row_uniform(c.seed, positions, "nft")
-    sigma = sigma_from_uniform(
+    level = sigma_from_uniform(
         u, c.time_sampling, logit_mean=c.logit_mean, logit_std=c.logit_std, mode_scale=c.mode_scale
     )
-    sigma = sigma.to(x0.device).clamp(1e-3, 1 - 1e-3)
+    level = level.to(x0.device).clamp(1e-3, 1 - 1e-3)
     noise = row_noise(c.seed, [(1 << 41) + position for position in positions], tuple(x0.shape[1:]))
-    x, _ = noised(x0, noise.to(x0.device), sigma)
+    x, time = trainer.policy.noised(x0, noise.to(x0.device), level)
     same = c.nft_old_max == 0 and c.inner_updates == 1  # the old weights are the present ones
     if not same:  # before the prediction with gradient: the weights are swapped in place
         with torch.no_grad(), trainer.old.active(trainer.names):
-            v_old = trainer.policy.predict(x, sigma, rollout.batch, c.rollout_guidance)
-    v = trainer.policy.predict(x, sigma, rollout.batch, c.rollout_guidance)
-    v_old = v.detach() if same else v_old
-    loss = nft_loss(
-        x, sigma, x0, v.float(), v_old.float(), preference(advantage, c.advantage_clamp), c.nft_beta
-    )
+            old = trainer.policy.predict(x, time, rollout.batch, c.rollout_guidance)
+    prediction = trainer.policy.predict(x, time, rollout.batch, c.rollout_guidance)
+    old = prediction.detach() if same else old
+    data, data_old = (trainer.policy.data(x, time, p.float()) for p in (prediction, old))
+    wanted = preference(advantage, c.advantage_clamp)
+    loss = data_loss(data, data_old, x0, wanted, c.nft_beta) * trainer.policy.data_weight(time)
     measures = {"nft": loss}
     if c.kl_beta:
-        measures["kl"] = trainer.divergence(v, x, sigma, rollout.batch)
+        measures["kl"] = trainer.divergence(prediction, x, time, rollout.batch)
         loss = loss + c.kl_beta * measures["kl"]
     return loss, measures

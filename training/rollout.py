@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..samplers import ddim, flow_match, schedule
 from ..samplers.gaussian import Step, sde_seed
-from .losses import row_noise
+from .losses import noised, row_noise
 
 
 class Recorded(Protocol):
@@ -69,6 +69,18 @@ class FlowPolicy:
         """The velocity at (x, sigma); differentiable in the weights."""
         return self.task.host.velocity(x.float(), time, self.task.condition(batch, guidance))
 
+    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, time) at noise levels [B] in 0..1, which here are the sigmas."""
+        return noised(x0, noise, level)[0], level
+
+    def data(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+        """The clean latents that a prediction at (x, time) amounts to."""
+        return x - _over(time, x) * prediction
+
+    def data_weight(self, time: Tensor) -> Tensor:
+        """What keeps errors of `data` comparable over the noise levels [B]."""
+        return torch.ones_like(time)
+
     def run(
         self,
         batch: dict[str, Any],
@@ -113,6 +125,26 @@ class EpsilonPolicy:
         """The noise prediction at (x, timestep), with guidance where it is not 1."""
         return self.task.host.epsilon(x.float(), time, self.task.condition(batch, guidance))
 
+    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, timestep) at levels [B] in 0..1, which here are shares of the training timesteps."""
+        timestep = (level * len(self.task.alpha_bar)).long().clamp_max(len(self.task.alpha_bar) - 1)
+        alpha = _over(self._alpha(timestep), x0)
+        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, timestep
+
+    def data(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+        """The clean latents that a prediction at (x, timestep) amounts to."""
+        alpha = _over(self._alpha(time), x)
+        if self.task.scheduler_config.get("prediction_type") == "v_prediction":
+            return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
+        return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+
+    def data_weight(self, time: Tensor) -> Tensor:
+        """sqrt(alpha): at the highest noise an error of epsilon is 15 times as large in the data."""
+        return self._alpha(time).sqrt()
+
+    def _alpha(self, timestep: Tensor) -> Tensor:
+        return self.task.alpha_bar[timestep.cpu()].to(timestep.device)
+
     def run(self, batch, noise, sampling, window, generators, steps=None):
         """As `FlowPolicy.run`; a shared prefix is not offered here."""
         if steps not in (None, (0, sampling.steps)):
@@ -133,6 +165,11 @@ class EpsilonPolicy:
         """Noise share sqrt(1 - alpha_bar) at the window's ends."""
         alphas = ddim.schedule(sampling.steps, self.task.scheduler_config).alphas
         return [float((1 - alphas[index]).sqrt()) for index in window]
+
+
+def _over(per_sample: Tensor, x: Tensor) -> Tensor:
+    """[B] as [B,1,...] beside x."""
+    return per_sample.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def make_policy(task) -> FlowPolicy | EpsilonPolicy:
@@ -205,7 +242,8 @@ def kept_only(
     latents = torch.cat([r.latents for r in rollouts])
     members = [member for r in rollouts for member in r.members]
     out = []
-    for places in torch.cat([k.cpu() for k in keeps]).nonzero()[:, 0].split(size):
+    kept = torch.cat([k.cpu() for k in keeps]).nonzero()[:, 0]
+    for places in kept.split(size) if len(kept) else ():
         index = places.to(latents.device)
         some = {
             name: value[index] if isinstance(value, Tensor) else [value[i] for i in places.tolist()]

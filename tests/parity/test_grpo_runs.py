@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import checkpoint, config, grpo, screening
+from comfyui_diptych.training import checkpoint, config, grpo, rollout, screening
 from comfyui_diptych.training.grpo_config import GRPOConfig
 from safetensors.torch import load_file
 
@@ -89,11 +90,12 @@ def test_other_families_are_on_policy_too(toys, tmp_path, task):
     "options",
     [
         {"algorithm": "nft"},
+        {"algorithm": "nft", "nft_old_max": 0.0, "nft_shared_noise": True, "micro_batch": 8},
         {"kl_beta": 1e-3, "ratio_norm": True},
         {"shared_prefix": True, "window": "fixed", "window_first": 1, "window_size": 1},
         {"inner_updates": 2, "ema": 0.9, "advantage_scale": "group"},
     ],
-    ids=["nft", "kl", "prefix", "inner"],
+    ids=["nft", "nft_on_policy", "kl", "prefix", "inner"],
 )
 def test_options_run_and_move_the_weights(toys, tmp_path, options):
     path = grpo.GRPOTrainer(toy(toys, tmp_path, **options)).run()
@@ -104,6 +106,24 @@ def test_options_run_and_move_the_weights(toys, tmp_path, options):
     if "algorithm" not in options:
         high, low = weights.info.sigma_window
         assert 1 >= high > low > 0
+
+
+@pytest.mark.parametrize("task", ["fill", "sd_inpaint"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_true_prediction_gives_the_clean_latents_back(toys, tmp_path, task, kind):
+    if (task, kind) == ("fill", "v_prediction"):
+        pytest.skip("flow models predict one thing")
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, task, data=["shapes:12?size=32&task=inpaint"]))
+    trainer.prepare()
+    policy, x0, noise = trainer.policy, torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
+    x, time = policy.noised(x0, noise, torch.tensor([0.02, 0.5, 0.98]))
+    truth = noise - x0
+    if task == "sd_inpaint":
+        trainer.task.scheduler_config["prediction_type"] = kind
+        scheduler = diffusers.DDIMScheduler.from_config(trainer.task.scheduler_config)
+        torch.testing.assert_close(x, scheduler.add_noise(x0, noise, time))
+        truth = noise if kind == "epsilon" else scheduler.get_velocity(x0, noise, time)
+    torch.testing.assert_close(policy.data(x, time, truth), x0, atol=1e-4, rtol=1e-4)
 
 
 def test_kl_of_an_untouched_adapter_is_zero_and_of_a_touched_one_its_closed_form(toys, tmp_path):
@@ -186,6 +206,55 @@ def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_pa
     assert (tmp_path / "two" / "rewards.png").is_file()
 
 
+def test_nft_serves_epsilon_models_too(toys, tmp_path):
+    c = toy(toys, tmp_path, "sd_inpaint", algorithm="nft", data=["shapes:12?size=32&task=inpaint"])
+    trainer = grpo.GRPOTrainer(c)
+    trainer.run()
+    assert any(t.abs().max() > 0 for name, t in trainer.names.items() if "lora_B" in name)
+
+
+def test_whole_groups_in_one_pass_make_the_same_pictures(toys, tmp_path):
+    made = []
+    for size in (2, 4, 8):
+        c = toy(
+            toys, tmp_path / str(size), micro_batch=size, shared_prefix=True, window_first=1, window="fixed"
+        )
+        trainer = grpo.GRPOTrainer(c)
+        trainer.prepare()
+        rollouts = rollout.collect(
+            trainer.policy,
+            lambda numbers, trainer=trainer: trainer.rollout_batch(trainer.batches, numbers),
+            [3, 5],
+            [0, 1],
+            group_size=4,
+            micro_batch=size,
+            sampling=trainer.sampling,
+            window=(1, 3),
+            seed=0,
+        )
+        assert [len(r.latents) for r in rollouts] == [size] * (8 // size)
+        assert [m for r in rollouts for m in r.members] == list(range(8))
+        made.append(torch.cat([r.latents for r in rollouts]))
+    torch.testing.assert_close(made[0], made[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made[0], made[2], atol=1e-4, rtol=1e-4)
+
+
+def test_samples_that_teach_nothing_are_left_out_of_a_pass():
+    def piece(first, count):
+        members = list(range(first, first + count))
+        values = torch.tensor(members, dtype=torch.float32)[:, None]
+        batch = {"latents": values * 10, "prompts": [str(m) for m in members]}
+        return rollout.Rollout(members, batch, values, ())
+
+    keeps = [torch.tensor([True, False, True]), torch.tensor([False, True])]
+    made = rollout.kept_only([piece(0, 3), piece(3, 2)], keeps, 2)
+    assert [places.tolist() for _, places in made] == [[0, 2], [4]]
+    assert [r.members for r, _ in made] == [[0, 2], [4]]
+    assert made[0][0].batch["prompts"] == ["0", "2"]
+    assert made[1][0].batch["latents"].tolist() == [[40.0]] and made[1][0].latents.tolist() == [[4.0]]
+    assert rollout.kept_only([piece(0, 3)], [torch.zeros(3, dtype=torch.bool)], 2) == []
+
+
 def test_screening_leaves_the_rows_that_came_out_worst(toys, tmp_path):
     whole = grpo.GRPOTrainer(toy(toys, tmp_path / "whole"))
     whole.prepare()
@@ -223,9 +292,9 @@ def test_guided_rollouts_of_sd_see_the_empty_prompt(toys, tmp_path):
     data = ["shapes:12?size=32&task=inpaint"]
     trainer = grpo.GRPOTrainer(toy(toys, tmp_path, "sd_inpaint", data=data, rollout_guidance=4.0))
     trainer.prepare()
-    batch = trainer.rollout_batch(trainer.batches, [0])
+    batch = trainer.rollout_batch(trainer.batches, [0, 3])
     x = torch.randn_like(batch["latents"])
-    plain = {**batch, "tokens": batch["empty_tokens"].expand_as(batch["tokens"])}
+    plain = {**batch, "tokens": batch["empty_tokens"]}
     with torch.no_grad():
         guided = trainer.policy.predict(x, 500, batch, 4.0)
         positive = trainer.policy.predict(x, 500, batch, 1.0)
