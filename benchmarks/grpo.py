@@ -75,23 +75,16 @@ def trainer_of(options: argparse.Namespace, folder: Path):
 
 
 def held_out(trainer) -> float:
-    """Mean reward of the held-out rows: 12 ODE steps from fixed noise, as they are without averaging."""
-    import torch
-    from comfyui_diptych.training.judging import Judge
-    from comfyui_diptych.training.losses import row_noise
-    from comfyui_diptych.training.rollout import Sampling
+    """Mean reward of the held-out rows: 12 ODE steps from fixed noise, as the weights are, not averaged."""
+    from dataclasses import replace
 
-    batches, c = trainer.sample_batches, trainer.config
-    judge, scores = Judge(trainer.rewards, batches), []
-    with torch.no_grad():
-        for start in range(0, len(batches.entries), 32):
-            rows = list(range(start, min(start + 32, len(batches.entries))))
-            batch = trainer._to_device(batches(rows, [False] * len(rows)))
-            noise = row_noise(1, rows, tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
-            sampling = Sampling(12, c.rollout_guidance)
-            latents, _ = trainer.policy.run(batch, noise, sampling, None, None)
-            scores.append(judge(trainer.task.host.decode(latents), rows)["shapes"])
-    return float(torch.cat(scores).nanmean())
+    from comfyui_diptych.training import screening
+
+    c, trainer.config = trainer.config, replace(trainer.config, rollout_steps=12)
+    rows = list(range(len(trainer.sample_batches.entries)))
+    scores = screening.try_rows(trainer, trainer.sample_batches, rows)["shapes"]
+    trainer.config = c
+    return float(scores.nanmean())
 
 
 def peak_memory() -> float:

@@ -85,8 +85,8 @@ class DiptychTrainGRPO:
                     PRESETS,
                     {
                         "default": "fast",
-                        "tooltip": "fast: ours, 2 trained steps of 8. flow-grpo, dance, mixgrpo: as "
-                        "published. nft: DiffusionNFT, learns from finished pictures alone.",
+                        "tooltip": "fast: ours, DiffusionNFT with one noise per group; 8 steps. flow-grpo, "
+                        "dance, mixgrpo, nft: as published.",
                     },
                 ),
                 "instructions": (
@@ -99,7 +99,7 @@ class DiptychTrainGRPO:
                 ),
                 "group_size": (
                     "INT",
-                    _number(0, 0, 64, "Tries per instruction; 0 = the preset's (12 or 24).", advanced=True),
+                    _number(0, 0, 64, "Tries per instruction; 0 = the preset's (8 to 24).", advanced=True),
                 ),
                 "groups": (
                     "INT",
@@ -112,7 +112,7 @@ class DiptychTrainGRPO:
                         0.0,
                         0.0,
                         1.0,
-                        "Of AdamW; 0 = the preset's (1e-3 for the tiny models).",
+                        "Of AdamW; 0 = the preset's (5e-4 for the tiny models).",
                         step=1e-6,
                         round=False,
                         advanced=True,

@@ -30,6 +30,7 @@ PRESETS = {
 }
 GUIDANCE = {"fill": 30.0, "kontext": 2.5, "sd_inpaint": 1.0}
 SHOWN = 4  # rows of the before/after sheet
+TOY_BATCH = 48  # samples of a toy model in one pass
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,21 @@ def configure(choices: Choices, root: Path) -> GRPOConfig:
 
 
 def _for_small(values: dict[str, Any], choices: Choices) -> dict[str, Any]:
-    """A toy model: everything of a group at once, a small adapter, larger steps."""
+    """A toy model: whole groups at once, a small adapter, larger steps."""
     from ..models import tiny
 
     card = tiny.card().get("guidance", {})
     guidance = card.get(values["task"], values["rollout_guidance"])
+    size = choices.group_size or values["group_size"]
     return {
         "gradient_checkpointing": False,
         "cache_dtype": "float32",
         "cache_in_memory": True,
-        "micro_batch": choices.group_size or values["group_size"],
+        "micro_batch": size * max(1, TOY_BATCH // size),
         "sample_steps": 12,
         "rollout_guidance": guidance,
         "sample_guidance": guidance,
-        "lr": choices.lr or 1e-3,
+        "lr": choices.lr or 5e-4,
         "rank": choices.rank or 16,
         "lora_alpha": 2.0 * (choices.rank or 16),
     }
