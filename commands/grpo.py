@@ -1,4 +1,4 @@
-"""`diptych grpo RECIPE`: improve a model by reward; reward and loss live, a curve at the end."""
+"""`diptych grpo RECIPE`: improve a model by reward; live reward; in the end a curve, before and after."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = configs.from_dict(configs.read(args.recipe, overrides_of(args)), GRPOConfig)
+    from ..training.data.sample import to_pil
     from ..training.grpo import GRPOTrainer, reward_curve
+    from ..training.grpo_session import before_after
 
     with TrainingBar(config.max_steps) as bar:
 
@@ -44,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
         trainer = GRPOTrainer(config, on_report=show, progress=bar.wrap)
         path = trainer.run()
     if trainer.main:
-        curve = reward_curve(trainer.output)
-        sys.stdout.write(f"{path}\n{curve}\n")
+        made = [path, reward_curve(trainer.output)]
+        if path.suffix == ".safetensors" and not trainer.sharded:
+            made.append(trainer.output / "before_after.png")
+            to_pil(before_after(trainer)[0]).save(made[-1])
+        sys.stdout.write("".join(f"{file}\n" for file in made))
     return 0

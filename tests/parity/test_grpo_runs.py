@@ -204,6 +204,7 @@ def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_pa
     assert max(t.abs().max().item() for k, t in a.items() if "lora_B" in k) > 1e-3
     assert max((a[k] - b[k]).abs().max().item() for k in a) <= 1e-5
     assert (tmp_path / "two" / "rewards.png").is_file()
+    assert (tmp_path / "two" / "before_after.png").is_file()
 
 
 def test_nft_serves_epsilon_models_too(toys, tmp_path):
