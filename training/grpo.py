@@ -39,7 +39,10 @@ class GRPOTrainer(Trainer):
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] | None = None
         self.old: nft.OldPolicy | None = None
+        self.screened = screening.Screened(self) if c.screen < 1 else None
         super().prepare()
+        if self.screened is not None:
+            self.order = self.screened
         self.judge = Judge(self.rewards, self.batches, c.use_targets)
 
     def _prepare_model(self) -> None:
@@ -49,8 +52,6 @@ class GRPOTrainer(Trainer):
         self.policy = make_policy(self.task)
         if self.config.algorithm == "nft":
             self.old = nft.OldPolicy(self.names, self.config)
-        if self.config.screen < 1:
-            screening.keep_worst(self)
 
     # ---------------------------------------------------------------- one step
 
@@ -281,10 +282,12 @@ class GRPOTrainer(Trainer):
         return out
 
     def extra_state(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "screened": self.screened.state() if self.screened else None}
 
     def load_extra(self, folder: Path, state: dict[str, Any]) -> None:
         self.history = state.get("history", [])
+        if self.screened is not None and state.get("screened"):
+            self.screened.load(state["screened"])
         for name in ("best", "old"):
             if not (folder / f"{name}.safetensors").is_file():
                 continue

@@ -38,8 +38,9 @@ class GRPOConfig(TrainConfig):
         "Samples per forward pass, rolling out and learning: part of a group, or several whole groups.",
     )
     screen: float = option(
-        1.0, "Try every row once before the first update and learn on this share, the worst; 1 = on all."
+        1.0, "Learn on this share of the rows, those that came out worst in one trial each; 1 = on all."
     )
+    screen_rows: int = option(1000, "Rows tried in a round of screening.")
     shared_noise: bool = option(False, "Start all samples of a group from one noise.")
     shared_prefix: bool = option(
         False, "Run the steps before the window once per group (implies shared noise)."
@@ -88,7 +89,14 @@ class GRPOConfig(TrainConfig):
         for name in ("group_size", "micro_batch"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: a group needs two samples or more")
-        for name in ("groups_per_update", "inner_updates", "rollout_steps", "eval_every", "nft_times"):
+        for name in (
+            "groups_per_update",
+            "inner_updates",
+            "rollout_steps",
+            "eval_every",
+            "nft_times",
+            "screen_rows",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         if not 0 < self.screen <= 1:

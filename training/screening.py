@@ -5,20 +5,17 @@ A row that the model always gets right teaches reward training nothing, and cost
 
 from __future__ import annotations
 
-import json
-import logging
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data.sample import stamp
 from .judging import Judge
 from .losses import row_noise
 from .rollout import Sampling
 
-logger = logging.getLogger(__name__)
 STRETCH = 1 << 52  # of the random stream; rollouts number their noise from 0
 
 
@@ -50,39 +47,71 @@ def try_rows(trainer: Any, batches: Any, numbers: Sequence[int], label: str = ""
     return out
 
 
-def keep_worst(trainer: Any) -> None:
-    """Leave only the rows with the lowest rewards in `trainer.batches`, the share that `screen` names.
+class Screened:
+    """The rows of every update, without end: some rows are tried, the worst of them are learnt on once, then
+    the next are tried, by the model as it has become. `screen_rows`, `screen`: how many and which share.
 
-    The scores are kept in the run's folder; made again, they are the same, since the adapter still does
-    nothing. Raises ValueError if so few rows are left that an update cannot be filled.
+    The rows of an update have one size; rows that fill none wait for the next round. `state` goes into
+    checkpoints, since what was found cannot be found again after the weights have moved.
     """
-    c, batches = trainer.config, trainer.batches
-    path, told = trainer.output / "screened.json", stamp(batches.fingerprint(), c.rewards, c.reward_options)
-    values = None
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        values = saved["values"] if saved["of"] == told else None
-    if values is None:
-        mine = list(range(len(batches.entries)))[trainer.rank :: trainer.world]
-        scores = try_rows(trainer, batches, mine, "trying every row")
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.round = 0
+        self.updates: list[list[int]] = []  # of all processes together
+        self.waiting: list[int] = []
+
+    def state(self) -> dict[str, Any]:
+        return {"round": self.round, "updates": self.updates, "waiting": self.waiting}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.round, self.updates, self.waiting = state["round"], state["updates"], state["waiting"]
+
+    def __iter__(self) -> Screened:
+        return self
+
+    def __next__(self) -> list[int]:
+        while not self.updates:
+            self._try()
+        count, rank = self.trainer.config.groups_per_update, self.trainer.rank
+        return self.updates.pop(0)[rank * count : (rank + 1) * count]
+
+    def _try(self) -> None:
+        trainer, c = self.trainer, self.trainer.config
+        entries = trainer.batches.entries
+        rows = self._rows(min(c.screen_rows, len(entries)), len(entries))
+        mine = rows[trainer.rank :: trainer.world]
+        scores = try_rows(trainer, trainer.batches, mine, f"trying {len(rows)} rows")
         value = sum(trainer.rewards.weights[name] * score for name, score in scores.items())
         table = torch.stack([torch.tensor(mine, dtype=torch.float64), value.double()], 1)
         table = gathered(trainer.accelerator, table)
-        table = table[~table[:, 0].isnan()]
-        values = table[table[:, 0].argsort(), 1].tolist()
-        if trainer.main:
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps({"of": told, "values": [None if v != v else v for v in values]}))
-            beside.replace(path)
-    kept = worst(values, c.screen)
-    if len(kept) < c.groups_per_update * trainer.world:
-        raise ValueError(
-            f"screen {c.screen:g} leaves {len(kept)} of {len(values)} rows, an update takes "
-            f"{c.groups_per_update * trainer.world}: raise screen or give more data"
-        )
-    logger.info("learning on the %d worst of %d rows", len(kept), len(values))
-    batches.entries = [batches.entries[number] for number in kept]
-    trainer.sampler = batches.sampler(c.batch_size, c.seed, trainer.rank, trainer.world, prior=False)
+        table = table[~table[:, 1].isnan()].tolist()
+        if not table:
+            raise ValueError(f"the rewards could judge none of {len(rows)} rows: see the warnings above")
+        values = {int(row): value for row, value in table}
+        kept = [rows[place] for place in worst([values.get(row) for row in rows], c.screen)]
+        sizes: dict[tuple[int, int], list[int]] = {}
+        for row in self.waiting + kept:
+            sizes.setdefault(entries[row].size, []).append(row)
+        whole = c.groups_per_update * trainer.world
+        self.waiting = []
+        for same in sizes.values():
+            full = len(same) // whole * whole
+            self.updates += [same[start : start + whole] for start in range(0, full, whole)]
+            self.waiting += same[full:]
+        random.Random(f"{c.seed} updates {self.round}").shuffle(self.updates)
+        self.round += 1
+
+    def _rows(self, count: int, total: int) -> list[int]:
+        """This round's rows: all are tried before one is tried again, in another order every time."""
+        rows: list[int] = []
+        for place in range(self.round * count, (self.round + 1) * count):
+            again, position = divmod(place, total)
+            if position == 0 or not rows:
+                order = list(range(total))
+                random.Random(f"{self.trainer.config.seed} rows {again}").shuffle(order)
+            rows.append(order[position])
+        return rows
 
 
 def gathered(accelerator: Any, rows: Tensor) -> Tensor:

@@ -256,32 +256,51 @@ def test_samples_that_teach_nothing_are_left_out_of_a_pass():
     assert rollout.kept_only([piece(0, 3)], [torch.zeros(3, dtype=torch.bool)], 2) == []
 
 
-def test_screening_leaves_the_rows_that_came_out_worst(toys, tmp_path):
-    whole = grpo.GRPOTrainer(toy(toys, tmp_path / "whole"))
-    whole.prepare()
-    entries = whole.batches.entries
-    # Row by row instead of in micro-batches: the noise belongs to the row.
-    values = [screening.try_rows(whole, whole.batches, [n])["toy_judge:brightness"] for n in range(12)]
-    worst = torch.cat(values).argsort()[:5].tolist()
-    c = toy(toys, tmp_path / "part", screen=5 / 12, max_steps=1)
-    part = grpo.GRPOTrainer(c)
-    part.run()
-    assert part.batches.entries == [entries[n] for n in sorted(worst)]
-    file = tmp_path / "part" / "screened.json"
-    saved = json.loads(file.read_text())
-    assert saved["values"] == pytest.approx(torch.cat(values).tolist(), abs=1e-5)
-    # A run that goes on reads what was found instead of trying every row again.
-    saved["values"] = [-float(n) for n in range(12)]
-    file.write_text(json.dumps(saved))
-    again = grpo.GRPOTrainer(toy(toys, tmp_path / "part", screen=5 / 12, max_steps=2, resume="auto"))
+def tried_alone(trainer, count):
+    """The score of every row, tried by itself instead of in micro-batches: the noise belongs to the row."""
+    scores = [screening.try_rows(trainer, trainer.batches, [n])["toy_judge:brightness"] for n in range(count)]
+    return torch.cat(scores)
+
+
+def test_screening_learns_on_the_rows_that_came_out_worst(toys, tmp_path):
+    c = toy(toys, tmp_path, screen=0.5, screen_rows=8, max_steps=1)
+    trainer = grpo.GRPOTrainer(c)
+    trainer.prepare()
+    scores = tried_alone(trainer, 12)
+    first = trainer.screened._rows(8, 12)
+    seen = [next(trainer.order), next(trainer.order)]
+    assert sorted(sum(seen, [])) == sorted(sorted(first, key=lambda row: scores[row])[:4])
+    # Eight more: the four that were not tried yet, and then others again.
+    second = trainer.screened._rows(8, 12)
+    assert set(second[:4]) == set(range(12)) - set(first)
+    assert len(next(trainer.order)) == 2 and trainer.screened.round == 2
+
+
+def test_rows_that_fill_no_update_wait_for_the_next_round(toys, tmp_path):
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, screen=0.1, screen_rows=6, max_steps=2))
+    path = trainer.run()
+    assert path.suffix == ".safetensors" and trainer.screened.round == 4  # one row a round, two an update
+
+
+def test_screening_goes_on_from_a_checkpoint(toys, tmp_path):
+    options = {"screen": 0.5, "screen_rows": 8, "max_steps": 3, "save_every": 1, "keep_last": 9}
+    straight = grpo.GRPOTrainer(toy(toys, tmp_path, **options))
+    straight.run()
+    again = grpo.GRPOTrainer(
+        toy(toys, tmp_path, **options, resume=str(tmp_path / "checkpoints" / "step_00000001"))
+    )
     again.run()
-    assert again.step == 2
-    assert again.batches.entries == entries[7:]
+    for name, value in straight.names.items():
+        assert torch.equal(value, again.names[name]), name
+    assert straight.screened.state() == again.screened.state()
 
 
-def test_screening_names_what_is_left_too_small(toys, tmp_path):
-    with pytest.raises(ValueError, match="leaves 1 of 12 rows, an update takes 2: raise screen"):
-        grpo.GRPOTrainer(toy(toys, tmp_path, screen=0.1)).run()
+def test_rows_that_no_reward_can_judge_end_the_screening(toys, tmp_path):
+    (toys / "toy_nan.py").write_text(
+        "def nothing(images, prompts, sources, masks):\n    return images.mean((1, 2, 3)) * float('nan')\n"
+    )
+    with pytest.raises(ValueError, match="could judge none of 4 rows"):
+        grpo.GRPOTrainer(toy(toys, tmp_path, screen=0.5, screen_rows=4, rewards=["toy_nan:nothing"])).run()
 
 
 def test_worst_leaves_failures_out():
