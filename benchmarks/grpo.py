@@ -25,7 +25,7 @@ SMOOTH = 3  # evaluations averaged before they are compared
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="fill", choices=("fill", "kontext"))
+    parser.add_argument("--task", default="fill", choices=("fill", "kontext", "sd_inpaint"))
     parser.add_argument("--start", default="auto", help="LoRA merged first; auto = the bundled editor, none")
     parser.add_argument("--updates", type=int, default=40, help="updates of dance")
     parser.add_argument("--most", type=int, default=4, help="fast gives up after this many times the updates")
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=96, help="held-out rows of an evaluation")
     parser.add_argument("--data", type=int, default=512, help="rows to learn on")
     parser.add_argument("--groups", type=int, default=0, help="rows per update; 0 = the preset's")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a child: run this preset
     parser.add_argument("--target", type=float, default=float("inf"), help=argparse.SUPPRESS)
@@ -54,8 +54,9 @@ def trainer_of(options: argparse.Namespace, folder: Path):
     from comfyui_diptych.training import grpo_session
     from comfyui_diptych.training.grpo import GRPOTrainer
 
+    kind = "&task=inpaint" if options.task == "sd_inpaint" else ""
     choices = grpo_session.Choices(
-        data=f"shapes:{options.data}?split=train&seed=0&size=64",
+        data=f"shapes:{options.data}?split=train&seed=0&size=64{kind}",
         model=str(tiny.folder() / options.task),
         name="benchmark",
         preset=options.one,
@@ -67,7 +68,7 @@ def trainer_of(options: argparse.Namespace, folder: Path):
         preview_every=0,
     )
     config = grpo_session.configure(choices, folder)
-    config.sample_data = [f"shapes:{options.rows}?split=test&seed=1&size=64"]
+    config.sample_data = [f"shapes:{options.rows}?split=test&seed=1&size=64{kind}"]
     config.sample_count, config.threads = options.rows, options.threads
     trainer = GRPOTrainer(config)
     trainer.prepare()
