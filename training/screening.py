@@ -20,14 +20,17 @@ STRETCH = 1 << 52  # of the random stream; rollouts number their noise from 0
 
 
 @torch.no_grad()
-def try_rows(trainer: Any, batches: Any, numbers: Sequence[int], label: str = "") -> dict[str, Tensor]:
+def try_rows(
+    trainer: Any, batches: Any, numbers: Sequence[int], label: str = "", steps: int = 0
+) -> dict[str, Tensor]:
     """Raw scores [N] by reward of one ODE picture of each row, from noise that the row's number fixes.
 
-    With `label`, progress is shown under it. Every process calls it with rows of its own.
+    In `steps` steps, 0 = as many as a rollout. With `label`, progress is shown under it. Every process calls
+    it with rows of its own.
     """
     c = trainer.config
     judge = Judge(trainer.rewards, batches, c.use_targets)
-    sampling = Sampling(c.rollout_steps, c.rollout_guidance)
+    sampling = Sampling(steps or c.rollout_steps, c.rollout_guidance)
     sizes: dict[tuple[int, int], list[int]] = {}
     for place, number in enumerate(numbers):
         sizes.setdefault(batches.entries[number].size, []).append(place)
