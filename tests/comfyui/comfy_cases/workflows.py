@@ -169,3 +169,20 @@ def the_demo_as_shipped_makes_the_edit_it_asks_for(host, name):
     prompt["judge"] = {"class_type": "DiptychEditScore", "inputs": {**judged, "expected": [demo, 3]}}
     prompt["keep"] = {"class_type": "TestKeepValue", "inputs": {"value": ["judge", 3], "name": "success"}}
     assert host.run(prompt).kept["success"] == 1.0
+
+
+@case
+def the_reward_trained_lora_mends_the_edit_that_its_workflow_shows(host):
+    prompt = convert(host, "grpo_lora_tiny")
+    number = {node["class_type"]: key for key, node in prompt.items()}
+    demo = number["DiptychDemoImage"]
+    splits = [key for key, node in prompt.items() if node["class_type"] == "DiptychSplit"]
+    for key in splits:
+        judged = {"edited": [key, 0], "source": [demo, 0], "instruction": [demo, 1], "expected": [demo, 3]}
+        prompt[f"judge {key}"] = {"class_type": "DiptychEditScore", "inputs": judged}
+        prompt[f"keep {key}"] = {
+            "class_type": "TestKeepValue",
+            "inputs": {"value": [f"judge {key}", 3], "name": key},
+        }
+    kept = host.run(prompt).kept
+    assert [kept[key] for key in sorted(splits, key=int)] == [0.0, 1.0]
