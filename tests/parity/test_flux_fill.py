@@ -177,7 +177,8 @@ def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, picture,
     assert isinstance(loaded, Denoiser)
     image, mask = picture(1, 32, 32), torch.ones(1, 32, 32)
     pictures = [fill_canvas(model, image, mask, PROMPTS[0], sampling=Sampling(1)) for model in (fill, loaded)]
-    assert torch.equal(*pictures)
+    # Weights that lie elsewhere in memory may go through other kernels.
+    torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

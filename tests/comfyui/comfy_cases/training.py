@@ -157,7 +157,7 @@ def reinforce(host, name: str, **widgets):
 def reward_training_leaves_a_lora_that_says_how_it_came_about(host):
     from safetensors import safe_open
 
-    kept = host.run(reinforce(host, "rewarded")).kept
+    kept = host.run(reinforce(host, "rewarded", preset="flow-grpo")).kept
     with safe_open(loras() / kept["name"], "pt") as opened:
         header = json.loads(opened.metadata()["diptych"])
     assert header["algorithm"] == "grpo" and header["reward"] == "jpeg_size x 1" and header["step"] == 2
