@@ -189,7 +189,7 @@ class GRPOTrainer(Trainer):
     ) -> tuple[list[Rollout], list[tuple[Tensor, Tensor]]]:
         """Only what teaches; the last micro-batch as it is where this process has nothing of that."""
         advantages, keeps = (torch.cat(column) for column in zip(*worth, strict=True))
-        some = kept_only(rollouts, [keeps], self.config.micro_batch)
+        some = kept_only(rollouts, keeps, self.config.micro_batch)
         if not some:
             return rollouts[-1:], worth[-1:]
         return [r for r, _ in some], [(advantages[places], keeps[places]) for _, places in some]

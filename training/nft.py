@@ -25,21 +25,15 @@ def preference(advantage: Tensor, clamp: float) -> Tensor:
     return (advantage / clamp / 2 + 0.5).clamp(0, 1)
 
 
-def nft_loss(
-    x: Tensor, sigma: Tensor, x0: Tensor, v: Tensor, v_old: Tensor, wanted: Tensor, beta: float
-) -> Tensor:
-    """The contrastive loss per sample [B] of a velocity model.
+def nft_loss(data: Tensor, data_old: Tensor, x0: Tensor, wanted: Tensor, beta: float) -> Tensor:
+    """The contrastive loss per sample [B].
 
-    x = (1-sigma) x0 + sigma noise [B,...], sigma [B], wanted [B] in 0..1. With v+ = beta v + (1-beta) v_old
-    and v- = (1+beta) v_old - beta v, each data prediction x - sigma v+- is compared with x0; its squared
-    error is divided by its own mean absolute error (detached), as the authors' code does.
+    data, data_old [B,...]: the clean latents that the present and the old weights predict (for a velocity:
+    x - sigma v); wanted [B] in 0..1. The mixtures v+ = beta v + (1-beta) v_old and v- = (1+beta) v_old -
+    beta v are taken of these, in which they are linear too: so it serves velocity and epsilon models alike.
+    Each is compared with x0; its squared error is divided by its own mean absolute error (detached), as in
+    the authors' code.
     """
-    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
-    return data_loss(x - sigma * v, x - sigma * v_old, x0, wanted, beta)
-
-
-def data_loss(data: Tensor, data_old: Tensor, x0: Tensor, wanted: Tensor, beta: float) -> Tensor:
-    """The same from the data predictions, in which it is linear too: so it serves epsilon models as well."""
     losses = []
     for mixed in (beta * data + (1 - beta) * data_old, (1 + beta) * data_old - beta * data):
         error = mixed - x0
@@ -103,7 +97,7 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     old = prediction.detach() if same else old
     data, data_old = (trainer.policy.data(x, time, p.float()) for p in (prediction, old))
     wanted = preference(advantage, c.advantage_clamp)
-    loss = data_loss(data, data_old, x0, wanted, c.nft_beta) * trainer.policy.data_weight(time)
+    loss = nft_loss(data, data_old, x0, wanted, c.nft_beta) * trainer.policy.data_weight(time)
     measures = {"nft": loss}
     if c.kl_beta:
         measures["kl"] = trainer.divergence(prediction, x, time, rollout.batch)

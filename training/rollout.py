@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..samplers import ddim, flow_match, schedule
-from ..samplers.gaussian import Step, sde_seed
-from .losses import noised, row_noise
+from ..samplers.gaussian import Step, per_sample, sde_seed
+from .losses import diffused, noised, row_noise
 
 
 class Recorded(Protocol):
@@ -75,7 +75,7 @@ class FlowPolicy:
 
     def data(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
         """The clean latents that a prediction at (x, time) amounts to."""
-        return x - _over(time, x) * prediction
+        return x - per_sample(time, x, "time") * prediction
 
     def data_weight(self, time: Tensor) -> Tensor:
         """What keeps errors of `data` comparable over the noise levels [B]."""
@@ -128,12 +128,11 @@ class EpsilonPolicy:
     def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """(x, timestep) at levels [B] in 0..1, which here are shares of the training timesteps."""
         timestep = (level * len(self.task.alpha_bar)).long().clamp_max(len(self.task.alpha_bar) - 1)
-        alpha = _over(self._alpha(timestep), x0)
-        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, timestep
+        return diffused(x0, noise, self._alpha(timestep), "epsilon")[0], timestep
 
     def data(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
         """The clean latents that a prediction at (x, timestep) amounts to."""
-        alpha = _over(self._alpha(time), x)
+        alpha = per_sample(self._alpha(time), x, "alpha")
         if self.task.scheduler_config.get("prediction_type") == "v_prediction":
             return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
         return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
@@ -165,11 +164,6 @@ class EpsilonPolicy:
         """Noise share sqrt(1 - alpha_bar) at the window's ends."""
         alphas = ddim.schedule(sampling.steps, self.task.scheduler_config).alphas
         return [float((1 - alphas[index]).sqrt()) for index in window]
-
-
-def _over(per_sample: Tensor, x: Tensor) -> Tensor:
-    """[B] as [B,1,...] beside x."""
-    return per_sample.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def make_policy(task) -> FlowPolicy | EpsilonPolicy:
@@ -230,10 +224,8 @@ def _prefix(policy, make_batch, rows, members, sampling, window, seed) -> Tensor
     return latents
 
 
-def kept_only(
-    rollouts: Sequence[Rollout], keeps: Sequence[Tensor], size: int
-) -> list[tuple[Rollout, Tensor]]:
-    """The samples marked in `keeps` ([B] bool each), put together into micro-batches of at most `size`.
+def kept_only(rollouts: Sequence[Rollout], keep: Tensor, size: int) -> list[tuple[Rollout, Tensor]]:
+    """The samples marked in `keep` ([N] bool over all micro-batches), as micro-batches of at most `size`.
 
     Returns them with the places that each one's samples had among all. For objectives that replay no recorded
     step, which may leave samples out.
@@ -242,7 +234,7 @@ def kept_only(
     latents = torch.cat([r.latents for r in rollouts])
     members = [member for r in rollouts for member in r.members]
     out = []
-    kept = torch.cat([k.cpu() for k in keeps]).nonzero()[:, 0]
+    kept = keep.cpu().nonzero()[:, 0]
     for places in kept.split(size) if len(kept) else ():
         index = places.to(latents.device)
         some = {

@@ -42,6 +42,14 @@ def halve(folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
 
 
+def forget_origin(folder: Path) -> None:
+    """Takes the path that a part was loaded from out of its `config.json`, where diffusers leaves it."""
+    for path in folder.rglob("config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _copy_text(text: Path, out: Path, parts: tuple[str, ...]) -> None:
     for part in parts:
         shutil.copytree(text / part, out / part, dirs_exist_ok=True)
@@ -72,6 +80,7 @@ def write_flux(out: Path, *, vae: Path, text: Path, transformer: Any, kontext: b
     }
     _index(out, "FluxKontextPipeline" if kontext else "FluxFillPipeline", parts)
     halve(out)
+    forget_origin(out)
     return out
 
 
@@ -96,4 +105,5 @@ def write_sd(out: Path, *, vae: Any, text: Path, unet: Any) -> Path:
     }
     _index(out, "StableDiffusionInpaintPipeline", parts, requires_safety_checker=False)
     halve(out)
+    forget_origin(out)
     return out

@@ -175,6 +175,10 @@ def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, picture,
     fill_pipeline.save_pretrained(tmp_path)
     loaded = FluxFill.load(tmp_path, torch.float32, "cpu")
     assert isinstance(loaded, Denoiser)
+    for part in ("transformer", "vae"):
+        saved = getattr(loaded, part).state_dict()
+        for name, value in getattr(fill, part).state_dict().items():
+            assert torch.equal(value, saved[name]), name
     image, mask = picture(1, 32, 32), torch.ones(1, 32, 32)
     pictures = [fill_canvas(model, image, mask, PROMPTS[0], sampling=Sampling(1)) for model in (fill, loaded)]
     # Weights that lie elsewhere in memory may go through other kernels.

@@ -247,13 +247,13 @@ def test_samples_that_teach_nothing_are_left_out_of_a_pass():
         batch = {"latents": values * 10, "prompts": [str(m) for m in members]}
         return rollout.Rollout(members, batch, values, ())
 
-    keeps = [torch.tensor([True, False, True]), torch.tensor([False, True])]
-    made = rollout.kept_only([piece(0, 3), piece(3, 2)], keeps, 2)
+    keep = torch.tensor([True, False, True, False, True])
+    made = rollout.kept_only([piece(0, 3), piece(3, 2)], keep, 2)
     assert [places.tolist() for _, places in made] == [[0, 2], [4]]
     assert [r.members for r, _ in made] == [[0, 2], [4]]
     assert made[0][0].batch["prompts"] == ["0", "2"]
     assert made[1][0].batch["latents"].tolist() == [[40.0]] and made[1][0].latents.tolist() == [[4.0]]
-    assert rollout.kept_only([piece(0, 3)], [torch.zeros(3, dtype=torch.bool)], 2) == []
+    assert rollout.kept_only([piece(0, 3)], torch.zeros(3, dtype=torch.bool), 2) == []
 
 
 def tried_alone(trainer, count):

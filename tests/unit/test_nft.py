@@ -6,11 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_diptych.training.nft import OldPolicy, nft_loss, preference
+from comfyui_diptych.training import nft
+from comfyui_diptych.training.nft import OldPolicy, preference
+from comfyui_diptych.training.rollout import FlowPolicy
 
 # One sample of two elements: data (1, 0), noise (0, 2), half way between them.
 X0, X, SIGMA = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 1.0]]), torch.tensor([0.5])
 V, V_OLD = torch.tensor([[-2.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+
+
+def nft_loss(x, sigma, x0, v, v_old, wanted, beta):
+    """The loss of velocities, as the paper writes it."""
+    data, data_old = (FlowPolicy(None).data(x, sigma, velocity) for velocity in (v, v_old))
+    return nft.nft_loss(data, data_old, x0, wanted, beta)
 
 
 @pytest.mark.parametrize(
