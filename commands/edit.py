@@ -282,7 +282,7 @@ def _edit(denoiser: Any, request: Request, handles: list[Any], args: argparse.Na
         sampling = replace(
             request.sampling,
             callback=lambda state: bar.update(len(state["x"])),
-            at_sigma=lambda sigma: [handle.at_sigma(sigma) for handle in handles],
+            at_sigma=loras.follow(handles),
         )
         common = {"panel_width": request.panel_width, "policy": args.policy, "guidance": request.guidance}
         if request.engine == "fill":

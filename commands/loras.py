@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,11 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def read(text: str, strength: float = 1.0) -> tuple[Any, float]:
-    """PATH or PATH:STRENGTH to the LoRA and its strength. A path that exists is taken whole (C:\\...).
-
-    Raises FileNotFoundError.
-    """
+    """PATH or PATH:STRENGTH to the LoRA and its strength. Raises FileNotFoundError."""
+    from ..models.lora.files import with_strength
     from ..models.lora.read import read as read_lora
 
-    path = text
-    if not Path(text).exists() and ":" in text:
-        path, _, number = text.rpartition(":")
-        try:
-            strength = float(number)
-        except ValueError:
-            path = text
+    path, strength = with_strength(text, strength)
     if not Path(path).exists():
         raise FileNotFoundError(
             f"LoRA {path} does not exist: give a file or folder, with :0.8 for a strength"
@@ -44,3 +36,13 @@ def apply(module: Any, loras: Sequence[tuple[Any, float]]) -> list[Any]:
     from ..models.lora.diffusers import apply_to_diffusers
 
     return [apply_to_diffusers(module, weights, strength) for weights, strength in loras]
+
+
+def follow(handles: Sequence[Any]) -> Callable[[float], None]:
+    """What a sampler calls before each step, so that every LoRA keeps to its own sigma window."""
+
+    def at_sigma(sigma: float) -> None:
+        for handle in handles:
+            handle.at_sigma(sigma)
+
+    return at_sigma

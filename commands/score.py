@@ -148,9 +148,4 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
     denoiser = Engine.load(folder, dtype=dtype, device=device)
     module = denoiser.unet if args.engine == "sd_inpaint" else denoiser.transformer
     handles = loras.apply(module, chosen)
-
-    def at_sigma(sigma: float) -> None:
-        for handle in handles:
-            handle.at_sigma(sigma)
-
-    return denoiser, at_sigma, "\n".join(str(handle.report) for handle in handles)
+    return denoiser, loras.follow(handles), "\n".join(str(handle.report) for handle in handles)

@@ -145,8 +145,8 @@ def add_lora(module: nn.Module, patterns: list[str], config) -> list[str]:
     return names
 
 
-def fuse(module: nn.Module, path: str) -> None:
-    """Merge a LoRA file into the module's weights, at its own strength.
+def fuse(module: nn.Module, path: str, strength: float = 1.0) -> None:
+    """Merge a LoRA file into the module's weights.
 
     Raises ValueError where it does not fit, or depends on the token (MoE) and so has no weight change.
     """
@@ -163,7 +163,8 @@ def fuse(module: nn.Module, path: str) -> None:
         weight = layers[name].weight
         fitted = fit_module(name, change, *weight.shape[:2], [])
         with torch.no_grad():
-            weight.copy_((weight.float() + fitted.dense().to(weight.device)).to(weight.dtype))
+            change = strength * fitted.dense().to(weight.device)
+            weight.copy_((weight.float() + change).to(weight.dtype))
 
 
 @contextmanager

@@ -126,7 +126,9 @@ class TrainConfig:
     noise_offset: float = option(0.0, "Strength of a per-channel constant added to the noise (0.1 is usual).")
 
     # adapters
-    fuse_loras: list[str] = option([], "LoRA files merged into the frozen base before training.")
+    fuse_loras: list[str] = option(
+        [], "LoRA files merged into the frozen base before training, as PATH or PATH:STRENGTH."
+    )
     rank: int = option(32, "LoRA rank.")
     lora_alpha: Optional[float] = option(None, "LoRA alpha; the rank if empty.")  # noqa: UP045
     lora_dropout: float = option(0.0, "Dropout on the LoRA input.")

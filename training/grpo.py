@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapters, checkpoint, nft, optim, policy, screening
+from . import adapters, checkpoint, gradients, nft, optim, policy, screening
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
@@ -46,6 +46,8 @@ class GRPOTrainer(Trainer):
         self.judge = Judge(self.rewards, self.batches, c.use_targets)
 
     def _prepare_model(self) -> None:
+        if self.sharded and self.config.group_clip:
+            raise ValueError("group_clip needs whole gradients: set group_clip: 0 where weights are sharded")
         super()._prepare_model()
         for part in self.parts.values():
             part.eval()  # rollout and replay must be the same function, so no dropout in either
@@ -114,9 +116,7 @@ class GRPOTrainer(Trainer):
     def rollout_batch(self, batches: Any, numbers: list[int]) -> dict[str, Any]:
         """What the policy needs of these rows, on the device."""
         batch = self._to_device(batches(numbers, [False] * len(numbers)))
-        if self.task.name == "sd_inpaint" and self.config.rollout_guidance != 1:
-            batch["empty_tokens"] = self.task.empty_tokens(batches).expand_as(batch["tokens"])
-        return batch
+        return self.task.guided(batch, batches, self.config.rollout_guidance)
 
     def _advantages(
         self, rollouts: list[Rollout], rows: list[int], first: int
@@ -150,30 +150,19 @@ class GRPOTrainer(Trainer):
     def _update(self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
         """One optimiser step on these micro-batches; groups that teach nothing are not even computed."""
         c, device = self.config, self.accelerator.device
-        total = torch.zeros((), device=device)
         if self._kept == 0:
-            return total, 0.0
+            return torch.zeros((), device=device), 0.0
         if self.old is not None:
             rollouts, worth = self._compacted(rollouts, worth)
         # The mean over all kept samples of all processes; DDP averages over processes.
         scale = self.world * c.inner_updates / self._kept
         pieces = [
-            (rollout, index, advantage.to(device), keep.to(device))
+            gradients.Piece(rollout, term, advantage.to(device), keep.to(device))
             for rollout, (advantage, keep) in zip(rollouts, worth, strict=True)
             if keep.any() or rollout is rollouts[-1]  # every process must reach the last, synchronising one
-            for index in range(self._terms(rollout))
+            for term in range(self.terms(rollout))
         ]
-        module = self.prepared[self.task.denoiser_part]
-        log: dict[str, list[Tensor]] = {}
-        for number, (rollout, index, advantage, keep) in enumerate(pieces):
-            last = number == len(pieces) - 1
-            with nullcontext() if last else self.accelerator.no_sync(module):
-                rows, measures = self._objective(rollout, index, advantage)
-                loss = (rows * keep).sum() * scale / self._terms(rollout)
-                self.accelerator.backward(loss)
-            total += loss.detach() / self.world
-            for name, value in measures.items():
-                log.setdefault(name, []).append(value.detach()[keep])
+        total, log = (gradients.limited if c.group_clip else gradients.summed)(self, pieces, scale)
         norm = self.accelerator.clip_grad_norm_(list(self.names.values()), c.grad_clip or float("inf"))
         norm = float(norm)
         if not torch.isfinite(torch.tensor(norm)):
@@ -188,16 +177,25 @@ class GRPOTrainer(Trainer):
         self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]]
     ) -> tuple[list[Rollout], list[tuple[Tensor, Tensor]]]:
         """Only what teaches; the last micro-batch as it is where this process has nothing of that."""
+        c = self.config
         advantages, keeps = (torch.cat(column) for column in zip(*worth, strict=True))
-        some = kept_only(rollouts, keeps, self.config.micro_batch)
-        if not some:
+        places = keeps.cpu().nonzero()[:, 0]
+        if not len(places):
             return rollouts[-1:], worth[-1:]
+        sets = [places]
+        if c.group_clip:
+            members = torch.tensor([member for rollout in rollouts for member in rollout.members])
+            groups = members[places] // c.group_size  # a group's samples follow one another
+            sets = places.split(groups.unique_consecutive(return_counts=True)[1].tolist())
+        parts = [part for each in sets for part in each.split(c.micro_batch)]
+        some = kept_only(rollouts, parts)
         return [r for r, _ in some], [(advantages[places], keeps[places]) for _, places in some]
 
-    def _terms(self, rollout: Rollout) -> int:
+    def terms(self, rollout: Rollout) -> int:
+        """Backward passes of a micro-batch."""
         return self.config.nft_times if self.old is not None else len(rollout.transitions)
 
-    def _objective(self, rollout: Rollout, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, rollout: Rollout, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [B] of one term (a transition, or one noise level of DiffusionNFT) and what to log of it."""
         c = self.config
         if self.old is not None:

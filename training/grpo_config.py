@@ -38,8 +38,11 @@ class GRPOConfig(TrainConfig):
         "Samples per forward pass, rolling out and learning: part of a group, or several whole groups.",
     )
     screen: float = option(
-        1.0, "Learn on this share of the rows, those that came out worst in one trial each; 1 = on all."
+        1.0,
+        "Learn on this share of the rows at most, those that came out worst in one trial each (and none that "
+        "came out as well as the best); 1 = on all.",
     )
+    screen_steps: int = option(0, "Sampling steps of such a trial; 0 = rollout_steps.")
     screen_rows: int = option(1000, "Rows tried in a round of screening.")
     shared_noise: bool = option(False, "Start all samples of a group from one noise.")
     shared_prefix: bool = option(
@@ -60,6 +63,11 @@ class GRPOConfig(TrainConfig):
     advantage_clamp: float = option(5.0, "Largest advantage.")
     advantage_scale: str = option("global", "global | group: whose standard deviation divides.")
     ratio_norm: bool = option(False, "GRPO-Guard's correction of the ratio's mean and scale.")
+    group_clip: float = option(
+        0.0,
+        "nft: largest gradient norm of one group (see group_norm in rewards.jsonl), so that a few rows do "
+        "not outweigh all others; 0 = unlimited.",
+    )
     kl_beta: float = option(
         0.0, "Weight of the velocity-space divergence from the model without the adapter."
     )
@@ -105,6 +113,8 @@ class GRPOConfig(TrainConfig):
             from .windows import window
 
             window(self.window, 0, self.rollout_steps, size=self.window_size, **self.window_bounds)
+        if self.group_clip and self.algorithm != "nft":
+            raise ValueError("group_clip is for algorithm nft: set it to 0, grpo replays whole micro-batches")
         if self.shared_prefix and self.task == "sd_inpaint":
             raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
 

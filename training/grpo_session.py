@@ -195,9 +195,7 @@ def before_after(trainer: Any) -> Tensor:
     task.make_host(module)
     module.eval()
     for number in range(min(SHOWN, len(batches.entries))):
-        batch = trainer._to_device(batches([number], [False]))
-        if task.name == "sd_inpaint":
-            batch["empty_tokens"] = task.empty_tokens(batches)
+        batch = task.guided(trainer._to_device(batches([number], [False])), batches, c.sample_guidance)
         noise = row_noise(c.seed, [number], tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
         with adapters.switched_off(module):
             made = [task.sample(batch, noise)]

@@ -224,18 +224,16 @@ def _prefix(policy, make_batch, rows, members, sampling, window, seed) -> Tensor
     return latents
 
 
-def kept_only(rollouts: Sequence[Rollout], keep: Tensor, size: int) -> list[tuple[Rollout, Tensor]]:
-    """The samples marked in `keep` ([N] bool over all micro-batches), as micro-batches of at most `size`.
+def kept_only(rollouts: Sequence[Rollout], parts: Sequence[Tensor]) -> list[tuple[Rollout, Tensor]]:
+    """The samples at these places ([n] indices over all micro-batches together), a micro-batch per part.
 
-    Returns them with the places that each one's samples had among all. For objectives that replay no recorded
-    step, which may leave samples out.
+    Returns them with their places. For objectives that replay no recorded step, which may leave samples out.
     """
     batch = {name: _joined([r.batch[name] for r in rollouts]) for name in rollouts[0].batch}
     latents = torch.cat([r.latents for r in rollouts])
     members = [member for r in rollouts for member in r.members]
     out = []
-    kept = keep.cpu().nonzero()[:, 0]
-    for places in kept.split(size) if len(kept) else ():
+    for places in parts:
         index = places.to(latents.device)
         some = {
             name: value[index] if isinstance(value, Tensor) else [value[i] for i in places.tolist()]

@@ -52,7 +52,8 @@ def try_rows(
 
 class Screened:
     """The rows of every update, without end: some rows are tried, the worst of them are learnt on once, then
-    the next are tried, by the model as it has become. `screen_rows`, `screen`: how many and which share.
+    the next are tried, by the model as it has become. `screen_rows`, `screen`: how many and which share at
+    most.
 
     The rows of an update have one size; rows that fill none wait for the next round. `state` goes into
     checkpoints, since what was found cannot be found again after the weights have moved.
@@ -84,7 +85,7 @@ class Screened:
         entries = trainer.batches.entries
         rows = self._rows(min(c.screen_rows, len(entries)), len(entries))
         mine = rows[trainer.rank :: trainer.world]
-        scores = try_rows(trainer, trainer.batches, mine, f"trying {len(rows)} rows")
+        scores = try_rows(trainer, trainer.batches, mine, f"trying {len(rows)} rows", c.screen_steps)
         value = sum(trainer.rewards.weights[name] * score for name, score in scores.items())
         table = torch.stack([torch.tensor(mine, dtype=torch.float64), value.double()], 1)
         table = gathered(trainer.accelerator, table)
@@ -124,6 +125,11 @@ def gathered(accelerator: Any, rows: Tensor) -> Tensor:
 
 
 def worst(values: Sequence[float | None], share: float) -> list[int]:
-    """Positions of the lowest `share` of the values, in their order; failures (None, NaN) are left out."""
+    """Positions of the lowest `share` of the values, in their order; failures (None, NaN) are left out.
+
+    So are values as good as the best, unless all are: where a reward has a ceiling there is nothing to learn.
+    """
     known = [(value, place) for place, value in enumerate(values) if value is not None and value == value]
-    return sorted(place for _, place in sorted(known)[: max(1, round(share * len(values)))])
+    top = max((value for value, _ in known), default=0.0)
+    below = [pair for pair in known if pair[0] < top] or known
+    return sorted(place for _, place in sorted(below)[: max(1, round(share * len(values)))])

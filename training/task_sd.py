@@ -64,10 +64,13 @@ class SDInpaintTask(Task):
             text=TextEmbedding(batch["tokens"]), features=features, negative=negative, cfg=guidance
         )
 
-    def empty_tokens(self, batches: Any) -> Tensor:
-        """Text of the empty prompt [1,L,D], for guidance."""
-        tokens = self.encode_text([""]) if self.config.train_text_encoder else batches.text([""])
-        return tokens["tokens"].float().to(self.device)
+    def guided(self, batch: dict[str, Any], batches: Any, guidance: float) -> dict[str, Any]:
+        """Adds `empty_tokens` [B,L,D], the empty prompt's text, where it is needed."""
+        if guidance == 1:
+            return batch
+        empty = self.encode_text([""]) if self.config.train_text_encoder else batches.text([""])
+        tokens = empty["tokens"].float().to(self.device)
+        return {**batch, "empty_tokens": tokens.expand_as(batch["tokens"])}
 
     def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
         count = len(self.alpha_bar)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.flux import check_folder
+from ..models.lora.files import with_strength
 from . import adapters, losses
 from .arrange import Arranged
 from .data.cache import fingerprint
@@ -120,8 +121,8 @@ class Task:
         if self.config.base_dtype == "float8_e4m3fn":
             module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
         self.module = module.requires_grad_(False).to(self.load_device)
-        for path in self.config.fuse_loras:
-            adapters.fuse(module, path)
+        for text in self.config.fuse_loras:
+            adapters.fuse(module, *with_strength(text))
         if self.config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
         return module
@@ -167,8 +168,12 @@ class Task:
     def condition(self, batch: dict[str, Any], guidance: float) -> Any:
         raise NotImplementedError
 
+    def guided(self, batch: dict[str, Any], batches: Any, guidance: float) -> dict[str, Any]:
+        """The batch with whatever sampling at this guidance needs beside the condition."""
+        return batch
+
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
-        """Pictures [B,H,W,3] in 0..1 made from the batch's condition."""
+        """Pictures [B,H,W,3] in 0..1 made from the batch's condition (`guided` at sample_guidance)."""
         raise NotImplementedError
 
 

@@ -34,6 +34,17 @@ _SUBFOLDERS = ("lora", "transformer", "unet")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
+def with_strength(text: str, strength: float = 1.0) -> tuple[str, float]:
+    """PATH or PATH:STRENGTH, as people write LoRAs, to both. A path that exists is taken whole (C:\\...)."""
+    path, colon, number = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return path, float(number)
+        except ValueError:
+            pass
+    return text, strength
+
+
 @dataclass(frozen=True, eq=False)
 class RawFile:
     """What lies on disk: tensors by key, the safetensors header, and the JSON files beside them."""

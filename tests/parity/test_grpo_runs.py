@@ -40,6 +40,7 @@ TOY = {
     "groups_per_update": 2,
     "clip": 1e-2,
 }
+NFT = {"algorithm": "nft", "nft_old_max": 0.0, "nft_shared_noise": True, "micro_batch": 8}
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +91,7 @@ def test_other_families_are_on_policy_too(toys, tmp_path, task):
     "options",
     [
         {"algorithm": "nft"},
-        {"algorithm": "nft", "nft_old_max": 0.0, "nft_shared_noise": True, "micro_batch": 8},
+        NFT,
         {"kl_beta": 1e-3, "ratio_norm": True},
         {"shared_prefix": True, "window": "fixed", "window_first": 1, "window_size": 1},
         {"inner_updates": 2, "ema": 0.9, "advantage_scale": "group"},
@@ -180,8 +181,9 @@ def test_resume_after_kill_is_bit_equal(toys, tmp_path, algorithm):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_path):
-    common = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "optimizer": "adamw", "lr": 1e-2}
+@pytest.mark.parametrize("options", [{}, {**NFT, "group_clip": 0.02}], ids=["grpo", "nft"])
+def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_path, options):
+    common = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "lr": 1e-2, **options}
     one = grpo.GRPOTrainer(toy(toys, tmp_path / "one", groups_per_update=4, **common)).run()
     c = toy(toys, tmp_path / "two", groups_per_update=2, **common)
     recipe = tmp_path / "two.yaml"
@@ -240,6 +242,65 @@ def test_whole_groups_in_one_pass_make_the_same_pictures(toys, tmp_path):
     torch.testing.assert_close(made[0], made[2], atol=1e-4, rtol=1e-4)
 
 
+def update_gradients(trainer, keep, advantage):
+    """The gradient that one update takes, with these advantages [3 groups, 4]; the weights stay."""
+    taken = {}
+
+    def step(*_):
+        taken.update({name: p.grad.clone() for name, p in trainer.names.items()})
+
+    rollouts = rollout.collect(
+        trainer.policy,
+        lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
+        [0, 1, 2],
+        [0, 1, 2],
+        group_size=4,
+        micro_batch=trainer.config.micro_batch,
+        sampling=trainer.sampling,
+        window=None,
+        seed=0,
+    )
+    sizes = [len(r.latents) for r in rollouts]
+    trainer._kept, trainer.optimizer.step = int(keep.sum()), step
+    trainer._update(
+        rollouts, list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
+    )
+    return taken
+
+
+def norm(gradients):
+    return torch.cat([g.flatten() for g in gradients.values()]).norm()
+
+
+@pytest.mark.parametrize("micro_batch", [12, 2], ids=["groups_together", "group_in_parts"])
+def test_no_group_pulls_harder_than_its_limit(toys, tmp_path, micro_batch):
+    options = {**NFT, "micro_batch": micro_batch, "grad_clip": 0.0, "nft_times": 2}
+    advantage = torch.tensor([[1.0, -1.0, 2.0, -2.0], [0.1, -0.1, 0.1, -0.1], [3.0, 1.0, -4.0, 0.0]])
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[2, 3] = False
+    made = {}
+    for limit in (0.0, 1e6, 0.1):
+        trainer = grpo.GRPOTrainer(toy(toys, tmp_path, **options, group_clip=limit))
+        trainer.prepare()
+        for index, parameter in enumerate(trainer.names.values()):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
+        made[limit] = update_gradients(trainer, keep, advantage)
+        if limit == 0.0:
+            alone = []
+            for group in range(3):
+                only = torch.zeros_like(keep)
+                only[group] = keep[group]
+                alone.append(update_gradients(trainer, only, advantage))  # the mean over this group's samples
+    norms = [float(norm(g)) for g in alone]
+    assert min(norms) < 0.1 < max(norms)  # else the limit says nothing
+    for name, value in made[0.0].items():
+        torch.testing.assert_close(made[1e6][name], value, atol=1e-6, rtol=1e-4)
+        wanted = sum(
+            g[name] * min(1, 0.1 / n) * int(k.sum()) for g, n, k in zip(alone, norms, keep, strict=True)
+        )
+        torch.testing.assert_close(made[0.1][name], wanted / int(keep.sum()), atol=1e-6, rtol=1e-4)
+
+
 def test_samples_that_teach_nothing_are_left_out_of_a_pass():
     def piece(first, count):
         members = list(range(first, first + count))
@@ -247,13 +308,11 @@ def test_samples_that_teach_nothing_are_left_out_of_a_pass():
         batch = {"latents": values * 10, "prompts": [str(m) for m in members]}
         return rollout.Rollout(members, batch, values, ())
 
-    keep = torch.tensor([True, False, True, False, True])
-    made = rollout.kept_only([piece(0, 3), piece(3, 2)], keep, 2)
+    made = rollout.kept_only([piece(0, 3), piece(3, 2)], [torch.tensor([0, 2]), torch.tensor([4])])
     assert [places.tolist() for _, places in made] == [[0, 2], [4]]
     assert [r.members for r, _ in made] == [[0, 2], [4]]
     assert made[0][0].batch["prompts"] == ["0", "2"]
     assert made[1][0].batch["latents"].tolist() == [[40.0]] and made[1][0].latents.tolist() == [[4.0]]
-    assert rollout.kept_only([piece(0, 3)], torch.zeros(3, dtype=torch.bool), 2) == []
 
 
 def tried_alone(trainer, count):
@@ -306,6 +365,22 @@ def test_rows_that_no_reward_can_judge_end_the_screening(toys, tmp_path):
 def test_worst_leaves_failures_out():
     assert screening.worst([0.5, None, 0.1, float("nan"), 0.1, 0.9], 0.5) == [0, 2, 4]
     assert screening.worst([0.5, 0.4], 0.01) == [1]
+
+
+def test_worst_leaves_out_what_is_as_good_as_the_best():
+    assert screening.worst([1.0, 0.4, 1.0, 1.0], 0.9) == [1]
+    assert screening.worst([1.0, 1.0, 1.0, 1.0], 0.5) == [0, 1]  # all are: the trial says nothing
+
+
+def test_screening_may_try_rows_in_fewer_steps(toys, tmp_path):
+    c = toy(toys, tmp_path, screen=0.5, screen_rows=8, screen_steps=1, max_steps=1)
+    trainer = grpo.GRPOTrainer(c)
+    trainer.prepare()
+    first = trainer.screened._rows(8, 12)
+    numbers = sorted(first)
+    scores = screening.try_rows(trainer, trainer.batches, numbers, steps=1)["toy_judge:brightness"]
+    wanted = sorted(numbers, key=lambda row: scores[numbers.index(row)])[:4]
+    assert sorted(next(trainer.order) + next(trainer.order)) == sorted(wanted)
 
 
 def test_guided_rollouts_of_sd_see_the_empty_prompt(toys, tmp_path):

@@ -142,3 +142,18 @@ def test_full_training_leaves_a_folder_that_the_stock_pipeline_loads(fill_pipeli
     folder = export.save_pipeline(tmp_path / "new", str(tmp_path / "base"), {"transformer": module})
     loaded = FluxFillPipeline.from_pretrained(folder)
     assert torch.equal(loaded.transformer.proj_out.bias, module.proj_out.bias)
+
+
+def test_a_lora_is_merged_before_training_at_the_strength_beside_its_name(fill_pipeline, tmp_path):
+    from comfyui_diptych.training import tasks
+
+    module, c = trained(fill_pipeline.transformer, "fill")
+    path = write(module, c, tmp_path / "lora.safetensors")
+    base = merged(fill_pipeline.transformer)
+    fill_pipeline.save_pretrained(tmp_path / "model")
+    options = {"task": "fill", "model": str(tmp_path / "model"), "base_dtype": "float32"}
+    given = config.from_dict({**options, "fuse_loras": [f"{path}:0.5"], "gradient_checkpointing": False})
+    half = merged(tasks.make_task(given).load_denoiser())
+    for name, change in changes(module).items():
+        wanted = base[f"{name}.weight"] + change / 2
+        torch.testing.assert_close(half[f"{name}.weight"], wanted, atol=1e-6, rtol=1e-5)
