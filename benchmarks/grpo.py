@@ -26,7 +26,10 @@ SMOOTH = 3  # evaluations averaged before they are compared
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="fill", choices=("fill", "kontext", "sd_inpaint"))
-    parser.add_argument("--start", default="auto", help="LoRA merged first; auto = the bundled editor, none")
+    parser.add_argument(
+        "--start", default="auto", help="LoRA merged first, PATH:STRENGTH; auto = the bundled editor, none"
+    )
+    parser.add_argument("--strength", type=float, default=0.6, help="of the bundled editor: leaves headroom")
     parser.add_argument("--updates", type=int, default=40, help="updates of dance")
     parser.add_argument("--most", type=int, default=4, help="fast gives up after this many times the updates")
     parser.add_argument("--every", type=int, default=2, help="updates between evaluations")
@@ -46,7 +49,7 @@ def start_lora(options: argparse.Namespace) -> str:
     if options.start != "auto":
         return "" if options.start == "none" else options.start
     names = tiny.card().get("default_loras", {}).get(options.task, [])
-    return str(tiny.folder() / "loras" / names[0]) if names else ""
+    return f"{tiny.folder() / 'loras' / names[0]}:{options.strength:g}" if names else ""
 
 
 def trainer_of(options: argparse.Namespace, folder: Path):

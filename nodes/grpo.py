@@ -85,7 +85,7 @@ class DiptychTrainGRPO:
                     PRESETS,
                     {
                         "default": "fast",
-                        "tooltip": "fast: ours, DiffusionNFT with one noise per group; 8 steps. flow-grpo, "
+                        "tooltip": "fast: ours, DiffusionNFT with one noise per group; 6 steps. flow-grpo, "
                         "dance, mixgrpo, nft: as published.",
                     },
                 ),

@@ -120,6 +120,7 @@ def _for_small(values: dict[str, Any], choices: Choices) -> dict[str, Any]:
         "rollout_guidance": guidance,
         "sample_guidance": guidance,
         "lr": choices.lr or 5e-4,
+        "group_clip": 0.3 if values["algorithm"] == "nft" else 0.0,
         "rank": choices.rank or 16,
         "lora_alpha": 2.0 * (choices.rank or 16),
     }

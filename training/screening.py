@@ -21,9 +21,9 @@ STRETCH = 1 << 52  # of the random stream; rollouts number their noise from 0
 
 @torch.no_grad()
 def try_rows(
-    trainer: Any, batches: Any, numbers: Sequence[int], label: str = "", steps: int = 0
+    trainer: Any, batches: Any, numbers: Sequence[int], label: str = "", steps: int = 0, draw: int = 0
 ) -> dict[str, Tensor]:
-    """Raw scores [N] by reward of one ODE picture of each row, from noise that the row's number fixes.
+    """Raw scores [N] by reward of one ODE picture of each row, from noise that `draw` and its number fix.
 
     In `steps` steps, 0 = as many as a rollout. With `label`, progress is shown under it. Every process calls
     it with rows of its own.
@@ -43,7 +43,11 @@ def try_rows(
     for places in trainer.bar(parts, label) if label else parts:
         some = [numbers[place] for place in places]
         batch = trainer.rollout_batch(batches, some)
-        noise = row_noise(c.seed, [STRETCH + n for n in some], tuple(batch["latents"].shape[1:]))
+        noise = row_noise(
+            c.seed,
+            [STRETCH + draw * len(batches.entries) + n for n in some],
+            tuple(batch["latents"].shape[1:]),
+        )
         latents, _ = trainer.policy.run(batch, noise.to(batch["latents"].device), sampling, None, None)
         for name, values in judge(trainer.task.host.decode(latents), some).items():
             out.setdefault(name, torch.full((len(numbers),), torch.nan))[places] = values.float()
@@ -85,7 +89,8 @@ class Screened:
         entries = trainer.batches.entries
         rows = self._rows(min(c.screen_rows, len(entries)), len(entries))
         mine = rows[trainer.rank :: trainer.world]
-        scores = try_rows(trainer, trainer.batches, mine, f"trying {len(rows)} rows", c.screen_steps)
+        seen = self.round * len(rows) // len(entries)  # a row's next trial starts from other noise
+        scores = try_rows(trainer, trainer.batches, mine, f"trying {len(rows)} rows", c.screen_steps, seen)
         value = sum(trainer.rewards.weights[name] * score for name, score in scores.items())
         table = torch.stack([torch.tensor(mine, dtype=torch.float64), value.double()], 1)
         table = gathered(trainer.accelerator, table)
