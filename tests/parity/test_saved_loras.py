@@ -19,11 +19,11 @@ from torch import nn
 HEADER = {"base": "toy", "recipe": "test", "step": 7, "data": "abc", "prompt_template": "{instruction}"}
 
 
-def trained(module: nn.Module, task: str, method: str = "lora", targets: str = "", **options):
+def trained(module: nn.Module, task: str, method: str = "lora", patterns: list[str] | None = None, **options):
     """A copy of the module with non-zero adapters, and its configuration (alpha is not the rank)."""
     c = config.from_dict({"task": task, "method": method, "rank": 4, "lora_alpha": 6.0, **options})
     module = copy.deepcopy(module)
-    adapters.add_lora(module, adapters.TARGETS[targets or task], c)
+    adapters.add_lora(module, patterns or adapters.TARGETS[task], c)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -33,11 +33,13 @@ def trained(module: nn.Module, task: str, method: str = "lora", targets: str = "
 
 def changes(module: nn.Module) -> dict[str, torch.Tensor]:
     """B A alpha / r of every plain adapter, straight from the layers."""
-    return {
-        name: layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (6.0 / 4)
-        for name, layer in module.named_modules()
-        if hasattr(layer, "lora_A") and "default" in layer.lora_A
-    }
+    out = {}
+    for name, layer in module.named_modules():
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A:
+            up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            product = up.flatten(1) @ down.flatten(1) * (6.0 / 4)
+            out[name] = product.view(len(up), *down.shape[1:])
+    return out
 
 
 def merged(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -111,9 +113,15 @@ def test_a_trained_moe_lora_runs_the_same_through_our_loader(gate, fill_pipeline
     assert {k: header[k] for k in HEADER} == HEADER
 
 
-def test_a_stable_diffusion_lora_has_kohya_names_and_loads_in_diffusers(sd_inpaint_pipeline, tmp_path):
-    module, c = trained(sd_inpaint_pipeline.unet, "sd_inpaint")
-    text, _ = trained(sd_inpaint_pipeline.text_encoder, "sd_inpaint", targets="text")
+@pytest.mark.parametrize(
+    "patterns", [None, [r".*\.(to_[qkv]|conv[12]?|conv_shortcut|time_emb_proj)"]], ids=["attention", "all"]
+)
+def test_a_stable_diffusion_lora_has_kohya_names_and_loads_in_diffusers(
+    patterns, sd_inpaint_pipeline, tmp_path
+):
+    module, c = trained(sd_inpaint_pipeline.unet, "sd_inpaint", patterns=patterns)
+    assert any(change.ndim == 4 for change in changes(module).values()) == bool(patterns)
+    text, _ = trained(sd_inpaint_pipeline.text_encoder, "sd_inpaint", patterns=adapters.TARGETS["text"])
     parts = {"unet": adapters.trained_state(module), "text_encoder": adapters.trained_state(text)}
     path = export.save_lora(tmp_path / "sd.safetensors", parts, c, HEADER)
     keys = load_file(path).keys()
