@@ -31,12 +31,9 @@ def try_rows(
     c = trainer.config
     judge = Judge(trainer.rewards, batches, c.use_targets)
     sampling = Sampling(steps or c.rollout_steps, c.rollout_guidance)
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for place, number in enumerate(numbers):
-        sizes.setdefault(batches.entries[number].size, []).append(place)
     parts = [
         places[start : start + c.micro_batch]
-        for places in sizes.values()
+        for places in by_size(batches.entries, numbers)
         for start in range(0, len(places), c.micro_batch)
     ]
     out: dict[str, Tensor] = {}
@@ -99,12 +96,10 @@ class Screened:
             raise ValueError(f"the rewards could judge none of {len(rows)} rows: see the warnings above")
         values = {int(row): value for row, value in table}
         kept = [rows[place] for place in worst([values.get(row) for row in rows], c.screen)]
-        sizes: dict[tuple[int, int], list[int]] = {}
-        for row in self.waiting + kept:
-            sizes.setdefault(entries[row].size, []).append(row)
+        pool, self.waiting = self.waiting + kept, []
         whole = c.groups_per_update * trainer.world
-        self.waiting = []
-        for same in sizes.values():
+        for places in by_size(entries, pool):
+            same = [pool[place] for place in places]
             full = len(same) // whole * whole
             self.updates += [same[start : start + whole] for start in range(0, full, whole)]
             self.waiting += same[full:]
@@ -121,6 +116,14 @@ class Screened:
                 random.Random(f"{self.trainer.config.seed} rows {again}").shuffle(order)
             rows.append(order[position])
         return rows
+
+
+def by_size(entries: Any, numbers: Sequence[int]) -> list[list[int]]:
+    """Positions in `numbers`, those of rows of one size together."""
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for place, number in enumerate(numbers):
+        sizes.setdefault(entries[number].size, []).append(place)
+    return list(sizes.values())
 
 
 def gathered(accelerator: Any, rows: Tensor) -> Tensor:
