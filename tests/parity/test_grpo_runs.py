@@ -372,6 +372,15 @@ def test_worst_leaves_out_what_is_as_good_as_the_best():
     assert screening.worst([1.0, 1.0, 1.0, 1.0], 0.5) == [0, 1]  # all are: the trial says nothing
 
 
+def test_rows_found_by_screening_may_be_learnt_on_again(toys, tmp_path):
+    c = toy(toys, tmp_path, screen=0.5, screen_rows=8, screen_repeats=3, max_steps=1)
+    trainer = grpo.GRPOTrainer(c)
+    trainer.prepare()
+    taken = [next(trainer.order) for _ in range(6)]
+    assert taken[:2] == taken[2:4] == taken[4:] and trainer.screened.round == 1
+    assert len(set(taken[0] + taken[1])) == 4
+
+
 def test_screening_may_try_rows_in_fewer_steps(toys, tmp_path):
     c = toy(toys, tmp_path, screen=0.5, screen_rows=8, screen_steps=1, max_steps=1)
     trainer = grpo.GRPOTrainer(c)
