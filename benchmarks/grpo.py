@@ -2,9 +2,10 @@
 
 Named peer: DanceGRPO's settings (16 steps, 9 of them trained, a group's noise shared) as `grpo_dance` has
 them, on the same tiny model, data, reward, adapter and learning rate. Both start from the bundled editor at
-reduced strength: at full strength dance gains nothing that could be reached. Each preset runs in a process of its
-own, one after the other; the clock runs during updates only, not while the held-out rows are sampled, which
-both do alike (plain ODE, 12 steps, the same noise). Prints pictures and updates per second and peak memory.
+reduced strength: at full strength dance gains nothing that could be reached. Each preset runs in a process of
+its own, one after the other; the clock runs during updates only, not while the held-out rows are sampled,
+which both do alike (plain ODE, 12 steps, the same noise). Prints pictures and updates per second and peak
+memory.
 
     python benchmarks/grpo.py --threads 1
 """
