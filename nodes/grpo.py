@@ -99,7 +99,7 @@ class DiptychTrainGRPO:
                 ),
                 "group_size": (
                     "INT",
-                    _number(0, 0, 64, "Tries per instruction; 0 = the preset's (8 to 24).", advanced=True),
+                    _number(0, 0, 64, "Tries per instruction; 0 = the preset's (6 to 24).", advanced=True),
                 ),
                 "groups": (
                     "INT",
