@@ -68,12 +68,15 @@ class DiffusersUNet(nn.Module):
 
     def __init__(self, unet: nn.Module):
         super().__init__()
-        self.unet = unet
+        # Its parts are the children, not the UNet: so ComfyUI's LoRA loader finds them by diffusers' names.
+        object.__setattr__(self, "_unet", unet)
+        for name, part in unet.named_children():
+            self.add_module(name, part)
         self.dtype = _DTYPE
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, **_: Any) -> Tensor:
         """Latents, mask and masked latents [B,9,h,w] at timesteps 0..999 to epsilon [B,4,h,w]."""
-        return self.unet(x, timesteps, encoder_hidden_states=context).sample
+        return self._unet(x, timesteps, encoder_hidden_states=context).sample
 
 
 def load_unet(folder: Path, vae: Any | None = None):

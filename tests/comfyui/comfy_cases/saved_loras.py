@@ -78,6 +78,48 @@ def core_patches_every_module_of_a_trained_sd15_lora(host):
         assert change(got, b @ a * (6.0 / 4)) < 1e-4
 
 
+@case
+def core_and_our_loader_apply_the_shipped_sd_lora_as_diffusers_does(host):
+    """It adapts convolutions too: the UNet's prediction, three ways."""
+    import comfy.sd
+    import comfy.utils
+    from diffusers import StableDiffusionInpaintPipeline
+
+    tiny = host.pack("models.tiny").folder()
+    path = tiny / "loras" / "sd_inpaint_grpo.safetensors"
+    with torch.inference_mode():
+        model, _, _ = host.nodes["DiptychTinyModelLoader"]().load("sd_inpaint")
+    weights = host.pack("models.lora").read(path)
+    assert any(module.A.ndim == 4 for module in weights.modules.values())
+    theirs, _ = comfy.sd.load_lora_for_models(
+        model, None, comfy.utils.load_torch_file(str(path), safe_load=True), 1.0, 0
+    )
+    assert len(theirs.patches) == len(weights.modules)
+    ours, report = host.pack("models.lora").apply_to_comfy(model, weights, 1.0)
+    assert not report.skipped
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(tiny / "sd_inpaint", torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    x, step = torch.randn(1, 9, 8, 8, generator=generator), torch.tensor([601])
+    text = torch.randn(1, 7, pipe.unet.config.cross_attention_dim, generator=generator)
+
+    def prediction(patcher):
+        patcher = patcher.clone()
+        patcher.patch_model()
+        try:
+            with torch.no_grad():
+                return patcher.model.diffusion_model(x, step, context=text)
+        finally:
+            patcher.unpatch_model()
+
+    base, core, mine = (prediction(m) for m in (model, theirs, ours))
+    pipe.load_lora_weights(str(path))
+    with torch.no_grad():
+        want = pipe.unet(x, step, encoder_hidden_states=text).sample
+    torch.testing.assert_close(core, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine, want, atol=1e-4, rtol=1e-4)
+    assert (want - base).abs().max() > 1e-2
+
+
 def sd15() -> dict:
     return {
         "image_size": 32,
