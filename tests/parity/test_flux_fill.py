@@ -179,10 +179,13 @@ def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, picture,
         saved = getattr(loaded, part).state_dict()
         for name, value in getattr(fill, part).state_dict().items():
             assert torch.equal(value, saved[name]), name
+        for parameter in getattr(loaded, part).parameters():
+            parameter.data = (
+                parameter.data.clone()
+            )  # a file's mapping is not aligned: other kernels, other bits
     image, mask = picture(1, 32, 32), torch.ones(1, 32, 32)
     pictures = [fill_canvas(model, image, mask, PROMPTS[0], sampling=Sampling(1)) for model in (fill, loaded)]
-    # Weights that lie elsewhere in memory may go through other kernels.
-    torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
+    assert torch.equal(*pictures)
 
 
 @pytest.mark.parametrize(
