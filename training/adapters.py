@@ -163,8 +163,8 @@ def fuse(module: nn.Module, path: str, strength: float = 1.0) -> None:
         weight = layers[name].weight
         fitted = fit_module(name, change, *weight.shape[:2], [])
         with torch.no_grad():
-            change = strength * fitted.dense().to(weight.device)
-            weight.copy_((weight.float() + change).to(weight.dtype))
+            added = strength * fitted.dense().to(weight.device)
+            weight.copy_((weight.float() + added).to(weight.dtype))
 
 
 @contextmanager

@@ -64,10 +64,12 @@ def limited(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor
                 accelerator.backward(loss)
                 total += loss.detach() * kept * scale / trainer.world
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        log.setdefault("group_norm", []).append(norm.detach().reshape(1) * c.group_clip / limit)
+        if kept:
+            log.setdefault("group_norm", []).append(norm.detach().reshape(1) * c.group_clip / limit)
         for parameter, gradient in zip(parameters, sums, strict=True):
-            gradient.add_(parameter.grad, alpha=kept * scale)
-            parameter.grad = None
+            if parameter.grad is not None:  # a text encoder's: rollouts hold their text as it was
+                gradient.add_(parameter.grad, alpha=kept * scale)
+                parameter.grad = None
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = accelerator.reduce(gradient, "mean")
     return total, log

@@ -116,7 +116,7 @@ class GRPOTrainer(Trainer):
     def rollout_batch(self, batches: Any, numbers: list[int]) -> dict[str, Any]:
         """What the policy needs of these rows, on the device."""
         batch = self._to_device(batches(numbers, [False] * len(numbers)))
-        return self.task.guided(batch, batches, self.config.rollout_guidance)
+        return self.task.guided(batch, batches.text, self.config.rollout_guidance)
 
     def _advantages(
         self, rollouts: list[Rollout], rows: list[int], first: int

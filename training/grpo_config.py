@@ -42,9 +42,9 @@ class GRPOConfig(TrainConfig):
         "Learn on this share of the rows at most, those that came out worst in one trial each (and none that "
         "came out as well as the best); 1 = on all.",
     )
-    screen_repeats: int = option(1, "Updates that learn on a row found by screening.")
-    screen_steps: int = option(0, "Sampling steps of such a trial; 0 = rollout_steps.")
     screen_rows: int = option(1000, "Rows tried in a round of screening.")
+    screen_steps: int = option(0, "Sampling steps of such a trial; 0 = rollout_steps.")
+    screen_repeats: int = option(1, "Updates that learn on a row found by screening.")
     shared_noise: bool = option(False, "Start all samples of a group from one noise.")
     shared_prefix: bool = option(
         False, "Run the steps before the window once per group (implies shared noise)."

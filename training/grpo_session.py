@@ -196,7 +196,8 @@ def before_after(trainer: Any) -> Tensor:
     task.make_host(module)
     module.eval()
     for number in range(min(SHOWN, len(batches.entries))):
-        batch = task.guided(trainer._to_device(batches([number], [False])), batches, c.sample_guidance)
+        batch = trainer._to_device(batches([number], [False]))
+        batch = task.guided(batch, batches.text, c.sample_guidance)
         noise = row_noise(c.seed, [number], tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
         with adapters.switched_off(module):
             made = [task.sample(batch, noise)]

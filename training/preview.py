@@ -21,7 +21,7 @@ def contact_sheet(task: Any, batches: Any, seed: int, to_device: Callable) -> Te
     rows = []
     for position in range(len(batches.entries)):
         batch = to_device(batches([position], [False]))
-        batch = task.guided(batch, batches, task.config.sample_guidance)
+        batch = task.guided(batch, batches.text, task.config.sample_guidance)
         shape = tuple(batch["latents"].shape[1:])
         noise = row_noise(seed, [position], shape).to(batch["latents"].device)
         given = batch.get("masked_latents", batch.get("references"))

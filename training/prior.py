@@ -99,8 +99,7 @@ def top_up(
         pixels = torch.rand(3, side, side, generator=generator) * 2 - 1
         batch = task.encode_pictures([Arranged(pixels, config.class_prompt, torch.ones(1, side, side))])
         batch = {k: v.to(task.device) for k, v in (batch | text).items()}
-        if task.name == "sd_inpaint":
-            batch["empty_tokens"] = task.encode_text([""])["tokens"].float()
+        batch = task.guided(batch, task.encode_text, config.sample_guidance)
         noise = row_noise(config.seed, [(1 << 41) + number], tuple(batch["latents"].shape[1:]))
         picture = to_pil(task.sample(batch, noise.to(task.device))[0])
         digest = hashlib.sha1(picture.tobytes()).hexdigest()[:10]

@@ -86,8 +86,9 @@ class Screened:
         entries = trainer.batches.entries
         rows = self._rows(min(c.screen_rows, len(entries)), len(entries))
         mine = rows[trainer.rank :: trainer.world]
-        seen = self.round * len(rows) // len(entries)  # a row's next trial starts from other noise
-        scores = try_rows(trainer, trainer.batches, mine, f"trying {len(rows)} rows", c.screen_steps, seen)
+        label = f"trying {len(rows)} rows"
+        # With the round as the draw, a row's next trial starts from other noise.
+        scores = try_rows(trainer, trainer.batches, mine, label, c.screen_steps, self.round)
         value = sum(trainer.rewards.weights[name] * score for name, score in scores.items())
         table = torch.stack([torch.tensor(mine, dtype=torch.float64), value.double()], 1)
         table = gathered(trainer.accelerator, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,12 +65,12 @@ class SDInpaintTask(Task):
             text=TextEmbedding(batch["tokens"]), features=features, negative=negative, cfg=guidance
         )
 
-    def guided(self, batch: dict[str, Any], batches: Any, guidance: float) -> dict[str, Any]:
+    def guided(self, batch: dict[str, Any], text: Callable, guidance: float) -> dict[str, Any]:
         """Adds `empty_tokens` [B,L,D], the empty prompt's text, where it is needed."""
         if guidance == 1:
             return batch
-        empty = self.encode_text([""]) if self.config.train_text_encoder else batches.text([""])
-        tokens = empty["tokens"].float().to(self.device)
+        text = self.encode_text if self.config.train_text_encoder else text
+        tokens = text([""])["tokens"].float().to(self.device)
         return {**batch, "empty_tokens": tokens.expand_as(batch["tokens"])}
 
     def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:

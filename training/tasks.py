@@ -8,6 +8,7 @@ runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,11 @@ class Task:
     def condition(self, batch: dict[str, Any], guidance: float) -> Any:
         raise NotImplementedError
 
-    def guided(self, batch: dict[str, Any], batches: Any, guidance: float) -> dict[str, Any]:
-        """The batch with whatever sampling at this guidance needs beside the condition."""
+    def guided(self, batch: dict[str, Any], text: Callable, guidance: float) -> dict[str, Any]:
+        """The batch with whatever sampling at this guidance needs beside the condition.
+
+        text: prompts to what `encode_text` gives, for frozen text encoders (`Batches.text`).
+        """
         return batch
 
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
