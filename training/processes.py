@@ -28,6 +28,8 @@ def open_accelerator(config: Any, logs: Path) -> tuple[Any, bool]:
         # accelerate takes it from a prepared loader; ours is not one.
         plugin = accelerator.state.deepspeed_plugin.deepspeed_config
         plugin["train_micro_batch_size_per_gpu"] = config.batch_size
+        plugin["gradient_clipping"] = config.grad_clip  # the engine clips, and steps in `backward`
+        plugin["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # for the export
     sharded = kind in ("FSDP", "DEEPSPEED")
     if sharded and config.ema:
         raise ValueError(f"ema is {config.ema} under {kind}: set ema: 0, the shards keep no average")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -116,20 +117,43 @@ FSDP = {
 }
 
 
-def two_processes(recipe, *arguments, fsdp=False):
-    """`diptych train` in two processes over gloo."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    if fsdp:
-        script = recipe.with_suffix(".py")
-        script.write_text(SHARDED)
-        command = [*launch, str(script), str(recipe), *arguments]
+# So does it for DeepSpeed, which has to find the two processes itself.
+DEEPSPEED = """
+import os, sys
+from accelerate.state import DistributedType, PartialState
+PartialState(cpu=True)
+import deepspeed
+deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+PartialState._shared_state |= {"distributed_type": DistributedType.DEEPSPEED, "_cpu": False}
+del os.environ["ACCELERATE_USE_CPU"]
+from comfyui_diptych.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def zero(stage):
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "DS_ACCELERATOR": "cpu",
+        "LOCAL_SIZE": "2",
+    }
+
+
+def two_processes(recipe, *arguments, script="", environment=None):
+    """`diptych train`, or a script that comes to the same, in two processes over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if script:
+        file = recipe.with_suffix(".py")
+        file.write_text(script)
+        command += [str(file), str(recipe), *arguments]
     else:
-        command = [*launch, "-m", "comfyui_diptych", "train", str(recipe), *arguments]
+        command += ["-m", "comfyui_diptych", "train", str(recipe), *arguments]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
-        **(FSDP if fsdp else {}),
+        **(environment or {}),
     }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -141,12 +165,33 @@ def test_two_processes_equal_one_with_twice_the_batch(folders, tmp_path, fsdp):
     _, path = run(toy(folders, tmp_path / "one", batch_size=4, **cache))
     c = toy(folders, tmp_path / "two", batch_size=2, **cache)
     recipe = write_recipe(c, tmp_path / "two.yaml")
-    two_processes(recipe, fsdp=fsdp)
+    two_processes(recipe, **({"script": SHARDED, "environment": FSDP} if fsdp else {}))
     one, two = load_file(path), load_file(tmp_path / "two" / path.name)
     assert json.loads((tmp_path / "two/checkpoints/step_00000004/state.json").read_text())["world"] == 2
     moved = max(t.abs().max().item() for k, t in one.items() if "lora_B" in k)
     assert moved > 1e-3
     assert max((one[k] - two[k]).abs().max().item() for k in one) <= 1e-5
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_in_two_processes_equals_one_and_resumes(folders, tmp_path, stage):
+    options = {"save_every": 2, "keep_last": 9, "cache_dir": str(tmp_path / "cache")}
+    _, path = run(toy(folders, tmp_path / "one", batch_size=4, **options))
+    recipe = write_recipe(toy(folders, tmp_path / "two", batch_size=2, **options), tmp_path / "two.yaml")
+    two_processes(recipe, script=DEEPSPEED, environment=zero(stage))
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for one, two in zip(*[[json.loads(line) for line in lines] for lines in logs], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    one, two = load_file(path), load_file(tmp_path / "two" / path.name)
+    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    # Adam's first steps are as long where the gradient is nothing but rounding.
+    assert (apart > 1e-5).float().mean() < 1e-3 and apart.mean() < 1e-6
+    shutil.rmtree(tmp_path / "two/checkpoints/step_00000004")
+    two_processes(recipe, "--resume", "auto", script=DEEPSPEED, environment=zero(stage))
+    again = load_file(tmp_path / "two" / path.name)
+    assert all(torch.equal(two[k], again[k]) for k in two)
 
 
 @pytest.mark.parametrize(
