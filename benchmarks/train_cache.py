@@ -5,14 +5,17 @@ step.
 
 The peer is the same recipe and trainer with `cache: false`, which does every step what ICEdit's own trainer
 does: two text encoders and two VAE passes. Both runs live in one process on the bundled tiny models and take
-turns, step by step; the best step of each is compared. Memory is what each keeps resident for its models. For
-FLUX the same two figures follow by arithmetic: operations are counted on the real architectures (no weights
-are needed), for a row of 512-pixel panels and a 512-token prompt, with gradient checkpointing.
+turns, step by step; the best step of each is compared. Peak memory is that of a process for each alone (its
+steps after the caches are built), and what that process had before it loaded a model is shown beside it. For
+FLUX the same figures follow by arithmetic: operations are counted on the real architectures (no weights are
+needed), for a row of 512-pixel panels and a 512-token prompt, with gradient checkpointing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,15 +58,43 @@ def seconds(step) -> float:
     return time.process_time() - start
 
 
-def resident(made) -> int:
-    """Bytes of the modules a run keeps: denoiser, VAE and, without caches, the text encoders."""
-    modules = [made.task.module, made.task.vae, *made.task.parts.values()]
-    return sum(
-        p.numel() * p.element_size()
-        for module in modules
-        if isinstance(module, torch.nn.Module)
-        for p in module.parameters()
-    )
+def resident() -> float:
+    """MB of this process in memory now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def memory(cache: bool, folder: Path, steps: int, batch: int) -> dict[str, float]:
+    """MB of a process of its own: before it loads a model, and at most while it trains."""
+    command = [sys.executable, __file__, "--memory-of", str(cache), "--folder", str(folder)]
+    command += ["--steps", str(steps), "--batch", str(batch)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure_memory(cache: bool, folder: Path, steps: int, batch: int) -> dict[str, float]:
+    """What `memory` asks of its process, sampled every millisecond."""
+    import threading
+
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    before = resident()
+    made = trainer(cache, folder, batch)
+    peak, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(steps):
+        made.train_step()
+    done.set()
+    watcher.join()
+    return {"before": before, "peak": peak[0]}
 
 
 def flux() -> tuple[dict[str, float], dict[str, int]]:
@@ -124,8 +155,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--memory-of", choices=("True", "False"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     out = sys.stdout.write
+    if options.memory_of:
+        out(
+            json.dumps(
+                measure_memory(options.memory_of == "True", options.folder, options.steps, options.batch)
+            )
+        )
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         runs = {cache: trainer(cache, Path(folder), options.batch) for cache in (True, False)}
         for made in runs.values():
@@ -135,12 +175,13 @@ def main() -> int:
             for cache, made in runs.items():
                 times[cache].append(seconds(made.train_step))
         cached, live = min(times[True]), min(times[False])
-        kept = {cache: resident(made) / 1e6 for cache, made in runs.items()}
+        used = {cache: memory(cache, Path(folder), options.steps, options.batch) for cache in (True, False)}
     ratio = cached / live
     out(
         f"tiny: {cached * 1000:.0f} ms a step with caches, {live * 1000:.0f} ms encoding: ratio {ratio:.2f}\n"
     )
-    out(f"tiny: {kept[True]:.1f} MB of models with caches, {kept[False]:.1f} MB encoding\n")
+    for cache, name in ((True, "with caches"), (False, "encoding")):
+        out(f"tiny: peak {used[cache]['peak']:.0f} MB {name}, {used[cache]['before']:.0f} MB of it imports\n")
     counts, size = flux()
     # A LoRA step with checkpointing: forward, forward again, and the gradients of the activations.
     step = 3 * counts["denoiser"]

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .attention import for_learning
 from .rollout import Rollout
 
 
@@ -29,7 +30,8 @@ Log = dict[str, list[Tensor]]
 
 
 def summed(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor, Log]:
-    """Gradients of `scale` times the sum over kept samples, averaged over processes as DDP does it.
+    """Gradients of `scale` times the sum over kept samples, averaged over processes as DDP does it, and with
+    them the gradients that this process has already.
 
     Returns (this process's share of the loss, measures of the kept samples).
     """
@@ -38,8 +40,9 @@ def summed(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor,
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
         with nullcontext() if last else accelerator.no_sync(module):
-            loss = _loss(trainer, piece, log) * scale
-            accelerator.backward(loss)
+            with _kernel(trainer, piece):
+                loss = _loss(trainer, piece, log) * scale
+                accelerator.backward(loss)
         total += loss.detach() / trainer.world
     return total, log
 
@@ -48,20 +51,23 @@ def limited(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor
     """As `summed`, but no group's gradient (of the mean over its samples) has a norm above `group_clip`.
 
     Some rows stand at the edge between two outcomes and have gradients a hundred times the usual; in a plain
-    sum these few decide. Logs the norms as `group_norm`.
+    sum these few decide. Logs the norms as `group_norm`. Gradients that are there already are not limited.
     """
     accelerator, module = trainer.accelerator, trainer.prepared[trainer.task.denoiser_part]
     c, parameters = trainer.config, list(trainer.names.values())
     limit = c.group_clip * (accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    sums = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
     total, log = torch.zeros((), device=accelerator.device), {}
     for _, members in groupby(pieces, key=lambda piece: piece.rollout.members[0] // c.group_size):
         group = list(members)
         kept = sum(int(piece.keep.sum()) for piece in group if piece.term == 0)
         with accelerator.no_sync(module):
             for piece in group:
-                loss = _loss(trainer, piece, log) / max(1, kept)
-                accelerator.backward(loss)
+                with _kernel(trainer, piece):
+                    loss = _loss(trainer, piece, log) / max(1, kept)
+                    accelerator.backward(loss)
                 total += loss.detach() * kept * scale / trainer.world
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if kept:
@@ -73,6 +79,12 @@ def limited(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = accelerator.reduce(gradient, "mean")
     return total, log
+
+
+def _kernel(trainer: Any, piece: Piece) -> AbstractContextManager:
+    """GRPO replays with the kernels that sampled; DiffusionNFT replays nothing."""
+    nothing = trainer.config.algorithm == "grpo"
+    return nullcontext() if nothing else for_learning(piece.rollout.latents)
 
 
 def _loss(trainer: Any, piece: Piece, log: Log) -> Tensor:

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from . import adapters, checkpoint, gradients, nft, optim, policy, screening
+from .attention import for_learning
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
+from .losses import row_noise, row_uniform
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
 from .sft import Trainer
 from .windows import window as window_of
 
 logger = logging.getLogger(__name__)
+DATA = 1 << 42  # stretch of the random stream for supervised rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,6 +46,11 @@ class GRPOTrainer(Trainer):
         super().prepare()
         if self.screened is not None:
             self.order = self.screened
+        if self.config.data_rows:
+            sampler = self.batches.sampler(
+                self.config.data_rows, self.config.seed + 1, self.rank, self.world, prior=False
+            )
+            self.data_order = iter(sampler.start_at(self.step))
         self.judge = Judge(self.rewards, self.batches, c.use_targets)
 
     def _prepare_model(self) -> None:
@@ -62,6 +70,7 @@ class GRPOTrainer(Trainer):
         c = self.config
         optim.set_lr(self.optimizer, self.step, c)
         rows = next(self.order)
+        data = next(self.data_order) if c.data_rows else []
         self.micro += 1
         first = (self.step * self.world + self.rank) * len(rows)
         with self.old.active(self.names) if self.old else nullcontext():
@@ -75,13 +84,14 @@ class GRPOTrainer(Trainer):
                 sampling=self.sampling,
                 window=self.window,
                 seed=c.seed,
+                targets=c.nft_targets,
             )
         worth = self._advantages(rollouts, rows, first)
         loss, norm = torch.zeros((), device=self.accelerator.device), 0.0
         size = -(-len(rollouts) // c.inner_updates)
         for start in range(0, len(rollouts), size):
             part = slice(start, start + size)
-            partial, norm = self._update(rollouts[part], worth[part])
+            partial, norm = self._update(rollouts[part], worth[part], data)
             loss += partial / c.inner_updates
         self.step += 1
         if self.average is not None:
@@ -140,15 +150,21 @@ class GRPOTrainer(Trainer):
             clamp=c.advantage_clamp,
         )
         self._kept = int(worth.keep.sum())
-        self.measures = {f"reward/{name}": float(values.nanmean()) for name, values in scores.items()}
+        tries = torch.arange(len(everyone)) % count < count - c.nft_targets
+        self.measures = {f"reward/{name}": float(values[tries].nanmean()) for name, values in scores.items()}
         self.measures |= {f"failed/{n}": int(v.isnan().sum()) for n, v in scores.items() if v.isnan().any()}
         self.measures["kept"] = self._kept / len(everyone)
         mine = slice(self.rank * len(numbers), (self.rank + 1) * len(numbers))
         sizes = [len(rollout.latents) for rollout in rollouts]
         return list(zip(worth.values[mine].split(sizes), worth.keep[mine].split(sizes), strict=True))
 
-    def _update(self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
-        """One optimiser step on these micro-batches; groups that teach nothing are not even computed."""
+    def _update(
+        self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]], data: list[int]
+    ) -> tuple[Tensor, float]:
+        """One optimiser step on these micro-batches and, supervised, on the rows `data`.
+
+        Groups that teach nothing are not even computed.
+        """
         c, device = self.config, self.accelerator.device
         if self._kept == 0:
             return torch.zeros((), device=device), 0.0
@@ -162,7 +178,9 @@ class GRPOTrainer(Trainer):
             if keep.any() or rollout is rollouts[-1]  # every process must reach the last, synchronising one
             for term in range(self.terms(rollout))
         ]
+        supervised = self._learn_data(data) if data else {}
         total, log = (gradients.limited if c.group_clip else gradients.summed)(self, pieces, scale)
+        log |= supervised
         norm = self.accelerator.clip_grad_norm_(list(self.names.values()), c.grad_clip or float("inf"))
         norm = float(norm)
         if not torch.isfinite(torch.tensor(norm)):
@@ -172,6 +190,24 @@ class GRPOTrainer(Trainer):
         joined = {name: torch.cat(values).float() for name, values in log.items()}
         self.measures |= {name: float(values.mean()) for name, values in joined.items() if len(values)}
         return total, norm
+
+    def _learn_data(self, rows: list[int]) -> dict[str, list[Tensor]]:
+        """Take this process's gradient of the supervised loss on these rows; the reward's is added to it."""
+        c, device, module = self.config, self.accelerator.device, self.prepared[self.task.denoiser_part]
+        first = (self.step * self.world + self.rank) * len(rows)
+        log = []
+        for start in range(0, len(rows), c.micro_batch):
+            some = rows[start : start + c.micro_batch]
+            batch = self._to_device(self.batches(some, [False] * len(some)))
+            places = [first + start + index for index in range(len(some))]
+            stretch, shape = [DATA + place for place in places], tuple(batch["latents"].shape[1:])
+            noise = row_noise(c.seed, stretch, shape, c.noise_offset).to(device)
+            u = row_uniform(c.seed, places, "data")
+            with self.accelerator.no_sync(module), for_learning(noise):
+                loss = self.task.row_losses(batch, noise, u)
+                self.accelerator.backward(c.data_weight * loss.sum() / len(rows))
+            log.append(loss.detach())
+        return {"data": log}
 
     def _compacted(
         self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]]

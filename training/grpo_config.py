@@ -44,7 +44,6 @@ class GRPOConfig(TrainConfig):
     )
     screen_rows: int = option(1000, "Rows tried in a round of screening.")
     screen_steps: int = option(0, "Sampling steps of such a trial; 0 = rollout_steps.")
-    screen_repeats: int = option(1, "Updates that learn on a row found by screening.")
     shared_noise: bool = option(False, "Start all samples of a group from one noise.")
     shared_prefix: bool = option(
         False, "Run the steps before the window once per group (implies shared noise)."
@@ -72,9 +71,20 @@ class GRPOConfig(TrainConfig):
     kl_beta: float = option(
         0.0, "Weight of the velocity-space divergence from the model without the adapter."
     )
+    data_rows: int = option(
+        0,
+        "Rows of the data per process and update whose supervised loss is added (PPO-ptx, arXiv 2203.02155), "
+        "so that learning on some rows does not harm the others; 0 = none.",
+    )
+    data_weight: float = option(1.0, "Weight of that loss.")
     nft_beta: float = option(1.0, "nft: strength of the implicit positive and negative policies.")
     nft_times: int = option(2, "nft: noise levels per rollout and inner update.")
     nft_shared_noise: bool = option(False, "nft: noise all samples of a group alike: less noisy gradients.")
+    nft_targets: bool = option(
+        False,
+        "nft: the wanted picture takes the place of each group's last sample and is judged like it "
+        "(LUFFY, arXiv 2504.14945), so that rows which always fail teach too.",
+    )
     nft_old_ramp: float = option(0.001, "nft: growth per update of the old policy's decay.")
     nft_old_max: float = option(0.5, "nft: largest decay of the old policy; 0 = always the present one.")
 
@@ -105,7 +115,6 @@ class GRPOConfig(TrainConfig):
             "eval_every",
             "nft_times",
             "screen_rows",
-            "screen_repeats",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
@@ -117,6 +126,13 @@ class GRPOConfig(TrainConfig):
             window(self.window, 0, self.rollout_steps, size=self.window_size, **self.window_bounds)
         if self.group_clip and self.algorithm != "nft":
             raise ValueError("group_clip is for algorithm nft: set it to 0, grpo replays whole micro-batches")
+        if self.nft_targets and self.algorithm != "nft":
+            raise ValueError("nft_targets is for algorithm nft: a wanted picture has no recorded steps")
+        for name in ("nft_targets", "data_rows"):
+            if getattr(self, name) and not self.use_targets:
+                raise ValueError(
+                    f"{name} learns the wanted pictures, but use_targets is false: set one of them"
+                )
         if self.shared_prefix and self.task == "sd_inpaint":
             raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
 

@@ -183,11 +183,13 @@ def collect(
     sampling: Sampling,
     window: tuple[int, int] | None,
     seed: int,
+    targets: bool = False,
 ) -> list[Rollout]:
     """`group_size` samples of each row, in micro-batches of part of a row's group or of several whole groups.
 
     rows: entry numbers; groups: a number per row, unique over processes and updates, that alone fixes its
     noise (so any split over processes makes the same pictures). window None records nothing (DiffusionNFT).
+    With `targets` (window None only) the last of each group is the wanted picture instead of a try.
     """
     rollouts = []
     together = max(1, micro_batch // group_size)  # rows; an update's rows are all of one size
@@ -208,8 +210,15 @@ def collect(
             else:
                 noise = prefix.repeat_interleave(len(numbers), 0)
                 steps = (window[0], sampling.steps)
-            generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
-            latents, transitions = policy.run(batch, noise, sampling, window, generators, steps)
+            if targets:
+                tried = torch.tensor([place for place, m in enumerate(part) if (m + 1) % group_size])
+                latents, transitions = batch["latents"].float().clone(), ()
+                if len(tried):
+                    made, _ = policy.run(_some(batch, tried), noise[tried], sampling, None, None)
+                    latents[tried] = made.to(latents)
+            else:
+                generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
+                latents, transitions = policy.run(batch, noise, sampling, window, generators, steps)
             rollouts.append(Rollout(part, batch, latents, transitions))
     return rollouts
 
@@ -234,13 +243,16 @@ def kept_only(rollouts: Sequence[Rollout], parts: Sequence[Tensor]) -> list[tupl
     members = [member for r in rollouts for member in r.members]
     out = []
     for places in parts:
-        index = places.to(latents.device)
-        some = {
-            name: value[index] if isinstance(value, Tensor) else [value[i] for i in places.tolist()]
-            for name, value in batch.items()
-        }
-        out.append((Rollout([members[i] for i in places.tolist()], some, latents[index], ()), places))
+        kept = [members[i] for i in places.tolist()]
+        out.append((Rollout(kept, _some(batch, places), latents[places.to(latents.device)], ()), places))
     return out
+
+
+def _some(batch: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    def pick(value):
+        return value[places.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in places]
+
+    return {name: pick(value) for name, value in batch.items()}
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -52,9 +52,8 @@ def try_rows(
 
 
 class Screened:
-    """The rows of every update, without end: some rows are tried, the worst of them are learnt on
-    (`screen_repeats` times), then the next are tried, by the model as it has become. `screen_rows`, `screen`:
-    how many and which share at most.
+    """The rows of every update, without end: some rows are tried, the worst of them are learnt on, then the
+    next are tried, by the model as it has become. `screen_rows`, `screen`: how many and which share at most.
 
     The rows of an update have one size; rows that fill none wait for the next round. `state` goes into
     checkpoints, since what was found cannot be found again after the weights have moved.
@@ -105,7 +104,6 @@ class Screened:
             self.updates += [same[start : start + whole] for start in range(0, full, whole)]
             self.waiting += same[full:]
         random.Random(f"{c.seed} updates {self.round}").shuffle(self.updates)
-        self.updates *= c.screen_repeats  # one after the other: a row comes again when all others have
         self.round += 1
 
     def _rows(self, count: int, total: int) -> list[int]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters, checkpoint, encode, export, feed, losses, optim, preview, prior, processes, resume
+from .attention import for_learning
 from .checkpoint import TrainingError
 from .config import TrainConfig
 from .tasks import make_task
@@ -175,8 +176,10 @@ class Trainer:
         norm: Any = float("nan")
         for _ in range(c.accumulation):
             with self.accelerator.accumulate(*self.prepared.values()):
-                loss = self._loss(*self._batch())
-                self.accelerator.backward(loss)
+                batch, noise, u = self._batch()
+                with for_learning(noise):
+                    loss = self._loss(batch, noise, u)
+                    self.accelerator.backward(loss)
                 total += loss.detach() / c.accumulation
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(

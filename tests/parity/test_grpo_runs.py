@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import checkpoint, config, grpo, rollout, screening
+from comfyui_diptych.training import checkpoint, config, grpo, losses, rollout, screening
 from comfyui_diptych.training.grpo_config import GRPOConfig
 from safetensors.torch import load_file
 
@@ -157,10 +157,12 @@ grpo.GRPOTrainer(config.from_dict(values, GRPOConfig), on_report=die).run()
 """
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
-def test_resume_after_kill_is_bit_equal(toys, tmp_path, algorithm):
+@pytest.mark.parametrize(
+    "options", [{}, {"algorithm": "nft", "nft_targets": True, "data_rows": 5}], ids=["grpo", "nft"]
+)
+def test_resume_after_kill_is_bit_equal(toys, tmp_path, options):
     options = {
-        "algorithm": algorithm,
+        **options,
         "max_steps": 3,
         "save_every": 1,
         "ema": 0.9,
@@ -181,11 +183,16 @@ def test_resume_after_kill_is_bit_equal(toys, tmp_path, algorithm):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("options", [{}, {**NFT, "group_clip": 0.02}], ids=["grpo", "nft"])
+@pytest.mark.parametrize(
+    "options",
+    [{"data_rows": 2}, {**NFT, "group_clip": 0.02, "data_rows": 2, "nft_targets": True}],
+    ids=["grpo", "nft"],
+)
 def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_path, options):
-    common = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "lr": 1e-2, **options}
-    one = grpo.GRPOTrainer(toy(toys, tmp_path / "one", groups_per_update=4, **common)).run()
-    c = toy(toys, tmp_path / "two", groups_per_update=2, **common)
+    common = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "lr": 1e-2, "data_weight": 0.1}
+    whole = {**options, "groups_per_update": 4, "data_rows": 4}
+    one = grpo.GRPOTrainer(toy(toys, tmp_path / "one", **common, **whole)).run()
+    c = toy(toys, tmp_path / "two", groups_per_update=2, **common, **options)
     recipe = tmp_path / "two.yaml"
     recipe.write_text(json.dumps({k: v for k, v in vars(c).items() if v is not None}))
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -242,7 +249,7 @@ def test_whole_groups_in_one_pass_make_the_same_pictures(toys, tmp_path):
     torch.testing.assert_close(made[0], made[2], atol=1e-4, rtol=1e-4)
 
 
-def update_gradients(trainer, keep, advantage):
+def update_gradients(trainer, keep, advantage, data=()):
     """The gradient that one update takes, with these advantages [3 groups, 4]; the weights stay."""
     taken = {}
 
@@ -262,9 +269,8 @@ def update_gradients(trainer, keep, advantage):
     )
     sizes = [len(r.latents) for r in rollouts]
     trainer._kept, trainer.optimizer.step = int(keep.sum()), step
-    trainer._update(
-        rollouts, list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
-    )
+    worth = list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
+    trainer._update(rollouts, worth, list(data))
     return taken
 
 
@@ -299,6 +305,69 @@ def test_no_group_pulls_harder_than_its_limit(toys, tmp_path, micro_batch):
             g[name] * min(1, 0.1 / n) * int(k.sum()) for g, n, k in zip(alone, norms, keep, strict=True)
         )
         torch.testing.assert_close(made[0.1][name], wanted / int(keep.sum()), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1])
+def test_rows_of_the_data_add_their_supervised_gradient(toys, tmp_path, limit):
+    options = {**NFT, "micro_batch": 4, "grad_clip": 0.0, "group_clip": limit}
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, **options, data_rows=5, data_weight=3.0))
+    trainer.prepare()
+    for index, parameter in enumerate(trainer.names.values()):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
+    advantage = torch.tensor([[1.0, -1.0, 2.0, -2.0], [0.1, -0.1, 0.1, -0.1], [3.0, 1.0, -4.0, 0.0]])
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    without = update_gradients(trainer, keep, advantage)
+    added = update_gradients(trainer, keep, advantage, data=[7, 1, 4, 0, 9])
+    batch = trainer.batches([7, 1, 4, 0, 9], [False] * 5)
+    places = list(range(5))
+    noise = losses.row_noise(0, [grpo.DATA + place for place in places], batch["latents"].shape[1:])
+    loss = 3 * trainer.task.row_losses(batch, noise, losses.row_uniform(0, places, "data")).mean()
+    alone = torch.autograd.grad(loss, list(trainer.names.values()))
+    for (name, value), gradient in zip(added.items(), alone, strict=True):
+        torch.testing.assert_close(value - without[name], gradient, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 3, 4, 8])
+def test_the_wanted_picture_takes_the_last_place_of_a_group(toys, tmp_path, micro_batch):
+    made = {}
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, algorithm="nft"))
+    trainer.prepare()
+    for targets in (False, True):
+        made[targets] = rollout.collect(
+            trainer.policy,
+            lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
+            [3, 5],
+            [0, 1],
+            group_size=4,
+            micro_batch=micro_batch,
+            sampling=trainer.sampling,
+            window=None,
+            seed=0,
+            targets=targets,
+        )
+        assert [m for r in made[targets] for m in r.members] == list(range(8))
+    tries, given = (torch.cat([r.latents for r in made[targets]]) for targets in (False, True))
+    wanted = trainer.batches([3, 5], [False, False])["latents"]
+    assert torch.equal(given[[3, 7]], wanted)
+    others = [0, 1, 2, 4, 5, 6]
+    torch.testing.assert_close(given[others], tries[others], atol=1e-4, rtol=1e-4)
+
+
+def test_wanted_pictures_are_judged_but_are_no_tries(toys, tmp_path):
+    options = {**NFT, "nft_targets": True, "max_steps": 1, "rewards": ["shapes"]}
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, **options))
+    seen = []
+    real = grpo.policy.advantages
+
+    def watched(scores, *rest, **options):
+        seen.append(scores["shapes"])
+        return real(scores, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.policy, "advantages", watched)
+        trainer.run()
+    tries = torch.tensor([0, 1, 2, 4, 5, 6])
+    assert log(tmp_path)[0]["reward/shapes"] == pytest.approx(seen[0][tries].mean().item(), abs=1e-6)
 
 
 def test_samples_that_teach_nothing_are_left_out_of_a_pass():
@@ -372,15 +441,6 @@ def test_worst_leaves_out_what_is_as_good_as_the_best():
     assert screening.worst([1.0, 1.0, 1.0, 1.0], 0.5) == [0, 1]  # all are: the trial says nothing
 
 
-def test_rows_found_by_screening_may_be_learnt_on_again(toys, tmp_path):
-    c = toy(toys, tmp_path, screen=0.5, screen_rows=8, screen_repeats=3, max_steps=1)
-    trainer = grpo.GRPOTrainer(c)
-    trainer.prepare()
-    taken = [next(trainer.order) for _ in range(6)]
-    assert taken[:2] == taken[2:4] == taken[4:] and trainer.screened.round == 1
-    assert len(set(taken[0] + taken[1])) == 4
-
-
 def test_screening_may_try_rows_in_fewer_steps(toys, tmp_path):
     c = toy(toys, tmp_path, screen=0.5, screen_rows=8, screen_steps=1, max_steps=1)
     trainer = grpo.GRPOTrainer(c)
@@ -419,6 +479,11 @@ def test_a_failing_reward_is_counted_and_never_zero(toys, tmp_path):
 def test_mistakes_are_one_sentence_before_anything_is_loaded(toys, tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         toy(toys, tmp_path, window_size=4)
+    with pytest.raises(ValueError, match="nft_targets is for algorithm nft"):
+        toy(toys, tmp_path, nft_targets=True)
+    for options in ({"data_rows": 4}, {"algorithm": "nft", "nft_targets": True}):
+        with pytest.raises(ValueError, match="use_targets is false"):
+            toy(toys, tmp_path, use_targets=False, **options)
     with pytest.raises(ValueError, match="rewards is empty"):
         grpo.GRPOTrainer(toy(toys, tmp_path, rewards=[])).run()
     with pytest.raises(ValueError, match="NAME.KEY=VALUE"):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from comfyui_diptych.training import losses
+from comfyui_diptych.training.attention import for_learning
 
 
 def test_noised_is_data_at_0_and_noise_at_1_and_the_target_leads_from_one_to_the_other():
@@ -88,3 +89,17 @@ def test_random_streams_depend_on_seed_position_and_use_only():
     assert not torch.equal(losses.row_uniform(3, [5], "drop"), losses.row_uniform(3, [5], "sigma"))
     drops = losses.row_uniform(0, list(range(4000)), "drop") < 0.1
     assert drops.float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_attention_is_written_out_for_short_sequences_only():
+    query, key, value = torch.randn(3, 2, 4, 40, 8).requires_grad_().unbind(0)
+    fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    with for_learning(torch.zeros(1, 16, 8, 16)):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        written = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert "Flash" in type(fused.grad_fn).__name__ and "Flash" not in type(written.grad_fn).__name__
+    torch.testing.assert_close(fused, written, atol=1e-5, rtol=1e-5)
+    with for_learning(torch.zeros(1, 16, 64, 64)):
+        assert torch.backends.cuda.flash_sdp_enabled()
+    with for_learning(torch.zeros(1, 16, 8, 16, device="meta")):
+        assert torch.backends.cuda.flash_sdp_enabled()
