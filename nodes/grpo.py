@@ -11,13 +11,17 @@ from .lora import lora_names, lora_path
 from .training import (
     DEMO,
     PRECISION_INPUT,
+    SEED_INPUT,
     TINY,
     DiptychTrainLora,
     _number,
     base_model_input,
     data_spec,
     datasets,
+    learning_rate_input,
     model_folder,
+    rank_input,
+    resolution_input,
 )
 
 PRESETS = ["fast", "flow-grpo", "dance", "mixgrpo", "nft"]
@@ -105,40 +109,16 @@ class DiptychTrainGRPO:
                     "INT",
                     _number(0, 0, 64, "Instructions per update; 0 = the preset's.", advanced=True),
                 ),
-                "rank": ("INT", _number(0, 0, 512, "LoRA rank; 0 = the preset's.", advanced=True)),
-                "learning_rate": (
-                    "FLOAT",
-                    _number(
-                        0.0,
-                        0.0,
-                        1.0,
-                        "Of AdamW; 0 = the preset's (5e-4 for the tiny models).",
-                        step=1e-6,
-                        round=False,
-                        advanced=True,
-                    ),
-                ),
-                "resolution": (
-                    "INT",
-                    _number(
-                        0,
-                        0,
-                        4096,
-                        "Side of one picture in pixels, a multiple of 16; 0 = the preset's.",
-                        step=16,
-                        advanced=True,
-                    ),
-                ),
+                "rank": rank_input("the preset's"),
+                "learning_rate": learning_rate_input("the preset's (5e-4 for the tiny models)"),
+                "resolution": resolution_input("the preset's"),
                 "precision": PRECISION_INPUT,
                 "save_every": ("INT", _number(10, 1, 100_000, "Updates between checkpoints.", advanced=True)),
                 "preview_every": (
                     "INT",
                     _number(10, 0, 100_000, "Updates between sample pictures; 0 = none.", advanced=True),
                 ),
-                "training_seed": (
-                    "INT",
-                    _number(0, 0, 2**31 - 1, "Of noise, order and weights.", advanced=True),
-                ),
+                "training_seed": SEED_INPUT,
             },
         }
 

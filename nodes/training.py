@@ -24,6 +24,30 @@ PRECISION_INPUT = (
 )
 
 
+def _number(default: float, low: float, high: float, tooltip: str, **more: Any) -> dict:
+    return {"default": default, "min": low, "max": high, "tooltip": tooltip, **more}
+
+
+SEED_INPUT = ("INT", _number(0, 0, 2**31 - 1, "Of noise, order and weights.", advanced=True))
+
+
+def rank_input(default: str) -> tuple:
+    """The LoRA's rank, 0 = `default`."""
+    return ("INT", _number(0, 0, 512, f"LoRA rank; 0 = {default}.", advanced=True))
+
+
+def learning_rate_input(default: str) -> tuple:
+    """The learning rate, 0 = `default`."""
+    options = {"step": 1e-6, "round": False, "advanced": True}
+    return ("FLOAT", _number(0.0, 0.0, 1.0, f"Of AdamW; 0 = {default}.", **options))
+
+
+def resolution_input(default: str) -> tuple:
+    """The side of a picture in pixels, 0 = `default`."""
+    tooltip = f"Side of one picture in pixels, a multiple of 16; 0 = {default}."
+    return ("INT", _number(0, 0, 4096, tooltip, step=16, advanced=True))
+
+
 def _folder_paths() -> Any:
     """ComfyUI's module, or None outside ComfyUI."""
     try:
@@ -62,10 +86,6 @@ def base_model_input() -> tuple[list[str], dict]:
             "FLUX.1-Kontext-dev, an SD inpainting model), or a bundled tiny one to try it out.",
         },
     )
-
-
-def _number(default: float, low: float, high: float, tooltip: str, **more: Any) -> dict:
-    return {"default": default, "min": low, "max": high, "tooltip": tooltip, **more}
 
 
 class DiptychTrainLora:
@@ -132,30 +152,9 @@ class DiptychTrainLora:
                         "advanced": True,
                     },
                 ),
-                "rank": ("INT", _number(0, 0, 512, "LoRA rank; 0 = the recipe's.", advanced=True)),
-                "learning_rate": (
-                    "FLOAT",
-                    _number(
-                        0.0,
-                        0.0,
-                        1.0,
-                        "Of AdamW; 0 = 1e-4 (1e-3 for the tiny models).",
-                        step=1e-6,
-                        round=False,
-                        advanced=True,
-                    ),
-                ),
-                "resolution": (
-                    "INT",
-                    _number(
-                        0,
-                        0,
-                        4096,
-                        "Side of one picture in pixels, a multiple of 16; 0 = the recipe's.",
-                        step=16,
-                        advanced=True,
-                    ),
-                ),
+                "rank": rank_input("the recipe's"),
+                "learning_rate": learning_rate_input("1e-4 (1e-3 for the tiny models)"),
+                "resolution": resolution_input("the recipe's"),
                 "batch_size": ("INT", _number(0, 0, 256, "Pairs per step; 0 = the recipe's.", advanced=True)),
                 "precision": PRECISION_INPUT,
                 "save_every": ("INT", _number(100, 1, 100_000, "Steps between checkpoints.", advanced=True)),
@@ -173,10 +172,7 @@ class DiptychTrainLora:
                         "advanced": True,
                     },
                 ),
-                "training_seed": (
-                    "INT",
-                    _number(0, 0, 2**31 - 1, "Of noise, order and weights.", advanced=True),
-                ),
+                "training_seed": SEED_INPUT,
             },
         }
 

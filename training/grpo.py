@@ -23,11 +23,11 @@ from .judging import Judge, make_rewards
 from .losses import row_noise, row_uniform
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
 from .sft import Trainer
+from .tasks import DTYPES
 from .windows import window as window_of
 
 logger = logging.getLogger(__name__)
 DATA = 1 << 42  # stretch of the random stream for supervised rows
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class GRPOTrainer(Trainer):
