@@ -73,7 +73,7 @@ def memory(cache: bool, folder: Path, steps: int, batch: int) -> dict[str, float
 
 
 def measure_memory(cache: bool, folder: Path, steps: int, batch: int) -> dict[str, float]:
-    """What `memory` asks of its process, sampled every millisecond."""
+    """What `memory` asks of its process, sampled: the ru_maxrss of a child begins at its parent's."""
     import threading
 
     import diffusers  # noqa: F401

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -40,10 +40,7 @@ def summed(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor,
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
         with nullcontext() if last else accelerator.no_sync(module):
-            with _kernel(trainer, piece):
-                loss = _loss(trainer, piece, log) * scale
-                accelerator.backward(loss)
-        total += loss.detach() / trainer.world
+            total += _backward(trainer, piece, log, scale) / trainer.world
     return total, log
 
 
@@ -65,10 +62,8 @@ def limited(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor
         kept = sum(int(piece.keep.sum()) for piece in group if piece.term == 0)
         with accelerator.no_sync(module):
             for piece in group:
-                with _kernel(trainer, piece):
-                    loss = _loss(trainer, piece, log) / max(1, kept)
-                    accelerator.backward(loss)
-                total += loss.detach() * kept * scale / trainer.world
+                loss = _backward(trainer, piece, log, 1 / max(1, kept))
+                total += loss * kept * scale / trainer.world
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if kept:
             log.setdefault("group_norm", []).append(norm.detach().reshape(1) * c.group_clip / limit)
@@ -81,15 +76,14 @@ def limited(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor
     return total, log
 
 
-def _kernel(trainer: Any, piece: Piece) -> AbstractContextManager:
-    """GRPO replays with the kernels that sampled; DiffusionNFT replays nothing."""
-    nothing = trainer.config.algorithm == "grpo"
-    return nullcontext() if nothing else for_learning(piece.rollout.latents)
-
-
-def _loss(trainer: Any, piece: Piece, log: Log) -> Tensor:
-    """Sum over the kept samples of a term's loss, as its share of the rollout's terms."""
-    rows, measures = trainer.objective(piece.rollout, piece.term, piece.advantage)
+def _backward(trainer: Any, piece: Piece, log: Log, scale: float) -> Tensor:
+    """Add the gradient of `scale` times a term's loss, summed over its kept samples; returns that loss."""
+    # GRPO replays, with the kernels that sampled; DiffusionNFT does not.
+    replays = trainer.config.algorithm == "grpo"
+    with nullcontext() if replays else for_learning(piece.rollout.latents):
+        rows, measures = trainer.objective(piece.rollout, piece.term, piece.advantage)
+        loss = (rows * piece.keep).sum() / trainer.terms(piece.rollout) * scale
+        trainer.accelerator.backward(loss)
     for name, value in measures.items():
         log.setdefault(name, []).append(value.detach()[piece.keep])
-    return (rows * piece.keep).sum() / trainer.terms(piece.rollout)
+    return loss.detach()

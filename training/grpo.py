@@ -20,7 +20,7 @@ from . import adapters, checkpoint, gradients, nft, optim, policy, screening
 from .attention import for_learning
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
-from .losses import row_noise, row_uniform
+from .losses import row_uniform
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
 from .sft import Trainer
 from .tasks import DTYPES
@@ -193,15 +193,13 @@ class GRPOTrainer(Trainer):
 
     def _learn_data(self, rows: list[int]) -> dict[str, list[Tensor]]:
         """Take this process's gradient of the supervised loss on these rows; the reward's is added to it."""
-        c, device, module = self.config, self.accelerator.device, self.prepared[self.task.denoiser_part]
+        c, module = self.config, self.prepared[self.task.denoiser_part]
         first = (self.step * self.world + self.rank) * len(rows)
         log = []
         for start in range(0, len(rows), c.micro_batch):
             some = rows[start : start + c.micro_batch]
-            batch = self._to_device(self.batches(some, [False] * len(some)))
             places = [first + start + index for index in range(len(some))]
-            stretch, shape = [DATA + place for place in places], tuple(batch["latents"].shape[1:])
-            noise = row_noise(c.seed, stretch, shape, c.noise_offset).to(device)
+            batch, noise = self._with_noise(some, [False] * len(some), [DATA + place for place in places])
             u = row_uniform(c.seed, places, "data")
             with self.accelerator.no_sync(module), for_learning(noise):
                 loss = self.task.row_losses(batch, noise, u)

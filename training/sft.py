@@ -147,11 +147,16 @@ class Trainer:
             positions += [p + (1 << 40) for p in positions]  # another stretch of the random stream
         self.micro += 1
         drop = (losses.row_uniform(c.seed, positions, "drop") < c.prompt_drop).tolist()
-        batch = self.batches(numbers, drop)
+        return *self._with_noise(numbers, drop, positions), losses.row_uniform(c.seed, positions, "sigma")
+
+    def _with_noise(
+        self, numbers: list[int], drop: list[bool], positions: list[int]
+    ) -> tuple[dict[str, Any], Tensor]:
+        """The tensors of these rows and the noise of these places in the random stream, on the device."""
+        batch = self._to_device(self.batches(numbers, drop))
         shape = tuple(batch["latents"].shape[1:])
-        noise = losses.row_noise(c.seed, positions, shape, c.noise_offset)
-        u = losses.row_uniform(c.seed, positions, "sigma")
-        return self._to_device(batch), noise.to(self.accelerator.device), u
+        noise = losses.row_noise(self.config.seed, positions, shape, self.config.noise_offset)
+        return batch, noise.to(self.accelerator.device)
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = {k: v.to(self.accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
