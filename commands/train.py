@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-WORLD_TASKS = {"vae": ("vae", "VaeRecipe"), "text": ("text", "TextRecipe"), "tiny": ("tiny", "TinyRecipe")}
+WORLD_TASKS = {"vae": ("vae", "VaeRecipe"), "text": ("text", "TextRecipe")}
 
 
 def add_parser(subparsers: Any) -> None:

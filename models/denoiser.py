@@ -62,10 +62,14 @@ class _Batched:
 
 @dataclass(frozen=True)
 class TextEmbedding(_Batched):
-    """Encoded prompts: `tokens` [B, L, D]; `pooled` [B, P] for FLUX, None for Stable Diffusion."""
+    """Encoded prompts: `tokens` [B, L, D]; `pooled` [B, P] for FLUX, None for Stable Diffusion.
+
+    bias: [B, L], added to the attention logits of the tokens (FLUX only); None adds nothing.
+    """
 
     tokens: Tensor
     pooled: Tensor | None = None
+    bias: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -215,6 +215,14 @@ class FluxDenoiser:
             encoder_hidden_states=text.tokens.to(self.dtype),
             txt_ids=torch.zeros(text.tokens.shape[1], 3, device=x.device),
             img_ids=ids,
+            joint_attention_kwargs=self._attention(text, tokens.shape[1]),
             return_dict=False,
         )[0]
         return unpack_latents(velocity[:, : noisy.shape[1]], height, width).to(x.dtype)
+
+    def _attention(self, text: TextEmbedding, image_tokens: int) -> dict[str, Tensor] | None:
+        """The text's attention bias as the transformer takes it, [B, 1, 1, L + S]."""
+        if text.bias is None:
+            return None
+        bias = torch.nn.functional.pad(text.bias, (0, image_tokens))
+        return {"attention_mask": bias[:, None, None].to(self.dtype)}

@@ -14,13 +14,14 @@ from .data.sample import Sample, fit
 
 @dataclass(frozen=True)
 class Arranged:
-    """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None; the
-    prompt."""
+    """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None;
+    touched [1,H,W], where the edit is, if the loss asks for it; the prompt."""
 
     pixels: Tensor
     prompt: str
     mask: Tensor | None = None
     reference: Tensor | None = None
+    touched: Tensor | None = None
     weight: float = 1.0
     prior: bool = False
 
@@ -31,7 +32,7 @@ class Arranged:
     @property
     def encoded_parts(self) -> list[Tensor]:
         """What the content key of the latents covers."""
-        return [part for part in (self.pixels, self.mask, self.reference) if part is not None]
+        return [part for part in (self.pixels, self.mask, self.reference, self.touched) if part is not None]
 
 
 def _model_pixels(picture: Tensor) -> Tensor:
@@ -80,11 +81,14 @@ class Arranger:
         size = self.sizes[buckets.nearest(*sample.target.shape[:2], self.sizes)]
         policy = "stretch" if self.config.sizing == "squash" else "crop"
         sample = fit(sample, size, policy=policy)
-        pixels, mask, reference = _model_pixels(sample.target), None, None
+        pixels, mask, reference, touched = _model_pixels(sample.target), None, None, None
+        if self.config.edit_loss_weight:
+            touched = torch.zeros(size) if sample.mask is None else sample.mask
         if self.is_diptych(sample):
             repaint = sample.mask if sample.mask is not None and self.config.edit_masks else torch.ones(size)
             pixels = torch.cat([_model_pixels(sample.source), pixels], dim=-1)
             mask = torch.cat([torch.zeros(size), repaint], dim=-1)[None]
+            touched = None if touched is None else torch.cat([torch.zeros(size), touched], dim=-1)
         elif self.config.task == "kontext":
             reference = _model_pixels(sample.source) if sample.source is not None else None
         else:
@@ -94,4 +98,5 @@ class Arranger:
                 else sample.mask
             )
             mask = drawn[None]
-        return Arranged(pixels, self.prompt(sample), mask, reference, sample.weight, sample.prior)
+        touched = None if touched is None else touched[None]
+        return Arranged(pixels, self.prompt(sample), mask, reference, touched, sample.weight, sample.prior)

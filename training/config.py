@@ -30,6 +30,7 @@ CHOICES = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "base_dtype": ("float32", "bfloat16", "float16", "float8_e4m3fn"),
     "cache_dtype": ("float32", "bfloat16", "float16"),
+    "save_dtype": ("float32", "bfloat16", "float16"),
     "mask_downsample": ("max", "nearest"),
 }
 
@@ -49,6 +50,12 @@ class TrainConfig:
     task: str = option("fill", "fill | kontext | sd_inpaint: which model family and training target.")
     model: str = option("", "Base model: a diffusers folder or hub id with VAE and text encoders beside it.")
     init: str = option("pretrained", "pretrained, or random: build the denoiser from its config.json only.")
+    init_from: str = option(
+        "",
+        "method full: folder or hub id of a sibling whose denoiser to start from (FLUX.1-dev for Fill, Fill "
+        "for Kontext); its input is cut, or filled up with zeros.",
+    )
+    init_lora: str = option("", "LoRA file that the new adapters (each expert of a MoE-LoRA) start from.")
     method: str = option("lora", "lora | moe_lora | full: what is trained.")
     train_text_encoder: bool = option(
         False, "Train the text encoder(s) too (full: all weights; lora: q,k,v,out)."
@@ -58,6 +65,7 @@ class TrainConfig:
     )
     output_dir: str = option("output", "Folder for checkpoints, samples, logs and the final weights.")
     output_name: str = option("", "File name of the saved LoRA without extension; recipe name if empty.")
+    save_dtype: str = option("float32", "Type of the saved weights: float32 | bfloat16 | float16.")
 
     # data
     data: list[str] = option(
@@ -84,6 +92,11 @@ class TrainConfig:
     prompt_drop: float = option(0.1, "Chance of replacing the whole prompt by one space.")
     max_sequence_length: int = option(
         512, "T5 tokens per prompt; 128 is ample for instructions and 4x cheaper."
+    )
+    text_lengths: list[int] = option(
+        [],
+        "Padded prompt lengths to train for, one drawn per row; all padding becomes one token of the same "
+        "weight. Only for T5 encoders to which padding is all alike (the tiny ones).",
     )
     mask_kinds: list[str] = option(
         ["noise", "rectangles", "ellipses", "strokes"],
@@ -117,12 +130,19 @@ class TrainConfig:
     mask_loss_weight: float = option(
         4.0, "loss_on=weighted: weight of the repainted area against 1 elsewhere."
     )
+    edit_loss_weight: float = option(
+        0.0, "Weight added where the row's own mask says that the edit is (fill diptychs, kontext)."
+    )
     time_sampling: str = option("logit_normal", "logit_normal (ICEdit) | uniform | mode: how sigma is drawn.")
     logit_mean: float = option(0.0, "Mean of the logit-normal.")
     logit_std: float = option(1.0, "Standard deviation of the logit-normal.")
     mode_scale: float = option(1.29, "Scale of the SD3 `mode` distribution.")
     loss_weighting: str = option("none", "none | sigma_sqrt | cosmap: SD3's weights of the squared error.")
     guidance: float = option(1.0, "Embedded guidance value during training.")
+    guidance_max: float = option(
+        0.0,
+        "Draw the embedded guidance between `guidance` and this, so that it comes to mean nothing; 0 = off.",
+    )
     noise_offset: float = option(0.0, "Strength of a per-channel constant added to the noise (0.1 is usual).")
 
     # adapters
@@ -210,6 +230,12 @@ class TrainConfig:
             )
         if self.init == "random" and self.method != "full":
             raise ValueError(f"init is random with method {self.method}: an adapter needs pretrained weights")
+        if self.init_from and (self.method != "full" or self.init == "random" or self.task == "sd_inpaint"):
+            raise ValueError("init_from is for method full of fill and kontext, with init: pretrained")
+        if self.init_lora and self.method == "full":
+            raise ValueError("init_lora with method full: merge the LoRA with fuse_loras instead")
+        if self.text_lengths and (self.task == "sd_inpaint" or self.train_text_encoder):
+            raise ValueError("text_lengths is for frozen T5 encoders: leave it empty")
 
     @property
     def alpha(self) -> float:

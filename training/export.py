@@ -5,6 +5,7 @@ The file format is `models/lora/save.py`'s; here trained tensors are brought int
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Mapping
@@ -75,12 +76,16 @@ def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any) -> No
 
 
 def save_pipeline(
-    folder: Path, model: str, parts: dict[str, nn.Module], states: dict[str, dict[str, Tensor]] | None = None
+    folder: Path,
+    model: str,
+    parts: dict[str, nn.Module],
+    states: dict[str, dict[str, Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A complete diffusers folder: the trained parts, everything else copied from a local base `model`.
 
     From a hub base only the trained parts and their configs are written. states: gathered weights of sharded
-    parts.
+    parts. dtype: of the trained parts' files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(model)
@@ -96,7 +101,9 @@ def save_pipeline(
         if states is not None and hasattr(module, "config_name"):  # diffusers: weights from the module only
             module = type(module).from_config(module.config)
             module.load_state_dict(states[name])
-        module.save_pretrained(folder / name)
+        elif dtype != torch.float32:
+            module = copy.deepcopy(module)
+        module.to(dtype).save_pretrained(folder / name)
     return folder
 
 
@@ -111,6 +118,7 @@ def part_tensors(module: nn.Module, state: dict[str, Tensor] | None = None) -> d
 def write_run(trainer: Any) -> Path:
     """A run's weights as a LoRA file or a diffusers folder; all processes call it, the main one writes."""
     c = trainer.config
+    dtype = getattr(torch, c.save_dtype)
     path = trainer.output / f"{c.output_name or c.recipe or c.task}.safetensors"
     if c.method == "full":
         path = trainer.output / "model"
@@ -120,6 +128,9 @@ def write_run(trainer: Any) -> Path:
     if not trainer.main:
         return path
     if c.method == "full":
-        return save_pipeline(path, c.model, trainer.parts, states if trainer.sharded else None)
-    tensors = {name: part_tensors(module, states[name]) for name, module in trainer.parts.items()}
+        return save_pipeline(path, c.model, trainer.parts, states if trainer.sharded else None, dtype)
+    tensors = {
+        name: {key: value.to(dtype) for key, value in part_tensors(module, states[name]).items()}
+        for name, module in trainer.parts.items()
+    }
     return save_lora(path, tensors, c, trainer.header())

@@ -68,8 +68,9 @@ class Corpus:
             c.mask_variants,
             c.seed,
         )
+        more = ("touched",) if c.edit_loss_weight else ()
         self.stamp = stamp(
-            self.source.fingerprint, options, self.arranger.template, c.vae_sample, c.edit_masks
+            self.source.fingerprint, options, self.arranger.template, c.vae_sample, c.edit_masks, *more
         )
 
     def places(self) -> dict[int, int]:

@@ -93,6 +93,11 @@ def region(mask: Tensor | None, latents: Tensor, loss_on: str, weight: float) ->
     return cells if loss_on == "edited" else 1 + (weight - 1) * cells
 
 
+def emphasised(cells: Tensor | None, touched: Tensor, weight: float) -> Tensor:
+    """Per-cell weights (None = 1 everywhere) plus `weight` times the edited share of each cell [B,1,h,w]."""
+    return (1.0 if cells is None else cells) + weight * touched
+
+
 def weighted_mse(
     prediction: Tensor, target: Tensor, cells: Tensor | None = None, row_weight: Tensor | None = None
 ) -> Tensor:

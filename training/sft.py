@@ -20,7 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapters, checkpoint, encode, export, feed, losses, optim, preview, prior, processes, resume
+from . import (
+    adapters,
+    checkpoint,
+    encode,
+    export,
+    feed,
+    losses,
+    optim,
+    preview,
+    prior,
+    processes,
+    resume,
+    starts,
+)
 from .attention import for_learning
 from .checkpoint import TrainingError
 from .config import TrainConfig
@@ -105,6 +118,8 @@ class Trainer:
         for name, part in parts.items():
             targets = self.task.targets() if name == self.task.denoiser_part else adapters.TARGETS["text"]
             adapters.attach(part, targets, c)
+        if c.init_lora:
+            starts.from_lora(module, c.init_lora, c)
         self.parts, self.names = parts, adapters.named(parts)
         optimizer = optim.make_optimizer(self.names.values(), c)
         prepared = self.accelerator.prepare(*parts.values(), optimizer)
@@ -153,7 +168,7 @@ class Trainer:
         self, numbers: list[int], drop: list[bool], positions: list[int]
     ) -> tuple[dict[str, Any], Tensor]:
         """The tensors of these rows and the noise of these places in the random stream, on the device."""
-        batch = self._to_device(self.batches(numbers, drop))
+        batch = self._to_device(self.batches(numbers, drop) | self.task.draw(self.config.seed, positions))
         shape = tuple(batch["latents"].shape[1:])
         noise = losses.row_noise(self.config.seed, positions, shape, self.config.noise_offset)
         return batch, noise.to(self.accelerator.device)

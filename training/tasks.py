@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.flux import check_folder
 from ..models.lora.files import with_strength
-from . import adapters, losses
+from . import adapters, losses, padding, starts
 from .arrange import Arranged
 from .data.cache import fingerprint
 from .data.sample import stamp
@@ -118,16 +118,25 @@ class Task:
 
     def load_denoiser(self) -> nn.Module:
         """The module to train: base weights in base_dtype, frozen, before any adapter."""
-        random = self.config.init == "random"
-        module = component(self.config.model, self.denoiser_part, self.dtype, random=random)
+        random, source = self.config.init == "random", self.config.init_from or self.config.model
+        module = component(source, self.denoiser_part, self.dtype, random=random)
         if self.config.base_dtype == "float8_e4m3fn":
             module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-        self.module = module.requires_grad_(False).to(self.load_device)
         for text in self.config.fuse_loras:
             adapters.fuse(module, *with_strength(text))
+        module = self.begin(module)
+        self.module = module.requires_grad_(False).to(self.load_device)
         if self.config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
         return module
+
+    def begin(self, module: nn.Module) -> nn.Module:
+        """What becomes of a module that was just built or loaded."""
+        return module
+
+    def draw(self, seed: int, positions: list[int]) -> dict[str, Tensor]:
+        """What else is random in the rows at these places of the random stream, beside noise and sigma."""
+        return {}
 
     def targets(self) -> list[str]:
         return self.config.target_modules or adapters.TARGETS[self.name]
@@ -145,6 +154,13 @@ class Task:
         raise NotImplementedError
 
     @torch.no_grad()
+    def encode_touched(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        """Share of every latent cell that the edit touches [B,1,h,w], where the rows know it."""
+        if rows[0].touched is None:
+            return {}
+        return {"touched": nn.functional.avg_pool2d(torch.stack([r.touched for r in rows]), 8)}
+
+    @torch.no_grad()
     def encode_masked(self, rows: list[Arranged]) -> dict[str, Tensor]:
         """`encode_pictures` of the families that repaint: picture, picture with a mid-grey hole, mask."""
         pixels = torch.stack([r.pixels for r in rows])
@@ -153,6 +169,7 @@ class Task:
             "latents": self.latents(pixels),
             "masked_latents": self.latents(pixels * (1 - mask)),
             "mask": mask.to(torch.uint8),
+            **self.encode_touched(rows),
         }
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -167,7 +184,7 @@ class Task:
         """Loss per row [B] from clean latents, noise and one uniform number per row."""
         raise NotImplementedError
 
-    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
+    def condition(self, batch: dict[str, Any], guidance: float | Tensor) -> Any:
         raise NotImplementedError
 
     def guided(self, batch: dict[str, Any], text: Callable, guidance: float) -> dict[str, Any]:
@@ -197,7 +214,41 @@ class FluxTask(Task):
         t5 = _token_ids(self.parts["tokenizer_2"], prompts, self.tokens)
         pooled = self.parts["text_encoder"](clip.to(self.device)).pooler_output
         tokens = self.parts["text_encoder_2"](t5.to(self.device))[0]
-        return {"tokens": tokens, "pooled": pooled.to(tokens.dtype)}
+        out = {"tokens": tokens, "pooled": pooled.to(tokens.dtype)}
+        if self.config.text_lengths:
+            out["words"] = (t5 != self.parts["tokenizer_2"].pad_token_id).sum(1).to(tokens.device)
+            padding.check_alike(tokens, out["words"])
+        return out
+
+    def text_fingerprint(self) -> str:
+        kind = "words " if self.config.text_lengths else ""
+        return kind + super().text_fingerprint()
+
+    def begin(self, module: nn.Module) -> nn.Module:
+        if self.config.init == "random":
+            starts.zero_modulation(module)
+        return starts.with_inputs(module, self.denoiser_input[0])
+
+    def draw(self, seed: int, positions: list[int]) -> dict[str, Tensor]:
+        c, out = self.config, {}
+        if c.guidance_max:
+            u = losses.row_uniform(seed, positions, "guidance").float()
+            out["guidance"] = c.guidance + (c.guidance_max - c.guidance) * u
+        if c.text_lengths:
+            u = losses.row_uniform(seed, positions, "text length")
+            out["text_lengths"] = torch.tensor(c.text_lengths)[(u * len(c.text_lengths)).long()]
+        return out
+
+    def text(self, batch: dict[str, Any]) -> Any:
+        """The batch's prompts as the denoiser takes them."""
+        from ..models.denoiser import TextEmbedding
+
+        if "words" not in batch:
+            return TextEmbedding(batch["tokens"], batch["pooled"])
+        words = batch["words"]
+        lengths = batch.get("text_lengths", torch.full_like(words, self.tokens))
+        tokens, bias = padding.merged(batch["tokens"], words, lengths)
+        return TextEmbedding(tokens, batch["pooled"], bias)
 
     def make_host(self, module: nn.Module) -> None:
         from ..models.flux_text import FluxText
@@ -225,8 +276,10 @@ class FluxTask(Task):
             u, c.time_sampling, logit_mean=c.logit_mean, logit_std=c.logit_std, mode_scale=c.mode_scale
         ).to(noise.device)
         x, target = losses.noised(batch["latents"], noise, sigma)
-        prediction = self.host.velocity(x, sigma, self.condition(batch, c.guidance))
+        prediction = self.host.velocity(x, sigma, self.condition(batch, batch.get("guidance", c.guidance)))
         cells = losses.region(batch.get("mask"), x, c.loss_on, c.mask_loss_weight)
+        if "touched" in batch:
+            cells = losses.emphasised(cells, batch["touched"], c.edit_loss_weight)
         rows = losses.weighted_mse(prediction, target, cells, batch.get("weight"))
         return rows * losses.sigma_weight(sigma, c.loss_weighting)
 
@@ -263,14 +316,14 @@ class FillTask(FluxTask):
     def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
         return self.encode_masked(rows)
 
-    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
-        from ..models.denoiser import Condition, TextEmbedding
+    def condition(self, batch: dict[str, Any], guidance: float | Tensor) -> Any:
+        from ..models.denoiser import Condition
         from ..models.packing import pack_latents, pack_mask
 
         masked = pack_latents(batch["masked_latents"])
         features = torch.cat([masked, pack_mask(batch["mask"].float()).to(masked)], dim=-1)
         return Condition(
-            text=TextEmbedding(batch["tokens"], batch["pooled"]),
+            text=self.text(batch),
             guidance=self.host.guidance_tensor(guidance, len(masked)),
             features=features,
         )
@@ -293,16 +346,16 @@ class KontextTask(FluxTask):
         out = {"latents": self.latents(torch.stack([r.pixels for r in rows]))}
         if rows[0].reference is not None:
             out["references"] = self.latents(torch.stack([r.reference for r in rows]))
-        return out
+        return out | self.encode_touched(rows)
 
-    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
-        from ..models.denoiser import Condition, TextEmbedding
+    def condition(self, batch: dict[str, Any], guidance: float | Tensor) -> Any:
+        from ..models.denoiser import Condition
 
         tokens = ids = None
         if "references" in batch:
             tokens, ids = self.host.place([batch["references"]])
         return Condition(
-            text=TextEmbedding(batch["tokens"], batch["pooled"]),
+            text=self.text(batch),
             guidance=self.host.guidance_tensor(guidance, len(batch["latents"])),
             references=tokens,
             reference_ids=ids,

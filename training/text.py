@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.prompt import ICEDIT_TEMPLATE, KEEP_REST
+from ..models.prompt import KEEP_REST
 from ..models.tiny import build
 from . import shapes
+from .shapes.canvases import DIPTYCH_CAPTION, DIPTYCH_PROMPT
 from .shapes.edits import WORDINGS, Edit
 from .shapes.scenes import TEMPLATES
 
 log = logging.getLogger(__name__)
 
-DIPTYCH_PROMPT = ICEDIT_TEMPLATE.replace("{instruction}", "")
-DIPTYCH_CAPTION = "A diptych with two side-by-side images of the same scene. On the right, "
 _COLOURS, _NONE = tuple(shapes.COLOURS), 0
 SLOTS = (
     ("background", len(_COLOURS)),

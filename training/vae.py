@@ -36,7 +36,7 @@ class VaeRecipe:
     architecture: str = "flux"  # "flux": 16 latent channels; "sd": 4
     decoder_only: bool = False  # keep the encoder, and with it every cached latent, as it is
     start_from: str = ""  # a vae folder to start from; empty: fresh weights
-    text: str = ""  # "sd": folder with the text encoder; a pipeline with an untrained UNet is written too
+    text: str = ""  # folder with the text encoders; pipelines with untrained denoisers are written too
     steps: int = 15_000
     batch_size: int = 8  # panels a step; a diptych counts as two
     learning_rate: float = 2e-3
@@ -142,10 +142,26 @@ def train(
         measure_latents(vae, recipe.seed)
     vae.eval().to(memory_format=torch.contiguous_format).save_pretrained(out / "vae")
     if recipe.text:
-        from ..models.tiny import folders
-
-        folders.write_sd(out / "pipeline", vae=vae, text=Path(recipe.text), unet=build.sd_unet())
+        _write_pipelines(out, vae, recipe)
     return out / "vae"
+
+
+def _write_pipelines(out: Path, vae, recipe: VaeRecipe) -> None:
+    """The folders that the denoisers' trainings start from, with untrained denoisers."""
+    from ..models.tiny import folders
+
+    text = Path(recipe.text)
+    if recipe.architecture == "sd":
+        folders.write_sd(out / "pipeline", vae=vae, text=text, unet=build.sd_unet())
+        return
+    for name, channels in (("fill", 384), ("kontext", 64)):
+        folders.write_flux(
+            out / name,
+            vae=out / "vae",
+            text=text,
+            transformer=build.flux_transformer(channels),
+            kontext=name == "kontext",
+        )
 
 
 def _schedule(step: int, recipe: VaeRecipe) -> float:

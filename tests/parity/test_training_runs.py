@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_diptych.models import tiny
 from comfyui_diptych.training import checkpoint, config, sft
 from safetensors.torch import load_file
 
@@ -206,6 +207,11 @@ def test_deepspeed_in_two_processes_equals_one_and_resumes(folders, tmp_path, st
         ),
         ("fill", "lora", {"base_dtype": "float8_e4m3fn", "mixed_precision": "bf16"}),
         ("fill", "full", {"init": "random", "train_text_encoder": True}),
+        (
+            "fill",
+            "lora",
+            {"data": ["shapes:24?size=32&task=base"], "edit_masks": True, "edit_loss_weight": 2.0},
+        ),
         ("kontext", "lora", {"sample_every": 4, "sample_steps": 2, "loss_weighting": "cosmap"}),
         ("kontext", "full", {"prompt_drop": 1.0}),
         ("sd_inpaint", "lora", {"sample_every": 4, "sample_steps": 2, "train_text_encoder": True}),
@@ -250,6 +256,66 @@ def test_nan_stops_with_one_sentence_and_leaves_the_last_checkpoint(folders, tmp
         run(c)
     saved = checkpoint.read_tensors(tmp_path / "checkpoints" / "step_00000002", "trained.safetensors")
     assert all(t.isfinite().all() for t in saved.values())
+
+
+def test_merged_padding_and_the_whole_of_it_give_the_same_losses(tmp_path):
+    """The bundled Fill, whose padding is all alike, with and without its 64 tokens of text."""
+    losses = []
+    for name, options in (("all", {}), ("merged", {"text_lengths": [64]})):
+        c = toy(tiny.folder(), tmp_path / name, max_sequence_length=64, **options)
+        run(c)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_drawn_guidance_and_the_edits_weight_reach_the_loss(tmp_path):
+    """Both change the first loss, and the edit's weight is what the mask of the data says."""
+    first = {}
+    for name, options in (
+        ("plain", {}),
+        ("guidance", {"guidance_max": 60.0}),
+        ("edit", {"edit_loss_weight": 9.0}),
+    ):
+        c = toy(tiny.folder(), tmp_path / name, max_steps=1, **options)
+        trainer, _ = run(c)
+        first[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"]
+        batch = trainer.batches([0, 1], [False, False])
+        assert ("touched" in batch) == (name == "edit")
+    assert len(set(first.values())) == 3
+    source = trainer.batches.corpus.source
+    for i, touched in enumerate(batch["touched"]):
+        sample = source[trainer.batches.entries[i].index]
+        pixels = touched.repeat_interleave(8, -1).repeat_interleave(8, -2)[0]
+        assert torch.equal(pixels[:, 32:], sample.mask) and not pixels[:, :32].any()
+
+
+def test_weights_are_saved_in_the_wanted_type(folders, tmp_path):
+    _, path = run(toy(folders, tmp_path / "lora", save_dtype="bfloat16", max_steps=1))
+    _, exact = run(toy(folders, tmp_path / "exact", max_steps=1))
+    half, whole = load_file(path), load_file(exact)
+    assert all(torch.equal(half[k], whole[k].bfloat16()) for k in whole)
+    _, folder = run(toy(folders, tmp_path / "full", method="full", save_dtype="float16", max_steps=1))
+    saved = load_file(next((folder / "transformer").glob("*.safetensors")))
+    assert {t.dtype for t in saved.values()} == {torch.float16}
+
+
+def test_kontext_trains_on_from_fill_with_its_lora(folders, tmp_path):
+    _, lora = run(toy(folders, tmp_path / "lora", max_steps=1))
+    start = {"init_from": str(folders / "fill"), "fuse_loras": [str(lora)]}
+    c = toy(folders, tmp_path / "kontext", "kontext", method="full", lr=0.0, max_steps=1, **start)
+    _, folder = run(c)
+    begun = load_file(next((folder / "transformer").glob("*.safetensors")))
+    base = load_file(next((folders / "fill" / "transformer").glob("*.safetensors")))
+    change = load_file(lora)
+    for name, value in begun.items():
+        stem = f"transformer.{name.removesuffix('.weight')}.lora_"
+        expected = base[name]
+        if f"{stem}A.weight" in change:
+            expected = expected + change[f"{stem}B.weight"] @ change[f"{stem}A.weight"]
+        if name == "x_embedder.weight":
+            expected = expected[:, :64]
+        assert torch.allclose(value, expected, atol=1e-6), name
 
 
 def test_cached_and_uncached_training_see_the_same_batches(folders, tmp_path):

@@ -297,3 +297,18 @@ def test_shapes_are_a_source_like_any_other():
     outside = (1 - sample.mask)[..., None]
     assert torch.equal(sample.source * outside, sample.target * outside)
     assert open_source("shapes:5?split=test&seed=3&size=32&task=inpaint")[4].prompt == sample.caption
+
+
+def test_the_base_world_is_captions_and_copies_with_holes_and_no_instruction():
+    source = open_source("shapes:400?task=base&seed=3&size=32")
+    samples = [source[i] for i in range(len(source))]
+    single = [s for s in samples if s.source is None]
+    copies = [s for s in samples if s.source is not None and torch.equal(s.source, s.target)]
+    assert len(single) / 400 == pytest.approx(0.35, abs=0.08)
+    assert len(copies) / 400 == pytest.approx(0.35, abs=0.08)
+    assert all(s.prompt == s.caption for s in single) and not any(s.caption in s.prompt for s in copies)
+    assert all(s.literal and set(s.mask.unique().tolist()) <= {0.0, 1.0} and s.mask.any() for s in samples)
+    again = open_source("shapes:400?task=base&seed=3&size=32")[7]
+    assert again.prompt == samples[7].prompt and torch.equal(again.mask, samples[7].mask)
+    instructions = {open_source("shapes:400?seed=3&size=32")[i].prompt for i in range(400)}
+    assert not any(i in s.prompt for s in samples for i in instructions)

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 from comfyui_diptych.models import tiny
-from comfyui_diptych.models.packing import image_ids
 from comfyui_diptych.training import shapes, text
+from comfyui_diptych.training.shapes.canvases import DIPTYCH_PROMPT
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
@@ -34,7 +34,7 @@ def test_all_weights_together_stay_below_16_megabytes():
 
 def test_every_word_of_the_world_is_one_token():
     edits = list(shapes.random_edits(0, 300, "train"))
-    prompts = [e.instruction for e in edits] + [text.DIPTYCH_PROMPT + e.target.caption + "." for e in edits]
+    prompts = [e.instruction for e in edits] + [DIPTYCH_PROMPT + e.target.caption + "." for e in edits]
     t5_tokens, clip_tokens = _t5_tokenizer(), _clip_tokenizer()
     for prompt in prompts:
         assert t5_tokens.unk_token_id not in t5_tokens(prompt).input_ids
@@ -87,30 +87,3 @@ def test_the_vae_reconstructs_held_out_scenes():
     assert shapes.read(out).matches(scenes).float().mean() >= 0.99
     model_space = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     assert abs(model_space.mean()) < 0.1 and 0.9 < model_space.std() < 1.1
-
-
-@torch.no_grad()
-def test_n_pads_weigh_as_one_pad_with_log_n_added():
-    """What training relies on (`tiny_data.Texts.batch`), against diffusers' own attention on every pad."""
-    from comfyui_diptych.models.packing import pack_latents, pack_mask
-    from comfyui_diptych.models.tiny import build
-    from comfyui_diptych.training.tiny_model import Velocity
-
-    torch.manual_seed(0)
-    module = build.flux_transformer(384).eval()
-    x, masked, mask = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 8, 8), torch.ones(1, 64, 64)
-    words, pad, pooled = torch.randn(1, 5, 64), torch.randn(1, 1, 64), torch.randn(1, 64)
-    expected = module(
-        hidden_states=torch.cat([pack_latents(x), pack_latents(masked), pack_mask(mask)], -1),
-        timestep=torch.tensor([0.7]),
-        guidance=torch.tensor([30.0]),
-        pooled_projections=pooled,
-        encoder_hidden_states=torch.cat([words, pad.expand(-1, 40, -1)], 1),
-        txt_ids=torch.zeros(45, 3),
-        img_ids=image_ids(8, 8),
-    ).sample
-    bias = torch.tensor([[0.0] * 5 + [40.0]]).clamp_min(1).log()
-    rows = {"condition": masked, "mask": mask}
-    one_pad = (torch.cat([words, pad], 1), pooled, bias)
-    got = Velocity(module, "fill", bf16=False)(x, torch.tensor([0.7]), rows, one_pad, torch.tensor([30.0]))
-    assert torch.allclose(pack_latents(got), expected, atol=1e-5)

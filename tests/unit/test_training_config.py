@@ -57,6 +57,10 @@ def test_overrides_are_typed_like_the_file(tmp_path):
         ({"resolution": 500}, "multiple of 16, for example 496"),
         ({"init": "random"}, "an adapter needs pretrained weights"),
         ({"method": "moe_lora", "moe_top_k": 9}, "1..moe_experts"),
+        ({"init_from": "somewhere"}, "init_from is for method full"),
+        ({"init_lora": "a.safetensors", "method": "full"}, "merge the LoRA with fuse_loras"),
+        ({"text_lengths": [64], "task": "sd_inpaint"}, "for frozen T5 encoders"),
+        ({"save_dtype": "float8"}, "save_dtype is 'float8': use one of float32"),
     ],
 )
 def test_mistakes_are_named_with_the_remedy(values, words):

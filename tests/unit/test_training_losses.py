@@ -54,6 +54,20 @@ def test_region_weights_select_the_edited_panel_and_keep_the_scale():
     assert rows("weighted", 3.0) == pytest.approx((3 * 4 + 1) / 4)
 
 
+def test_the_edited_cells_weigh_more_and_the_scale_is_kept():
+    prediction, target = torch.zeros(1, 4, 2, 4), torch.zeros(1, 4, 2, 4)
+    prediction[..., 3] = 2.0  # error 4 in the last of four columns
+    touched = torch.zeros(1, 1, 2, 4)
+    touched[..., 3] = 1.0
+
+    def rows(cells):
+        return losses.weighted_mse(prediction, target, cells).item()
+
+    assert rows(losses.emphasised(None, touched, 5.0)) == pytest.approx(6 * 4 / (3 + 6))
+    panel = torch.tensor([1.0, 1.0, 2.0, 2.0]).expand(1, 1, 2, 4)
+    assert rows(losses.emphasised(panel, touched, 5.0)) == pytest.approx(7 * 4 / (1 + 1 + 2 + 7))
+
+
 def test_prior_loss_of_weight_1_is_twice_the_joint_mean_and_of_weight_0_the_instance_mean():
     rows, prior = torch.tensor([1.0, 2.0, 5.0, 8.0]), torch.tensor([False, False, True, True])
     assert losses.total(rows, prior, 1.0).item() == pytest.approx(2 * rows.mean().item())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -117,17 +117,17 @@ class Shapes:
     """The synthetic world as a source: `n` edits of one split, drawn when asked for.
 
     With `task` "inpaint" a sample is a caption and its picture; with "edit" an instruction with source and
-    target.
+    target; with "base" what a Fill model knows before it learns instructions (`shapes.canvases`), with holes.
     """
 
     def __init__(self, n: int, split: str = "train", seed: int = 0, size: int = 64, task: str = "edit"):
         from .. import shapes
 
-        if task not in ("edit", "inpaint"):
-            raise ValueError(f"shapes task is {task!r}: use 'edit' or 'inpaint'")
+        if task not in ("edit", "inpaint", "base"):
+            raise ValueError(f"shapes task is {task!r}: use 'edit', 'inpaint' or 'base'")
         self._edits = list(shapes.random_edits(seed, n, split))
         self._render, self._masks = shapes.render, shapes.place_masks
-        self._size, self._task, self._split = size, task, split
+        self._size, self._task, self._split, self._seed = size, task, split, seed
         self.fingerprint = stamp("shapes", n, split, seed, size, task)
 
     def __len__(self) -> int:
@@ -141,6 +141,8 @@ class Shapes:
 
     def __getitem__(self, index: int) -> Sample:
         edit = self._edits[index]
+        if self._task == "base":
+            return self._base(index, edit)
         target = self._render(edit.target, self._size)
         common = {
             "target": target,
@@ -152,6 +154,20 @@ class Shapes:
             return Sample(edit.target.caption, **common)
         mask = self._masks([edit.places], self._size)[0]
         return Sample(edit.instruction, source=self._render(edit.source, self._size), mask=mask, **common)
+
+    def _base(self, index: int, edit: Any) -> Sample:
+        from ..shapes.canvases import base_canvas
+
+        canvas = base_canvas(f"{self._seed} {self.name(index)}", edit)
+        return Sample(
+            canvas.prompt,
+            target=self._render(canvas.picture, self._size),
+            source=self._render(canvas.left, self._size) if canvas.left else None,
+            mask=self._masks([canvas.holes], self._size)[0],
+            caption=canvas.picture.caption,
+            name=self.name(index),
+            literal=True,
+        )
 
 
 def split_spec(spec: str) -> tuple[str, str, float | None]:
@@ -174,7 +190,7 @@ def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) ->
             magicbrush:ID_OR_PATH?crop=false    columns source_img, target_img, instruction
             omniedit:ID_PATH_OR_GLOB?task=swap  columns src_img, edited_img, edited_prompt_list, task
             precomputed:FILE.json               Flux Fill embeddings and latents
-            shapes:N?split=train&seed=0&size=64&task=edit
+            shapes:N?split=train&seed=0&size=64&task=edit  (or inpaint, base)
         seed: fixes what a source chooses (the wording among several), by content, not by position.
         limit: use only the first examples of every source; 0 = all.
 

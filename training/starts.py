@@ -1,0 +1,74 @@
+"""What a training starts from besides a base model: fresh weights, a sibling's weights, a LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import adapters
+
+
+@torch.no_grad()
+def zero_modulation(transformer: nn.Module) -> None:
+    """Let every block of a fresh transformer begin as the identity (adaLN-Zero, arXiv 2212.09748, 3.2)."""
+    for name, part in transformer.named_modules():
+        if isinstance(part, nn.Linear) and (".norm" in name or "norm_out" in name or name == "proj_out"):
+            part.weight.zero_()
+            part.bias.zero_()
+
+
+def with_inputs(transformer: Any, channels: int) -> Any:
+    """The transformer reading `channels` features of a token: its first ones, or new ones of weight zero."""
+    have = transformer.config.in_channels
+    if have == channels:
+        return transformer
+    state = transformer.state_dict()
+    weight = state["x_embedder.weight"][:, :channels]
+    state["x_embedder.weight"] = nn.functional.pad(weight, (0, channels - weight.shape[1])).contiguous()
+    # out_channels is in_channels where a config leaves it empty
+    config = {**transformer.config, "in_channels": channels, "out_channels": transformer.out_channels}
+    fresh = type(transformer).from_config(config).to(transformer.dtype)
+    fresh.load_state_dict(state)
+    return fresh
+
+
+@torch.no_grad()
+def from_lora(module: nn.Module, path: str, config: Any) -> None:
+    """Give new adapters the weights of a plain LoRA file, its leading singular directions where it has more.
+
+    Experts of a MoE-LoRA all start from their module's LoRA, slightly apart; twice as strong with the trained
+    gate, which over several alike experts gives its first about one half. Raises ValueError where nothing
+    fits.
+    """
+    from ..models.lora import LowRank, read
+
+    layers, scale, found = dict(module.named_modules()), config.alpha / config.rank, 0
+    for name, change in read(path).modules.items():
+        layer = layers.get(name)
+        if not hasattr(layer, "lora_A") or not isinstance(change, LowRank):
+            continue
+        down, up = _cut(change.A.float(), change.B.float() * (change.scale / scale), config.rank)
+        rank, found = len(down), found + 1
+        if isinstance(layer, adapters.MoELoRALinear):
+            strength = 2.0 if layer.gate == "softmax_all" else 1.0
+            for expert in layer.lora_A:
+                layer.lora_A[expert].weight[:rank] = down + 0.1 * down.std() * torch.randn_like(down)
+                layer.lora_B[expert].weight[:, :rank] = strength * up
+        else:
+            layer.lora_A[adapters.ADAPTER].weight[:rank] = down
+            layer.lora_B[adapters.ADAPTER].weight[:, :rank] = up
+    if not found:
+        raise ValueError(f"init_lora {path} fits none of target_modules: give a plain LoRA of this model")
+
+
+def _cut(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors [r,in] and [out,r] of the best approximation of up @ down with r at most `rank`."""
+    if len(down) <= rank:
+        return down, up
+    left, inner = torch.linalg.qr(up)
+    right, outer = torch.linalg.qr(down.T)
+    u, s, v = torch.linalg.svd(inner @ outer.T)
+    root = s[:rank].sqrt()
+    return root[:, None] * (v[:rank] @ right.T), (left @ u[:, :rank]) * root
