@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.tiny.folders import forget_origin
 from .adapters import file_name, trained_parameters, trained_state
 
 BASES = {"fill": "FLUX.1 Fill", "kontext": "FLUX.1", "sd_inpaint": "Stable Diffusion UNet"}
@@ -104,6 +105,7 @@ def save_pipeline(
         elif dtype != torch.float32:
             module = copy.deepcopy(module)
         module.to(dtype).save_pretrained(folder / name)
+    forget_origin(folder)
     return folder
 
 

@@ -298,6 +298,7 @@ def test_weights_are_saved_in_the_wanted_type(folders, tmp_path):
     _, folder = run(toy(folders, tmp_path / "full", method="full", save_dtype="float16", max_steps=1))
     saved = load_file(next((folder / "transformer").glob("*.safetensors")))
     assert {t.dtype for t in saved.values()} == {torch.float16}
+    assert "_name_or_path" not in json.loads((folder / "transformer" / "config.json").read_text())
 
 
 def test_kontext_trains_on_from_fill_with_its_lora(folders, tmp_path):
