@@ -166,12 +166,12 @@ class GRPOTrainer(Trainer):
         Groups that teach nothing are not even computed.
         """
         c, device = self.config, self.accelerator.device
-        if self._kept == 0:
+        if self._kept == 0 and not data:
             return torch.zeros((), device=device), 0.0
         if self.old is not None:
             rollouts, worth = self._compacted(rollouts, worth)
         # The mean over all kept samples of all processes; DDP averages over processes.
-        scale = self.world * c.inner_updates / self._kept
+        scale = self.world * c.inner_updates / max(1, self._kept)
         pieces = [
             gradients.Piece(rollout, term, advantage.to(device), keep.to(device))
             for rollout, (advantage, keep) in zip(rollouts, worth, strict=True)

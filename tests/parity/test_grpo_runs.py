@@ -325,6 +325,9 @@ def test_rows_of_the_data_add_their_supervised_gradient(toys, tmp_path, limit):
     alone = torch.autograd.grad(loss, list(trainer.names.values()))
     for (name, value), gradient in zip(added.items(), alone, strict=True):
         torch.testing.assert_close(value - without[name], gradient, atol=2e-5, rtol=1e-3)
+    only = update_gradients(trainer, torch.zeros_like(keep), advantage, data=[7, 1, 4, 0, 9])
+    for value, gradient in zip(only.values(), alone, strict=True):  # no group teaches: the data still do
+        torch.testing.assert_close(value, gradient, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("micro_batch", [2, 3, 4, 8])
