@@ -234,8 +234,11 @@ class TrainConfig:
             raise ValueError("init_from is for method full of fill and kontext, with init: pretrained")
         if self.init_lora and self.method == "full":
             raise ValueError("init_lora with method full: merge the LoRA with fuse_loras instead")
-        if self.text_lengths and (self.task == "sd_inpaint" or self.train_text_encoder):
+        if self.text_lengths and self.train_text_encoder:
             raise ValueError("text_lengths is for frozen T5 encoders: leave it empty")
+        for name in ("text_lengths", "guidance_max", "edit_loss_weight"):
+            if getattr(self, name) and self.task == "sd_inpaint":
+                raise ValueError(f"{name} is for fill and kontext: leave it out with sd_inpaint")
 
     @property
     def alpha(self) -> float:

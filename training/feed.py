@@ -82,6 +82,11 @@ class Corpus:
         """All mask variants of a row, or the sample itself where it is precomputed. Raises BrokenSample."""
         sample = self.source[index]
         if sample.encoded is not None:
+            if self.config.edit_loss_weight or self.config.text_lengths:
+                raise ValueError(
+                    "edit_loss_weight and text_lengths need pictures and prompts, which precomputed data has "
+                    "not: leave them out"
+                )
             if sample.encoded.latents is None:
                 raise BrokenSample(sample.name, "latents/ is missing: rows without a target serve GRPO only")
             return sample

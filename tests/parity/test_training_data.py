@@ -126,9 +126,10 @@ def test_precomputed_rows_reach_the_batch_unchanged(fill_folder, tmp_path):
     columns = ("prompt_embed_path", "pooled_prompt_embeds_path", "text_ids", "masked_latents_path")
     row = {c: "0.pt" for c in (*columns, "mask_latents_path", "latents_path")} | {"caption": "a car"}
     (tmp_path / "index.json").write_text(json.dumps([row]))
-    trainer = prepared(
-        fill_folder, tmp_path / "out", data=[f"precomputed:{tmp_path / 'index.json'}"], batch_size=1
-    )
+    options = {"data": [f"precomputed:{tmp_path / 'index.json'}"], "batch_size": 1}
+    with pytest.raises(ValueError, match="leave them out"):
+        prepared(fill_folder, tmp_path / "edit", edit_loss_weight=2.0, **options)
+    trainer = prepared(fill_folder, tmp_path / "out", **options)
     batch, _, _ = trainer._batch()
     for name, part in (
         ("latents", "latents"),

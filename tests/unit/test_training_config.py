@@ -59,7 +59,8 @@ def test_overrides_are_typed_like_the_file(tmp_path):
         ({"method": "moe_lora", "moe_top_k": 9}, "1..moe_experts"),
         ({"init_from": "somewhere"}, "init_from is for method full"),
         ({"init_lora": "a.safetensors", "method": "full"}, "merge the LoRA with fuse_loras"),
-        ({"text_lengths": [64], "task": "sd_inpaint"}, "for frozen T5 encoders"),
+        ({"text_lengths": [64], "train_text_encoder": True, "method": "full"}, "for frozen T5 encoders"),
+        ({"edit_loss_weight": 2.0, "task": "sd_inpaint"}, "edit_loss_weight is for fill and kontext"),
         ({"save_dtype": "float8"}, "save_dtype is 'float8': use one of float32"),
     ],
 )
