@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapters, checkpoint, gradients, nft, optim, policy, screening
+from . import adapters, checkpoint, gradients, nft, optim, policy, screening, states
 from .attention import for_learning
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
@@ -195,16 +195,26 @@ class GRPOTrainer(Trainer):
         """Take this process's gradient of the supervised loss on these rows; the reward's is added to it."""
         c, module = self.config, self.prepared[self.task.denoiser_part]
         first = (self.step * self.world + self.rank) * len(rows)
-        log = []
+        times, log = max(1, c.data_states), []
+        weight = c.data_weight / (times * len(rows))
         for start in range(0, len(rows), c.micro_batch):
             some = rows[start : start + c.micro_batch]
             places = [first + start + index for index in range(len(some))]
             batch, noise = self._with_noise(some, [False] * len(some), [DATA + place for place in places])
-            u = row_uniform(c.seed, places, "data")
-            with self.accelerator.no_sync(module), for_learning(noise):
-                loss = self.task.row_losses(batch, noise, u)
-                self.accelerator.backward(c.data_weight * loss.sum() / len(rows))
-            log.append(loss.detach())
+            visited = []
+            if c.data_states:
+                batch = self.task.guided(batch, self.batches.text, c.rollout_guidance)
+                visited = states.visited(
+                    self.policy, batch, noise, Sampling(c.sample_steps, c.rollout_guidance)
+                )
+            for number in range(times):
+                with self.accelerator.no_sync(module), for_learning(noise):
+                    if visited:
+                        loss = states.losses(self, batch, visited, places, number)
+                    else:
+                        loss = self.task.row_losses(batch, noise, row_uniform(c.seed, places, "data"))
+                    self.accelerator.backward(weight * loss.sum())
+                log.append(loss.detach())
         return {"data": log}
 
     def _compacted(

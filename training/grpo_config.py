@@ -77,6 +77,12 @@ class GRPOConfig(TrainConfig):
         "so that learning on some rows does not harm the others; 0 = none.",
     )
     data_weight: float = option(1.0, "Weight of that loss.")
+    data_states: int = option(
+        0,
+        "Learn those rows at so many states each of the model's own sampling in sample_steps steps, aimed at "
+        "the wanted picture (DAgger, arXiv 1011.0686), so that it comes back from where it drifts to; "
+        "0 = at the wanted picture noised.",
+    )
     nft_beta: float = option(1.0, "nft: strength of the implicit positive and negative policies.")
     nft_times: int = option(2, "nft: noise levels per rollout and inner update.")
     nft_shared_noise: bool = option(False, "nft: noise all samples of a group alike: less noisy gradients.")
@@ -133,6 +139,8 @@ class GRPOConfig(TrainConfig):
                 raise ValueError(
                     f"{name} learns the wanted pictures, but use_targets is false: set one of them"
                 )
+        if self.data_states and not (self.data_rows and self.sample_steps > 1):
+            raise ValueError("data_states needs data_rows above 0 and sample_steps above 1: set both")
         if self.shared_prefix and self.task == "sd_inpaint":
             raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
 

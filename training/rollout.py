@@ -81,6 +81,10 @@ class FlowPolicy:
         """What keeps errors of `data` comparable over the noise levels [B]."""
         return torch.ones_like(time)
 
+    def noise_share(self, time: Tensor) -> Tensor:
+        """The squared error of `data` for each of the velocity, at sigmas [B]."""
+        return time**2
+
     def run(
         self,
         batch: dict[str, Any],
@@ -89,8 +93,12 @@ class FlowPolicy:
         window: tuple[int, int] | None,
         generators: Sequence[torch.Generator] | None,
         steps: tuple[int, int] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
     ) -> tuple[Tensor, list[Recorded]]:
-        """Sample steps [start, end) of the schedule (all by default); window None is the plain ODE."""
+        """Sample steps [start, end) of the schedule (all by default); window None is the plain ODE.
+
+        callback: as of `flow_match.sample`.
+        """
         sigmas = schedule.sigmas(sampling.steps, seq_len=schedule.token_count(*noise.shape[-2:]))
         start, end = steps or (0, sampling.steps)
         condition = self.task.condition(batch, sampling.guidance)
@@ -103,6 +111,7 @@ class FlowPolicy:
             eta=None if window is None else sampling.eta,
             window=inner,
             generator=generators,
+            callback=callback,
             record=True,
             storage_dtype=sampling.storage_dtype,
         )
@@ -141,11 +150,16 @@ class EpsilonPolicy:
         """sqrt(alpha): at the highest noise an error of epsilon is 15 times as large in the data."""
         return self._alpha(time).sqrt()
 
+    def noise_share(self, time: Tensor) -> Tensor:
+        """The squared error of `data` for each of epsilon, at timesteps [B]."""
+        alpha = self._alpha(time)
+        return (1 - alpha) / alpha
+
     def _alpha(self, timestep: Tensor) -> Tensor:
         return self.task.alpha_bar[timestep.cpu()].to(timestep.device)
 
-    def run(self, batch, noise, sampling, window, generators, steps=None):
-        """As `FlowPolicy.run`; a shared prefix is not offered here."""
+    def run(self, batch, noise, sampling, window, generators, steps=None, callback=None):
+        """As `FlowPolicy.run`, callback as of `ddim.sample`; a shared prefix is not offered here."""
         if steps not in (None, (0, sampling.steps)):
             raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint.")
         condition = self.task.condition(batch, sampling.guidance)
@@ -156,6 +170,7 @@ class EpsilonPolicy:
             eta=0.0 if window is None else (1.0 if sampling.eta is None else sampling.eta),
             window=window,
             generator=generators,
+            callback=callback,
             record=True,
             storage_dtype=sampling.storage_dtype,
         )

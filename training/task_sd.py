@@ -81,8 +81,7 @@ class SDInpaintTask(Task):
         x, target = losses.diffused(batch["latents"], noise, alpha, kind)
         plain = {k: v for k, v in batch.items() if k != "empty_tokens"}
         prediction = self.host.epsilon(x, timestep.to(noise.device), self.condition(plain, 1.0))
-        cells = losses.region(batch.get("mask"), x, self.config.loss_on, self.config.mask_loss_weight)
-        return losses.weighted_mse(prediction, target, cells, batch.get("weight"))
+        return losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
 
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
         """DDIM (eta 0) with classifier-free guidance against the empty prompt."""

@@ -184,6 +184,14 @@ class Task:
         """Loss per row [B] from clean latents, noise and one uniform number per row."""
         raise NotImplementedError
 
+    def cells(self, batch: dict[str, Any], latents: Tensor) -> Tensor | None:
+        """Weights of the latents' cells [B,1,h,w] in the loss; None = every cell alike."""
+        c = self.config
+        cells = losses.region(batch.get("mask"), latents, c.loss_on, c.mask_loss_weight)
+        if "touched" in batch:
+            cells = losses.emphasised(cells, batch["touched"], c.edit_loss_weight)
+        return cells
+
     def condition(self, batch: dict[str, Any], guidance: float | Tensor) -> Any:
         raise NotImplementedError
 
@@ -277,10 +285,7 @@ class FluxTask(Task):
         ).to(noise.device)
         x, target = losses.noised(batch["latents"], noise, sigma)
         prediction = self.host.velocity(x, sigma, self.condition(batch, batch.get("guidance", c.guidance)))
-        cells = losses.region(batch.get("mask"), x, c.loss_on, c.mask_loss_weight)
-        if "touched" in batch:
-            cells = losses.emphasised(cells, batch["touched"], c.edit_loss_weight)
-        rows = losses.weighted_mse(prediction, target, cells, batch.get("weight"))
+        rows = losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
         return rows * losses.sigma_weight(sigma, c.loss_weighting)
 
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import checkpoint, config, grpo, losses, rollout, screening
+from comfyui_diptych.training import checkpoint, config, grpo, losses, rollout, screening, states
 from comfyui_diptych.training.grpo_config import GRPOConfig
 from safetensors.torch import load_file
 
@@ -158,7 +158,9 @@ grpo.GRPOTrainer(config.from_dict(values, GRPOConfig), on_report=die).run()
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"algorithm": "nft", "nft_targets": True, "data_rows": 5}], ids=["grpo", "nft"]
+    "options",
+    [{}, {"algorithm": "nft", "nft_targets": True, "data_rows": 5, "data_states": 2, "sample_steps": 3}],
+    ids=["grpo", "nft"],
 )
 def test_resume_after_kill_is_bit_equal(toys, tmp_path, options):
     options = {
@@ -185,7 +187,10 @@ def test_resume_after_kill_is_bit_equal(toys, tmp_path, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"data_rows": 2}, {**NFT, "group_clip": 0.02, "data_rows": 2, "nft_targets": True}],
+    [
+        {"data_rows": 2, "data_states": 2, "sample_steps": 3},
+        {**NFT, "group_clip": 0.02, "data_rows": 2, "nft_targets": True},
+    ],
     ids=["grpo", "nft"],
 )
 def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_path, options):
@@ -328,6 +333,49 @@ def test_rows_of_the_data_add_their_supervised_gradient(toys, tmp_path, limit):
     only = update_gradients(trainer, torch.zeros_like(keep), advantage, data=[7, 1, 4, 0, 9])
     for value, gradient in zip(only.values(), alone, strict=True):  # no group teaches: the data still do
         torch.testing.assert_close(value, gradient, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["kontext", "sd_inpaint"])
+def test_data_states_are_those_of_sampling_and_lead_to_the_wanted_picture(toys, tmp_path, task):
+    data = ["shapes:12?size=32&task=inpaint"] if task == "sd_inpaint" else TOY["data"]
+    options = {"data": data, "data_rows": 3, "data_states": 2, "sample_steps": 4, "rollout_guidance": 2.0}
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, task, algorithm="nft", grad_clip=0.0, **options))
+    trainer.prepare()
+    batch, noise = trainer._with_noise([4, 2, 7], [False] * 3, [grpo.DATA + place for place in range(3)])
+    batch = trainer.task.guided(batch, trainer.batches.text, 2.0)
+    sampling = rollout.Sampling(4, 2.0)
+    visited = states.visited(trainer.policy, batch, noise, sampling)
+    assert len(visited) == 3
+    # From any state the remaining steps of a plain loop end where sampling ends.
+    end, _ = trainer.policy.run(batch, noise, sampling, None, None)
+    host, condition = trainer.task.host, trainer.task.condition(batch, 2.0)
+    wanted, total = batch["latents"], []
+    with torch.no_grad():
+        for x, time in visited:
+            if task == "kontext":
+                data = x - time * host.velocity(x, time, condition)
+                share = float(time) ** 2
+            else:
+                alpha = trainer.task.alpha_bar[int(time)]
+                data = (x - (1 - alpha).sqrt() * host.epsilon(x, int(time), condition)) / alpha.sqrt()
+                share = float((1 - alpha) / alpha)
+            total.append((data - wanted).square().flatten(1).mean(1) / (share + 0.05))
+        if task == "kontext":
+            x, sigma = visited[-1]
+            torch.testing.assert_close(
+                x - sigma * host.velocity(x, sigma, condition), end, atol=1e-5, rtol=1e-5
+            )
+    for number in range(2):
+        got = states.losses(trainer, batch, visited, range(3), number)
+        picks = (losses.row_uniform(0, [0, 1, 2], f"state {number}") * 3).long().tolist()
+        expected = torch.stack([total[pick][row] for row, pick in enumerate(picks)])
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    trainer._learn_data([4, 2, 7])
+    taken = [p.grad.clone() for p in trainer.names.values()]
+    mean = sum(states.losses(trainer, batch, visited, range(3), n).mean() for n in range(2)) / 2
+    alone = torch.autograd.grad(mean, list(trainer.names.values()))
+    for one, other in zip(taken, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("micro_batch", [2, 3, 4, 8])

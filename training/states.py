@@ -1,0 +1,54 @@
+"""Supervised learning at the states that sampling visits (DAgger, arXiv 1011.0686).
+
+They are aimed at the wanted picture. Plain training only ever sees that picture noised; sampling in many steps
+drifts off such states, and a model that never saw where it drifts to does not come back. So an edit that is
+right in one step can go wrong in sixteen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import row_uniform, weighted_mse
+from .rollout import EpsilonPolicy, FlowPolicy, Sampling
+
+FLOOR = 0.05  # a drift that is left at the end cannot be undone there: its error must not weigh without limit
+State = tuple[Tensor, Tensor | int]  # x [B,C,h,w] and its sigma or timestep
+
+
+@torch.no_grad()
+def visited(
+    policy: FlowPolicy | EpsilonPolicy, batch: dict[str, Any], noise: Tensor, sampling: Sampling
+) -> list[State]:
+    """States of the plain ODE from `noise`, but its start: noise is what plain training begins with too."""
+    states: list[State] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["i"]:
+            states.append((event["x"], event["sigma"] if "sigma" in event else event["t"]))
+
+    policy.run(batch, noise, sampling, None, None, callback=note)
+    return states
+
+
+def losses(
+    trainer: Any, batch: dict[str, Any], states: Sequence[State], places: Sequence[int], number: int
+) -> Tensor:
+    """Squared error per row [B] of the clean latents predicted at one of the visited states.
+
+    places: of the rows in the random stream, which with `number` fix each row's state. The error of the clean
+    latents is divided by the policy's noise share, so that it weighs about as a velocity's or epsilon's does.
+    """
+    u = row_uniform(trainer.config.seed, list(places), f"state {number}")
+    picks = (u * len(states)).long()
+    x = torch.stack([states[pick][0][row] for row, pick in enumerate(picks.tolist())])
+    time = torch.stack([torch.as_tensor(states[pick][1]) for pick in picks.tolist()]).to(x.device)
+    policy, wanted = trainer.policy, batch["latents"].float()
+    prediction = policy.predict(x, time, batch, trainer.config.rollout_guidance)
+    data = policy.data(x.float(), time, prediction.float())
+    rows = weighted_mse(data, wanted, trainer.task.cells(batch, x), batch.get("weight"))
+    return rows / (policy.noise_share(time) + FLOOR)
