@@ -1,8 +1,8 @@
 """Supervised learning at the states that sampling visits (DAgger, arXiv 1011.0686).
 
 They are aimed at the wanted picture. Plain training only ever sees that picture noised; sampling in many
-steps drifts off such states, and a model that never saw where it drifts to does not come back. So an edit that
-is right in one step can go wrong in sixteen.
+steps drifts off such states, and a model that never saw where it drifts to does not come back. So an edit
+that is right in one step can go wrong in sixteen.
 """
 
 from __future__ import annotations
