@@ -82,13 +82,10 @@ class Arranger:
         policy = "stretch" if self.config.sizing == "squash" else "crop"
         sample = fit(sample, size, policy=policy)
         pixels, mask, reference, touched = _model_pixels(sample.target), None, None, None
-        if self.config.edit_loss_weight:
-            touched = torch.zeros(size) if sample.mask is None else sample.mask
         if self.is_diptych(sample):
             repaint = sample.mask if sample.mask is not None and self.config.edit_masks else torch.ones(size)
             pixels = torch.cat([_model_pixels(sample.source), pixels], dim=-1)
             mask = torch.cat([torch.zeros(size), repaint], dim=-1)[None]
-            touched = None if touched is None else torch.cat([torch.zeros(size), touched], dim=-1)
         elif self.config.task == "kontext":
             reference = _model_pixels(sample.source) if sample.source is not None else None
         else:
@@ -98,5 +95,7 @@ class Arranger:
                 else sample.mask
             )
             mask = drawn[None]
-        touched = None if touched is None else touched[None]
+        if self.config.edit_loss_weight:
+            panel = torch.zeros(size) if sample.mask is None else sample.mask
+            touched = torch.nn.functional.pad(panel, (pixels.shape[-1] - size[1], 0))[None]
         return Arranged(pixels, self.prompt(sample), mask, reference, touched, sample.weight, sample.prior)

@@ -44,7 +44,13 @@ def lora_weights(tensors: Mapping[str, Tensor], config: Any) -> Any:
     return LoraWeights(modules, {}, LoraInfo("diptych", base, config.rank, config.alpha, "recipe"))
 
 
-def save_lora(path: Path, parts: dict[str, dict[str, Tensor]], config: Any, header: dict[str, Any]) -> Path:
+def save_lora(
+    path: Path,
+    parts: dict[str, dict[str, Tensor]],
+    config: Any,
+    header: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write one LoRA file. parts: denoiser (and text encoder) -> names and tensors of `trained_state`.
 
     header: the `diptych` block (base, recipe, steps, data hash, prompt template; the gate is added).
@@ -52,13 +58,13 @@ def save_lora(path: Path, parts: dict[str, dict[str, Tensor]], config: Any, head
     from ..models.lora.save import save
 
     denoiser, *texts = parts
-    save(path, lora_weights(parts[denoiser], config), header)
+    save(path, lora_weights(parts[denoiser], config), header, dtype=dtype)
     for name in texts:
-        _add_text_encoder(path, parts[name], config)
+        _add_text_encoder(path, parts[name], config, dtype)
     return path
 
 
-def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any) -> None:
+def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any, dtype: torch.dtype) -> None:
     """The CLIP text encoder's LoRA beside the UNet's, in kohya's naming."""
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -69,7 +75,8 @@ def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any) -> No
         module, _, rest = name.partition(".lora_")
         # transformers 5 dropped the level that files still name.
         key = "lora_te_text_model_" + module.removeprefix("text_model.").replace(".", "_")
-        flat[f"{key}.lora_{'down' if rest.startswith('A') else 'up'}.weight"] = tensor.contiguous()
+        side = "down" if rest.startswith("A") else "up"
+        flat[f"{key}.lora_{side}.weight"] = tensor.to(dtype).contiguous()
         flat[f"{key}.alpha"] = torch.tensor(float(config.alpha))
     partial = path.with_name(path.name + ".part")
     save_file(flat, partial, metadata=header)
@@ -119,8 +126,7 @@ def part_tensors(module: nn.Module, state: dict[str, Tensor] | None = None) -> d
 
 def write_run(trainer: Any) -> Path:
     """A run's weights as a LoRA file or a diffusers folder; all processes call it, the main one writes."""
-    c = trainer.config
-    dtype = getattr(torch, c.save_dtype)
+    c, dtype = trainer.config, getattr(torch, trainer.config.save_dtype)
     path = trainer.output / f"{c.output_name or c.recipe or c.task}.safetensors"
     if c.method == "full":
         path = trainer.output / "model"
@@ -131,8 +137,5 @@ def write_run(trainer: Any) -> Path:
         return path
     if c.method == "full":
         return save_pipeline(path, c.model, trainer.parts, states if trainer.sharded else None, dtype)
-    tensors = {
-        name: {key: value.to(dtype) for key, value in part_tensors(module, states[name]).items()}
-        for name, module in trainer.parts.items()
-    }
-    return save_lora(path, tensors, c, trainer.header())
+    tensors = {name: part_tensors(module, states[name]) for name, module in trainer.parts.items()}
+    return save_lora(path, tensors, c, trainer.header(), dtype)

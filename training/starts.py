@@ -67,8 +67,9 @@ def _cut(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors [r,in] and [out,r] of the best approximation of up @ down with r at most `rank`."""
     if len(down) <= rank:
         return down, up
+    from ..models.lora.extract import balanced
+
     left, inner = torch.linalg.qr(up)
     right, outer = torch.linalg.qr(down.T)
-    u, s, v = torch.linalg.svd(inner @ outer.T)
-    root = s[:rank].sqrt()
-    return root[:, None] * (v[:rank] @ right.T), (left @ u[:, :rank]) * root
+    down, up = balanced(*torch.linalg.svd(inner @ outer.T), rank)
+    return down @ right.T, left @ up

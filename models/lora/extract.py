@@ -67,7 +67,7 @@ def extract(
 
 
 def _truncated(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, in], B [out, r] with B A the best rank-r approximation; sqrt of the singular values in either."""
+    """A [r, in], B [out, r] with B A the best rank-r approximation, `balanced`."""
     rank = min(rank, *change.shape)
     if 4 * rank >= min(change.shape):
         U, S, Vh = torch.linalg.svd(change, full_matrices=False)
@@ -75,5 +75,10 @@ def _truncated(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         # Halko et al. 2011: oversampled randomised SVD, power iterations for the flat spectra seen here
         U, S, V = torch.svd_lowrank(change, q=min(rank + 16, *change.shape), niter=4)
         Vh = V.T
+    return balanced(U, S, Vh, rank)
+
+
+def balanced(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [r, in], B [out, r] of an SVD's leading `rank` directions, sqrt of the singular values in either."""
     root = S[:rank].clamp_min(0).sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root
