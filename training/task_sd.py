@@ -82,20 +82,3 @@ class SDInpaintTask(Task):
         plain = {k: v for k, v in batch.items() if k != "empty_tokens"}
         prediction = self.host.epsilon(x, timestep.to(noise.device), self.condition(plain, 1.0))
         return losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
-
-    def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
-        """DDIM (eta 0) with classifier-free guidance against the empty prompt."""
-        condition = self.condition(batch, self.config.sample_guidance)
-        count = len(self.alpha_bar)
-        stride = max(1, count // self.config.sample_steps)
-        times = list(range(0, count, stride))[: self.config.sample_steps][::-1]
-        x = noise
-        for i, t in enumerate(times):
-            a = self.alpha_bar[t].to(x)
-            below = self.alpha_bar[times[i + 1]].to(x) if i + 1 < len(times) else self.alpha_bar[0].to(x)
-            predicted = self.host.epsilon(x, t, condition)
-            if self.scheduler_config.get("prediction_type") == "v_prediction":
-                predicted = a.sqrt() * predicted + (1 - a).sqrt() * x
-            x0 = (x - (1 - a).sqrt() * predicted) / a.sqrt()
-            x = x0 if i + 1 == len(times) else below.sqrt() * x0 + (1 - below).sqrt() * predicted
-        return self.host.decode(x)

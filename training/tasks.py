@@ -21,6 +21,7 @@ from . import adapters, losses, padding, starts
 from .arrange import Arranged
 from .data.cache import fingerprint
 from .data.sample import stamp
+from .rollout import Sampling, make_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -203,8 +204,10 @@ class Task:
         return batch
 
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
-        """Pictures [B,H,W,3] in 0..1 made from the batch's condition (`guided` at sample_guidance)."""
-        raise NotImplementedError
+        """Pictures [B,H,W,3] in 0..1 made by the plain ODE from the batch's condition (`guided` at
+        sample_guidance)."""
+        sampling = Sampling(self.config.sample_steps, self.config.sample_guidance)
+        return self.host.decode(make_policy(self).run(batch, noise, sampling, None, None)[0])
 
 
 class FluxTask(Task):
@@ -287,18 +290,6 @@ class FluxTask(Task):
         prediction = self.host.velocity(x, sigma, self.condition(batch, batch.get("guidance", c.guidance)))
         rows = losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
         return rows * losses.sigma_weight(sigma, c.loss_weighting)
-
-    def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
-        from ..samplers.schedule import sigmas
-
-        condition = self.condition(batch, self.config.sample_guidance)
-        x = noise
-        steps = sigmas(self.config.sample_steps, seq_len=noise.shape[-1] * noise.shape[-2] // 4).to(
-            noise.device
-        )
-        for sigma, below in zip(steps[:-1], steps[1:], strict=True):
-            x = x + (below - sigma) * self.host.velocity(x, sigma, condition)
-        return self.host.decode(x)
 
 
 class FillTask(FluxTask):
