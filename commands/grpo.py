@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = configs.from_dict(configs.read(args.recipe, overrides_of(args)), GRPOConfig)
+    from ..training.before_after import before_after
     from ..training.data.sample import to_pil
     from ..training.grpo import GRPOTrainer, reward_curve
-    from ..training.grpo_session import before_after
 
     with TrainingBar(config.max_steps) as bar:
 

@@ -42,7 +42,8 @@ class DiptychTrainGRPO:
     OUTPUT_TOOLTIPS = (
         "Name of the file in ComfyUI's loras folder, for the GRPO LoRA Loader.",
         "The mean reward of the tries over the updates.",
-        "The same starts before and after training: given, before, after, and wanted if it is known.",
+        "The same starts before and after training: given, before, after, wanted if it is known, and the "
+        "reward of both.",
         "What was trained on what, and how the reward went.",
     )
     FUNCTION = "train"

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import adapters, config, pictures, session
+from . import config, pictures, session
 from .grpo_config import GRPOConfig
-from .judging import is_diptych
-from .losses import row_noise
 
 PRESETS = {
     "fast": "grpo_fast",
@@ -29,7 +26,7 @@ PRESETS = {
     "nft": "grpo_nft",
 }
 GUIDANCE = {"fill": 30.0, "kontext": 2.5, "sd_inpaint": 1.0}
-SHOWN = 4  # rows of the before/after sheet
+SHOWN = 4  # rows of a preview
 TOY_BATCH = 48  # samples of a toy model in one pass
 
 
@@ -138,6 +135,7 @@ def train(
 
     The outcome's curve is the mean reward of the rollouts, its samples the before/after sheet.
     """
+    from .before_after import before_after
     from .grpo import GRPOTrainer
 
     history = reward_history(Path(config.output_dir))
@@ -180,39 +178,6 @@ def reward_history(folder: Path) -> dict[int, float]:
 def _reward(measures: dict[str, float]) -> float:
     values = [value for name, value in measures.items() if name.startswith("reward/")]
     return sum(values) / len(values) if values else float("nan")
-
-
-@torch.no_grad()
-def before_after(trainer: Any) -> Tensor:
-    """IMAGE [1,H,W,3]: given, before, after and (if the data has it) wanted, for the first rows of the data.
-
-    The same noise before and after; what is shown is what the exported file holds.
-    """
-    task, batches, c = trainer.task, trainer.sample_batches, trainer.config
-    kept = trainer.best or (trainer.average.values if trainer.average is not None else {})
-    for name, value in kept.items():
-        trainer.names[name].copy_(value)
-    module, rows = trainer.parts[task.denoiser_part], []
-    task.make_host(module)
-    module.eval()
-    for number in range(min(SHOWN, len(batches.entries))):
-        batch = trainer._to_device(batches([number], [False]))
-        batch = task.guided(batch, batches.text, c.sample_guidance)
-        noise = row_noise(c.seed, [number], tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
-        with adapters.switched_off(module):
-            made = [task.sample(batch, noise)]
-        made.append(task.sample(batch, noise))
-        if c.use_targets:
-            made.append(task.host.decode(batch["latents"]))
-        given = batch.get("masked_latents", batch.get("references"))
-        shown = [task.host.decode(given)] if given is not None else []
-        panels = [picture.float().cpu()[0] for picture in (*shown, *made)]
-        if is_diptych(batches, number):
-            middle = panels[0].shape[1] // 2
-            panels = [panels[0][:, :middle], *(panel[:, middle:] for panel in panels[1:])]
-        rows.append((panels, batches.corpus.source[batches.entries[number].index].prompt))
-    headings = (["given"] if shown else []) + ["before", "after"] + (["wanted"] if c.use_targets else [])
-    return pictures.as_image(pictures.contact_sheet(rows, headings, side=128, columns=1))
 
 
 def _report(c: GRPOConfig, step: int, history: dict[int, float], lora: Path | None) -> str:
