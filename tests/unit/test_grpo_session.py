@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 def model_at(folder, part="transformer", channels=384):
     (folder / part).mkdir(parents=True)
     (folder / part / "config.json").write_text(json.dumps({"in_channels": channels}))
+    (folder / part / "diffusion_pytorch_model.safetensors").write_bytes(b"few weights")
     return folder
 
 
@@ -43,6 +44,13 @@ def test_every_preset_fits_every_family(tmp_path, preset, part, channels, task):
         and c.use_targets
         and c.micro_batch == c.group_size * max(1, 48 // c.group_size)
     )
+
+
+def test_a_model_whose_weights_are_not_in_the_folder_is_no_toy(tmp_path):
+    model = model_at(tmp_path / "m")
+    assert grpo_session.session.is_small(model)
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert not grpo_session.session.is_small(model) and not grpo_session.session.is_small("a/hub-id")
 
 
 def test_choices_are_laid_over_the_preset(tmp_path):
