@@ -10,6 +10,19 @@ from torch import Tensor, nn
 from . import adapters
 
 
+def check_loras(config: Any) -> None:
+    """Read the LoRAs that a run begins with, so that a wrong path is told before hours of caching.
+
+    Raises ValueError where one is missing or damaged. Whether it fits shows when it is merged.
+    """
+    from ..models.lora import read
+    from ..models.lora.files import with_strength
+
+    for path in [*(with_strength(text)[0] for text in config.fuse_loras), config.init_lora]:
+        if path:
+            read(path)
+
+
 @torch.no_grad()
 def zero_modulation(transformer: nn.Module) -> None:
     """Let every block of a fresh transformer begin as the identity (adaLN-Zero, arXiv 2212.09748, 3.2)."""

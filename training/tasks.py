@@ -70,6 +70,7 @@ class Task:
             raise ValueError("model is empty: set it to a diffusers folder or hub id")
         channels, what = self.denoiser_input
         check_folder(config.model, self.denoiser_part, channels, what)
+        starts.check_loras(config)
         self.config, self.device = config, torch.device(device)
         self.load_device = self.device  # of the denoiser; the CPU where it is to be sharded
         self.dtype = DTYPES.get(config.base_dtype, torch.bfloat16)

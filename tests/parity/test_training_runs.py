@@ -319,6 +319,15 @@ def test_kontext_trains_on_from_fill_with_its_lora(folders, tmp_path):
         assert torch.allclose(value, expected, atol=1e-6), name
 
 
+@pytest.mark.parametrize(
+    "start", [{"fuse_loras": ["gone.safetensors:0.5"]}, {"init_lora": "gone.safetensors"}]
+)
+def test_a_lora_that_is_not_there_is_told_before_anything_is_cached(folders, tmp_path, start):
+    with pytest.raises(ValueError, match="gone.safetensors does not exist"):
+        run(toy(folders, tmp_path, **start))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_cached_and_uncached_training_see_the_same_batches(folders, tmp_path):
     _, cached = run(toy(folders, tmp_path / "cached"))
     _, live = run(toy(folders, tmp_path / "live", cache=False))
