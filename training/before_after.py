@@ -67,7 +67,7 @@ def _row(trainer: Any, batches: Any, judge: Judge, number: int) -> tuple[list[Te
     with adapters.switched_off(trainer.parts[task.denoiser_part]):
         made = [task.sample(batch, noise)]
     made.append(task.sample(batch, noise))
-    rewards = [_worth(trainer.rewards.weights, judge(picture, [number])) for picture in made]
+    rewards = [float(trainer.rewards.worth(judge(picture, [number]))) for picture in made]
     if c.use_targets:
         made.append(task.host.decode(batch["latents"]))
     given = batch.get("masked_latents", batch.get("references"))
@@ -78,8 +78,3 @@ def _row(trainer: Any, batches: Any, judge: Judge, number: int) -> tuple[list[Te
         panels = [panels[0][:, :middle], *(panel[:, middle:] for panel in panels[1:])]
     prompt = batches.corpus.source[batches.entries[number].index].prompt
     return panels, prompt, rewards[0], rewards[1]
-
-
-def _worth(weights: dict[str, float], scores: dict[str, Tensor]) -> float:
-    """The weighted sum of one picture's rewards."""
-    return sum(weights[name] * float(score[0]) for name, score in scores.items())

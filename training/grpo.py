@@ -281,7 +281,7 @@ class GRPOTrainer(Trainer):
         scores = {}
         for name, values in rows.items():
             scores[name] = float(screening.gathered(self.accelerator, values).nanmean())
-        value = sum(self.rewards.weights[name] * score for name, score in scores.items())
+        value = self.rewards.worth(scores)
         self.history.append({"step": self.step, "value": value, **scores})
         logger.info("held-out reward after %d updates: %.4f", self.step, value)
         self.measures |= {f"held_out/{name}": score for name, score in scores.items()}

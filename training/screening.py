@@ -88,7 +88,7 @@ class Screened:
         label = f"trying {len(rows)} rows"
         # With the round as the draw, a row's next trial starts from other noise.
         scores = try_rows(trainer, trainer.batches, mine, label, c.screen_steps, self.round)
-        value = sum(trainer.rewards.weights[name] * score for name, score in scores.items())
+        value = trainer.rewards.worth(scores)
         table = torch.stack([torch.tensor(mine, dtype=torch.float64), value.double()], 1)
         table = gathered(trainer.accelerator, table)
         table = table[~table[:, 1].isnan()].tolist()

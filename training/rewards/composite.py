@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,14 @@ class Composite:
             raise ValueError(
                 f"weights name rewards that are not used: {sorted(unknown)}; give at least one reward."
             )
+
+    def worth(self, raw: Mapping[str, Any]) -> Any:
+        """The weighted sum of raw scores, numbers or tensors alike, by reward; NaN where one failed.
+
+        For comparing pictures of one run with one another: between rewards it does not balance scales, see
+        `combine`.
+        """
+        return sum(self.weights[name] * score for name, score in raw.items())
 
     @property
     def needs(self) -> frozenset[str]:
