@@ -27,7 +27,7 @@ CHOICES = {
     "moe_gate": ("softmax_topk", "softmax_all"),
     "optimizer": ("adamw", "prodigy", "adamw8bit"),
     "lr_schedule": ("constant", "cosine", "linear"),
-    "mixed_precision": ("no", "bf16", "fp16"),
+    "mixed_precision": ("no", "bf16", "fp16", "auto"),
     "base_dtype": ("float32", "bfloat16", "float16", "float8_e4m3fn"),
     "cache_dtype": ("float32", "bfloat16", "float16"),
     "save_dtype": ("float32", "bfloat16", "float16"),
@@ -177,7 +177,8 @@ class TrainConfig:
     grad_clip: float = option(0.5, "Largest gradient norm; 0 = off.")
     ema: float = option(0.0, "Decay of the moving average of the trained weights; 0 = off.")
     mixed_precision: str = option(
-        "bf16", "Autocast: no | bf16 | fp16 (bf16 also uses AMX on CPUs that have it)."
+        "bf16",
+        "Autocast: no | bf16 | fp16 | auto (bf16 where the device has units for it, as CPUs with AMX, else no).",
     )
     base_dtype: str = option(
         "bfloat16", "Storage of the frozen base: float32 | bfloat16 | float16 | float8_e4m3fn."

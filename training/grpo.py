@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapters, checkpoint, gradients, nft, optim, policy, screening, states
+from . import adapters, checkpoint, gradients, nft, optim, policy, screening, states, winners
 from .attention import for_learning
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
@@ -85,8 +85,11 @@ class GRPOTrainer(Trainer):
                 window=self.window,
                 seed=c.seed,
                 targets=c.nft_targets,
+                states=c.winner_states,
             )
         worth = self._advantages(rollouts, rows, first)
+        if c.winner_states:
+            rollouts = winners.aimed(rollouts, worth, c.group_size)
         loss, norm = torch.zeros((), device=self.accelerator.device), 0.0
         size = -(-len(rollouts) // c.inner_updates)
         for start in range(0, len(rollouts), size):
@@ -237,7 +240,9 @@ class GRPOTrainer(Trainer):
 
     def terms(self, rollout: Rollout) -> int:
         """Backward passes of a micro-batch."""
-        return self.config.nft_times if self.old is not None else len(rollout.transitions)
+        if self.old is None:
+            return len(rollout.transitions)
+        return self.config.nft_times + bool(self.config.winner_states)
 
     def objective(self, rollout: Rollout, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [B] of one term (a transition, or one noise level of DiffusionNFT) and what to log of it."""

@@ -91,6 +91,12 @@ class GRPOConfig(TrainConfig):
         "nft: the wanted picture takes the place of each group's last sample and is judged like it "
         "(LUFFY, arXiv 2504.14945), so that rows which always fail teach too.",
     )
+    winner_states: int = option(
+        0,
+        "nft: learn every try that is worse than its group's best at so many states that it came through, "
+        "aimed at the best one's picture, so that sampling comes back from where it goes wrong; 0 = none.",
+    )
+    winner_weight: float = option(1.0, "Weight of that loss.")
     nft_old_ramp: float = option(0.001, "nft: growth per update of the old policy's decay.")
     nft_old_max: float = option(0.5, "nft: largest decay of the old policy; 0 = always the present one.")
 
@@ -119,11 +125,17 @@ class GRPOConfig(TrainConfig):
             "inner_updates",
             "rollout_steps",
             "eval_every",
-            "nft_times",
             "screen_rows",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.nft_times < 1 and not self.winner_states:
+            raise ValueError(f"nft_times is {self.nft_times}: it may be 0 with winner_states only")
+        if self.winner_states and (self.algorithm != "nft" or self.nft_targets or self.rollout_steps < 2):
+            raise ValueError(
+                "winner_states is for algorithm nft with rollout_steps above 1 and without nft_targets: "
+                "the best try takes the place of the wanted picture"
+            )
         if not 0 < self.screen <= 1:
             raise ValueError(f"screen is {self.screen:g}: it is a share above 0, at most 1")
         if self.algorithm == "grpo":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import winners
 from .losses import row_noise, row_uniform, sigma_from_uniform
 from .optim import MovingAverage
 
@@ -76,8 +77,10 @@ class OldPolicy:
 
 
 def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [B] of one noise level of a rollout; called by `GRPOTrainer`."""
+    """Loss [B] of one noise level of a rollout; called by `GRPOTrainer`. The term behind them: `winners`."""
     c = trainer.config
+    if index == c.nft_times:
+        return winners.objective(trainer, rollout)
     x0 = rollout.latents
     # With one noise and level for a whole group, what its members share cancels in the sum over advantages.
     share = c.group_size if c.nft_shared_noise else 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .precision import bf16_is_fast
+
 
 def open_accelerator(config: Any, logs: Path) -> tuple[Any, bool]:
     """The accelerator of a run, and whether it shards the weights (FSDP, DeepSpeed).
@@ -17,8 +19,11 @@ def open_accelerator(config: Any, logs: Path) -> tuple[Any, bool]:
     if AcceleratorState._shared_state and PartialState().num_processes == 1:
         # An earlier run in this process (ComfyUI, tests) may have had another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if bf16_is_fast(PartialState().device.type) else "no"
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation,
         log_with=[t for t in config.log_with if t != "none"] or None,
         project_dir=str(logs),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..samplers import ddim, flow_match, schedule
 from ..samplers.gaussian import Step, per_sample, sde_seed
-from .losses import diffused, noised, row_noise
+from .losses import diffused, noised, row_noise, row_uniform
 
 
 class Recorded(Protocol):
@@ -37,13 +37,17 @@ class Recorded(Protocol):
 class Rollout:
     """One micro-batch: the condition's tensors as they were fed, the clean latents, the recorded steps.
 
-    members: the samples' numbers, unique over processes and updates.
+    members: the samples' numbers, unique over processes and updates. visited: x [B,K,C,h,w] and sigma or
+    timestep [B,K] of K states that each try came through. aim [B,C,h,w], pull [B]: of `winners.aimed`.
     """
 
     members: Sequence[int]
     batch: dict[str, Any]
     latents: Tensor
-    transitions: Sequence[Recorded]
+    transitions: Sequence[Recorded] = ()
+    visited: tuple[Tensor, Tensor] | None = None
+    aim: Tensor | None = None
+    pull: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -199,12 +203,14 @@ def collect(
     window: tuple[int, int] | None,
     seed: int,
     targets: bool = False,
+    states: int = 0,
 ) -> list[Rollout]:
     """`group_size` samples of each row, in micro-batches of part of a row's group or of several whole groups.
 
     rows: entry numbers; groups: a number per row, unique over processes and updates, that alone fixes its
     noise (so any split over processes makes the same pictures). window None records nothing (DiffusionNFT).
     With `targets` (window None only) the last of each group is the wanted picture instead of a try.
+    states: of each try to keep, at random steps (but the first, which is noise).
     """
     rollouts = []
     together = max(1, micro_batch // group_size)  # rows; an update's rows are all of one size
@@ -225,6 +231,7 @@ def collect(
             else:
                 noise = prefix.repeat_interleave(len(numbers), 0)
                 steps = (window[0], sampling.steps)
+            notes = Visited(states, sampling.steps, seed, part) if states else None
             if targets:
                 tried = torch.tensor([place for place, m in enumerate(part) if (m + 1) % group_size])
                 latents, transitions = batch["latents"].float().clone(), ()
@@ -233,9 +240,30 @@ def collect(
                     latents[tried] = made.to(latents)
             else:
                 generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
-                latents, transitions = policy.run(batch, noise, sampling, window, generators, steps)
-            rollouts.append(Rollout(part, batch, latents, transitions))
+                latents, transitions = policy.run(batch, noise, sampling, window, generators, steps, notes)
+            rollouts.append(Rollout(part, batch, latents, transitions, notes and notes.joined()))
     return rollouts
+
+
+class Visited:
+    """Keeps `count` states of every sample of a micro-batch; used as a sampler's callback."""
+
+    def __init__(self, count: int, steps: int, seed: int, members: Sequence[int]):
+        draws = [row_uniform(seed, list(members), f"visited {number}") for number in range(count)]
+        self.steps = 1 + (torch.stack(draws, 1) * (steps - 1)).long()  # [B,K]: noise is where all begin
+        self.found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        for row, number in (self.steps == event["i"]).nonzero().tolist():
+            time = torch.as_tensor(event["sigma"] if "sigma" in event else event["t"])
+            self.found[row, number] = (event["x"][row].float(), time)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """x [B,K,C,h,w] float32 and sigma or timestep [B,K]."""
+        rows, count = self.steps.shape
+        places = [(row, number) for row in range(rows) for number in range(count)]
+        x, time = (torch.stack([self.found[place][i] for place in places]) for i in (0, 1))
+        return x.unflatten(0, (rows, count)), time.to(x.device).unflatten(0, (rows, count))
 
 
 def _prefix(policy, make_batch, rows, members, sampling, window, seed) -> Tensor | None:
@@ -254,12 +282,18 @@ def kept_only(rollouts: Sequence[Rollout], parts: Sequence[Tensor]) -> list[tupl
     Returns them with their places. For objectives that replay no recorded step, which may leave samples out.
     """
     batch = {name: _joined([r.batch[name] for r in rollouts]) for name in rollouts[0].batch}
-    latents = torch.cat([r.latents for r in rollouts])
+    beside = {"latents": torch.cat([r.latents for r in rollouts])}
+    if rollouts[0].visited is not None:
+        x, time = zip(*(r.visited for r in rollouts), strict=True)
+        beside |= {"x": torch.cat(x), "time": torch.cat(time)}
+        beside |= {name: torch.cat([getattr(r, name) for r in rollouts]) for name in ("aim", "pull")}
     members = [member for r in rollouts for member in r.members]
     out = []
     for places in parts:
         kept = [members[i] for i in places.tolist()]
-        out.append((Rollout(kept, _some(batch, places), latents[places.to(latents.device)], ()), places))
+        fields = {name: values[places.to(values.device)] for name, values in beside.items()}
+        visited = (fields.pop("x"), fields.pop("time")) if "x" in fields else None
+        out.append((Rollout(kept, _some(batch, places), visited=visited, **fields), places))
     return out
 
 

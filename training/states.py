@@ -40,15 +40,25 @@ def losses(
 ) -> Tensor:
     """Squared error per row [B] of the clean latents predicted at one of the visited states.
 
-    places: of the rows in the random stream, which with `number` fix each row's state. The error of the clean
-    latents is divided by the policy's noise share, so that it weighs about as a velocity's or epsilon's does.
+    places: of the rows in the random stream, which with `number` fix each row's state.
     """
     u = row_uniform(trainer.config.seed, list(places), f"state {number}")
     picks = (u * len(states)).long()
     x = torch.stack([states[pick][0][row] for row, pick in enumerate(picks.tolist())])
     time = torch.stack([torch.as_tensor(states[pick][1]) for pick in picks.tolist()]).to(x.device)
-    policy, wanted = trainer.policy, batch["latents"].float()
+    (rows,) = errors(trainer, batch, x, time, [batch["latents"].float()])
+    return rows
+
+
+def errors(
+    trainer: Any, batch: dict[str, Any], x: Tensor, time: Tensor, ends: Sequence[Tensor]
+) -> list[Tensor]:
+    """Squared error per row [B] of the clean latents predicted at x [B,C,h,w], time [B] towards each end.
+
+    Divided by the policy's noise share, so that it weighs about as a velocity's or epsilon's does.
+    """
+    policy = trainer.policy
     prediction = policy.predict(x, time, batch, trainer.config.rollout_guidance)
     data = policy.data(x.float(), time, prediction.float())
-    rows = weighted_mse(data, wanted, trainer.task.cells(batch, x), batch.get("weight"))
-    return rows / (policy.noise_share(time) + FLOOR)
+    cells, share = trainer.task.cells(batch, x), policy.noise_share(time) + FLOOR
+    return [weighted_mse(data, end, cells, batch.get("weight")) / share for end in ends]

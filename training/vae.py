@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..models.tiny import build
 from . import shapes
+from .precision import bf16_is_fast
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class VaeRecipe:
     latent_noise: float = 0.0  # deviation of extra noise on the decoder's input, in units of the latents' own
     ema_decay: float = 0.999
     grad_clip: float = 1.0
-    bf16: bool = True
+    bf16: bool = True  # where the CPU has units for it
     scenes: int = 60_000
     seed: int = 0
     save_every: int = 1000
@@ -171,7 +172,7 @@ def _schedule(step: int, recipe: VaeRecipe) -> float:
 
 def _loss(vae, batch: Tensor, recipe: VaeRecipe) -> tuple[Tensor, float]:
     """The training loss and the mean square error in -1..1 units."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16 and bf16_is_fast("cpu")):
         with torch.set_grad_enabled(not recipe.decoder_only):
             posterior = vae.encode(batch).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import checkpoint, config, grpo, losses, rollout, screening, states
+from comfyui_diptych.training import checkpoint, config, grpo, losses, rollout, screening, states, winners
 from comfyui_diptych.training.grpo_config import GRPOConfig
 from safetensors.torch import load_file
 
@@ -159,8 +159,12 @@ grpo.GRPOTrainer(config.from_dict(values, GRPOConfig), on_report=die).run()
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"algorithm": "nft", "nft_targets": True, "data_rows": 5, "data_states": 2, "sample_steps": 3}],
-    ids=["grpo", "nft"],
+    [
+        {},
+        {"algorithm": "nft", "nft_targets": True, "data_rows": 5, "data_states": 2, "sample_steps": 3},
+        {"algorithm": "nft", "winner_states": 2},
+    ],
+    ids=["grpo", "nft", "winners"],
 )
 def test_resume_after_kill_is_bit_equal(toys, tmp_path, options):
     options = {
@@ -190,12 +194,14 @@ def test_resume_after_kill_is_bit_equal(toys, tmp_path, options):
     [
         {"data_rows": 2, "data_states": 2, "sample_steps": 3},
         {**NFT, "group_clip": 0.02, "data_rows": 2, "nft_targets": True},
+        {**NFT, "group_clip": 0.02, "winner_states": 2},
+        {**NFT, "nft_times": 0, "winner_states": 3},
     ],
-    ids=["grpo", "nft"],
+    ids=["grpo", "nft", "winners", "winners_alone"],
 )
 def test_two_processes_make_the_first_update_of_one_with_all_groups(toys, tmp_path, options):
     common = {"max_steps": 1, "cache_dir": str(tmp_path / "cache"), "lr": 1e-2, "data_weight": 0.1}
-    whole = {**options, "groups_per_update": 4, "data_rows": 4}
+    whole = {**options, "groups_per_update": 4, "data_rows": 2 * options.get("data_rows", 0)}
     one = grpo.GRPOTrainer(toy(toys, tmp_path / "one", **common, **whole)).run()
     c = toy(toys, tmp_path / "two", groups_per_update=2, **common, **options)
     recipe = tmp_path / "two.yaml"
@@ -271,10 +277,13 @@ def update_gradients(trainer, keep, advantage, data=()):
         sampling=trainer.sampling,
         window=None,
         seed=0,
+        states=trainer.config.winner_states,
     )
     sizes = [len(r.latents) for r in rollouts]
     trainer._kept, trainer.optimizer.step = int(keep.sum()), step
     worth = list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
+    if trainer.config.winner_states:
+        rollouts = winners.aimed(rollouts, worth, 4)
     trainer._update(rollouts, worth, list(data))
     return taken
 
@@ -376,6 +385,54 @@ def test_data_states_are_those_of_sampling_and_lead_to_the_wanted_picture(toys, 
     alone = torch.autograd.grad(mean, list(trainer.names.values()))
     for one, other in zip(taken, alone, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["kontext", "sd_inpaint"])
+@pytest.mark.parametrize("micro_batch", [2, 8], ids=["group_in_parts", "groups_together"])
+def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
+    toys, tmp_path, task, micro_batch
+):
+    data = ["shapes:12?size=32&task=inpaint"] if task == "sd_inpaint" else TOY["data"]
+    options = {"data": data, "rollout_guidance": 1.0, "nft_times": 0, "winner_states": 2, "grad_clip": 0.0}
+    options |= {**NFT, "nft_times": 0, "micro_batch": micro_batch, "rollout_steps": 4}
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, task, **options))
+    trainer.prepare()
+    for index, parameter in enumerate(trainer.names.values()):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
+    advantage = torch.tensor([[0.2, -1.5, 0.5, 0.1], [0.0, 0.4, -0.4, 0.0], [9.0, 0.0, 0.0, 0.0]])
+    keep = torch.tensor([[True] * 4, [True, True, True, False], [False] * 4])
+    taken = update_gradients(trainer, keep, advantage)
+
+    # The same by hand: a plain loop for each try, its states, the error towards the picture of the best.
+    best, pulls = [2, 1], [[0.3, 1.0, 0.0, 0.4], [0.4, 0.0, 0.8, 0.0]]
+    sampling, total = rollout.Sampling(4, 1.0), torch.zeros(())
+    for row in range(2):
+        batch = trainer.rollout_batch(trainer.batches, [row])
+        paths, ends = [], []
+        for member in range(4 * row, 4 * row + 4):
+            noise = losses.row_noise(0, [member], tuple(batch["latents"].shape[1:]))
+            seen = []
+            with torch.no_grad():
+                end, _ = trainer.policy.run(batch, noise, sampling, None, None, callback=seen.append)
+            paths.append(seen)
+            ends.append(end)
+        for place, pull in enumerate(pulls[row]):
+            for number in range(2):
+                u = losses.row_uniform(0, [4 * row + place], f"visited {number}")
+                event = paths[place][1 + int(u * 3)]
+                time = torch.as_tensor(event["sigma"] if task == "kontext" else event["t"]).reshape(1)
+                prediction = trainer.policy.predict(event["x"], time, batch, 1.0)
+                if task == "kontext":
+                    reached, share = event["x"] - time * prediction, float(time) ** 2
+                else:
+                    alpha = trainer.task.alpha_bar[int(time)]
+                    reached = (event["x"] - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+                    share = float((1 - alpha) / alpha)
+                error = (reached - ends[best[row]]).square().mean() / (share + 0.05)
+                total = total + pull * error / 2
+    alone = torch.autograd.grad(total / int(keep.sum()), list(trainer.names.values()))
+    for (name, value), gradient in zip(taken.items(), alone, strict=True):
+        torch.testing.assert_close(value, gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("micro_batch", [2, 3, 4, 8])

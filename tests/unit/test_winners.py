@@ -1,0 +1,90 @@
+"""Which try of a group the others are aimed at, how hard, and what that costs, worked out by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_diptych.training import states, winners
+from comfyui_diptych.training.rollout import FlowPolicy, Rollout, Visited, kept_only
+
+# Two groups of three tries, in micro-batches of two. Try n's latents are full of n.
+ADVANTAGE = torch.tensor([-0.5, 1.2, 0.4, 0.0, 2.0, -1.0])
+KEEP = torch.tensor([True, True, True, True, False, True])  # try 4 could not be judged
+
+
+def pieces(parts=((0, 1), (2, 3), (4, 5))):
+    rollouts, worth = [], []
+    for members in parts:
+        latents = torch.stack([torch.full((1, 2, 2), float(m)) for m in members])
+        visited = (latents[:, None].repeat(1, 2, 1, 1, 1) + 0.5, torch.full((len(members), 2), 0.5))
+        rollouts.append(Rollout(list(members), {"latents": latents}, latents, visited=visited))
+        worth.append((ADVANTAGE[list(members)], KEEP[list(members)]))
+    return rollouts, worth
+
+
+@pytest.mark.parametrize("parts", [((0, 1), (2, 3), (4, 5)), (range(6),), ((0, 1, 2), (3, 4, 5))])
+def test_the_best_judged_try_of_a_group_is_the_aim_of_the_others(parts):
+    made = winners.aimed(*pieces(parts), group_size=3)
+    aims = torch.cat([r.aim for r in made])[:, 0, 0, 0]
+    pulls = torch.cat([r.pull for r in made])
+    assert aims.tolist() == [1, 1, 1, 3, 3, 3]
+    # 1.2 - (-.5) is more than 1; the best and the unjudged are not pulled
+    torch.testing.assert_close(pulls, torch.tensor([1.0, 0.0, 0.8, 0.0, 0.0, 1.0]))
+    assert [r.members for r in made] == [list(part) for part in parts]
+
+
+def test_a_group_that_nobody_could_judge_pulls_nowhere():
+    rollouts, worth = pieces(((0, 1, 2),))
+    worth = [(worth[0][0], torch.zeros(3, dtype=torch.bool))]
+    (made,) = winners.aimed(rollouts, worth, 3)
+    assert made.pull.tolist() == [0, 0, 0] and made.aim.isfinite().all()
+
+
+def test_compacting_keeps_states_aims_and_pulls_together():
+    made = winners.aimed(*pieces(), group_size=3)
+    ((some, places),) = kept_only(made, [torch.tensor([0, 3, 5])])
+    assert places.tolist() == [0, 3, 5] and some.members == [0, 3, 5]
+    assert some.aim[:, 0, 0, 0].tolist() == [1, 3, 3] and some.pull.tolist() == [1, 0, 1]
+    assert some.visited[0][:, :, 0, 0, 0].tolist() == [[0.5, 0.5], [3.5, 3.5], [5.5, 5.5]]
+    assert some.visited[1].shape == (3, 2)
+
+
+def test_loss_is_the_mean_error_towards_the_winner_times_the_pull():
+    """With velocity 0 the clean latents are x: the error is (x - aim)^2, over sigma^2 + the floor."""
+    policy = FlowPolicy(None)
+    policy.predict = lambda x, time, batch, guidance: torch.zeros_like(x)
+    task = SimpleNamespace(cells=lambda batch, x: None)
+    config = SimpleNamespace(rollout_guidance=1.0, winner_weight=3.0)
+    trainer = SimpleNamespace(policy=policy, task=task, config=config)
+    x = torch.tensor([[1.0, 2.0], [0.0, -1.0]])[:, :, None, None, None]
+    sigma = torch.tensor([[0.8, 0.2], [0.5, 0.5]])
+    batch = {"latents": torch.zeros(2, 1, 1, 1), "prompts": ["a", "b"]}
+    aim, pull = torch.tensor([4.0, 1.0])[:, None, None, None], torch.tensor([1.0, 0.25])
+    rollout = Rollout([0, 1], batch, torch.zeros(2, 1, 1, 1), visited=(x, sigma), aim=aim, pull=pull)
+    loss, measures = winners.objective(trainer, rollout)
+    floor = states.FLOOR
+    first = (9 / (0.64 + floor) + 4 / (0.04 + floor)) / 2
+    second = 0.25 * (1 / (0.25 + floor) + 4 / (0.25 + floor)) / 2
+    torch.testing.assert_close(measures["winner"], torch.tensor([first, second]))
+    torch.testing.assert_close(loss, 3 * measures["winner"])
+
+
+def test_states_are_drawn_from_every_step_but_the_first_and_belong_to_the_try():
+    def notes(members):
+        visited = Visited(3, 5, 7, members)
+        for i in range(5):
+            x = torch.stack([torch.full((1, 2, 2), m + i / 10) for m in members])
+            visited({"i": i, "x": x, "sigma": 1 - i / 5})
+        return visited.joined()
+
+    x, sigma = notes(range(200))
+    assert x.shape == (200, 3, 1, 2, 2) and sigma.shape == (200, 3)
+    steps = ((1 - sigma) * 5).round()
+    assert sorted(steps.unique().tolist()) == [1, 2, 3, 4]
+    assert min(int((steps == step).sum()) for step in range(1, 5)) > 100  # of 600, each a quarter
+    members = torch.arange(200.0)[:, None]
+    torch.testing.assert_close(x[:, :, 0, 0, 0], members + steps / 10)
+    alone, _ = notes([150, 40])
+    torch.testing.assert_close(alone, x[[150, 40]])

@@ -1,0 +1,60 @@
+"""Learning from a group's best try: where the others went wrong, they are shown the way to it.
+
+Every try that came out worse than the best of its group is learnt at states that it came through, aimed at
+the best one's picture: imitation of an expert at the learner's own states (DAgger, arXiv 1011.0686), the
+expert being the winner that the rewards chose (as in RAFT, arXiv 2304.06767). No wanted picture is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import states
+from .rollout import Rollout
+
+
+def aimed(
+    rollouts: Sequence[Rollout], worth: Sequence[tuple[Tensor, Tensor]], group_size: int
+) -> list[Rollout]:
+    """The rollouts with `aim`, the latents of each sample's group's best try, and `pull`, its weight in 0..1.
+
+    worth: (advantage [B], keep [B]) of each rollout; whole groups follow one another. The pull is how much
+    better the best is, in units of the advantage (standard deviations of the reward), 1 at most; 0 for the
+    best itself and for samples that are not kept.
+    """
+    advantage, keep = (torch.cat(column).unflatten(0, (-1, group_size)) for column in zip(*worth, strict=True))
+    top, best = torch.where(keep, advantage, -torch.inf).max(1)
+    pull = torch.where(keep, (top[:, None] - advantage).clamp(0, 1), 0.0).flatten()
+    latents = torch.cat([rollout.latents for rollout in rollouts])
+    winners = torch.arange(len(best)) * group_size + best
+    aim = latents[winners.repeat_interleave(group_size).to(latents.device)]
+    sizes = [len(rollout.latents) for rollout in rollouts]
+    parts = zip(rollouts, aim.split(sizes), pull.to(latents.device).split(sizes), strict=True)
+    return [replace(rollout, aim=a, pull=p) for rollout, a, p in parts]
+
+
+def objective(trainer: Any, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [B]: over the visited states, how much nearer the prediction is to the try's own end than to the
+    winner, times the pull.
+
+    The two squared errors' difference is linear in the prediction, so what winner and try have in common (the
+    model's own blur and drift) has no gradient. Imitation of the winner alone feeds on it and collapses.
+    """
+    x, time = rollout.visited
+    count = x.shape[1]
+    batch = {name: _repeated(value, count) for name, value in rollout.batch.items()}
+    ends = [latents.float().repeat_interleave(count, 0) for latents in (rollout.aim, rollout.latents)]
+    towards, back = states.errors(trainer, batch, x.flatten(0, 1), time.flatten(), ends)
+    loss = rollout.pull * (towards - back).unflatten(0, (-1, count)).mean(1)
+    return trainer.config.winner_weight * loss, {"winner": loss}
+
+
+def _repeated(value: Any, count: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(count, 0)
+    return [item for item in value for _ in range(count)]
