@@ -1,4 +1,4 @@
-"""What reward training changed: the same starts without and with the LoRA, and what rewards say of both."""
+"""What reward training changed: the same starts before and after it, and what rewards say of both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapters, pictures, session
+from . import pictures, session
 from .judging import Judge, is_diptych
 from .losses import row_noise
 
@@ -64,7 +64,7 @@ def _row(trainer: Any, batches: Any, judge: Judge, number: int) -> tuple[list[Te
     batch = trainer._to_device(batches([number], [False]))
     batch = task.guided(batch, batches.text, c.sample_guidance)
     noise = row_noise(c.seed, [number], tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
-    with adapters.switched_off(trainer.parts[task.denoiser_part]):
+    with trainer.untrained():
         made = [task.sample(batch, noise)]
     made.append(task.sample(batch, noise))
     rewards = [float(trainer.rewards.worth(judge(picture, [number]))) for picture in made]

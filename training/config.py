@@ -178,7 +178,8 @@ class TrainConfig:
     ema: float = option(0.0, "Decay of the moving average of the trained weights; 0 = off.")
     mixed_precision: str = option(
         "bf16",
-        "Autocast: no | bf16 | fp16 | auto (bf16 where the device has units for it, as CPUs with AMX, else no).",
+        "Autocast: no | bf16 | fp16 | auto (bf16 where the device has units for it, as CPUs with AMX have, "
+        "else no).",
     )
     base_dtype: str = option(
         "bfloat16", "Storage of the frozen base: float32 | bfloat16 | float16 | float8_e4m3fn."

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..samplers.gaussian import velocity_kl
 from . import adapters, checkpoint, gradients, nft, optim, policy, screening, states, winners
 from .attention import for_learning
 from .grpo_config import GRPOConfig
@@ -60,6 +62,9 @@ class GRPOTrainer(Trainer):
         for part in self.parts.values():
             part.eval()  # rollout and replay must be the same function, so no dropout in either
         self.policy = make_policy(self.task)
+        # What a LoRA begins with belongs to where it comes from, not to what it learns here.
+        copies = {name: value.detach().clone() for name, value in self.names.items()}
+        self.start = copies if self.config.init_lora else None
         if self.config.algorithm == "nft":
             self.old = nft.OldPolicy(self.names, self.config)
 
@@ -250,6 +255,7 @@ class GRPOTrainer(Trainer):
         if self.old is not None:
             return nft.objective(self, rollout, index, advantage)
         step = rollout.transitions[index]
+        reference = self.reference(step.x, step.time, rollout.batch) if c.kl_beta else None
         prediction = self.policy.predict(step.x, step.time, rollout.batch, c.rollout_guidance)
         replayed = step.replay(prediction)
         log_ratio = step.log_ratio(replayed.mean)
@@ -257,18 +263,33 @@ class GRPOTrainer(Trainer):
             log_ratio = policy.ratio_norm(log_ratio, replayed.mean, step.mean, step.std)
         result = policy.clipped_loss(log_ratio, advantage, c.clip)
         loss, measures = result.loss, {"ratio": result.ratio, "clipped": result.clipped.float()}
-        if c.kl_beta:
-            divergence = self.divergence(prediction, step.x, step.time, rollout.batch)
-            loss, measures["kl"] = loss + c.kl_beta * divergence, divergence
+        if reference is not None:
+            measures["kl"] = velocity_kl(prediction, reference)
+            loss = loss + c.kl_beta * measures["kl"]
         return loss, measures
 
-    def divergence(self, prediction: Tensor, x: Tensor, time: Any, batch: dict[str, Any]) -> Tensor:
-        """Mean squared distance [B] of a prediction from that of the model without the adapter."""
-        from ..samplers.gaussian import velocity_kl
+    def reference(self, x: Tensor, time: Any, batch: dict[str, Any]) -> Tensor:
+        """What the model predicted at (x, time) before the run.
 
-        with torch.no_grad(), adapters.switched_off(self.parts[self.task.denoiser_part]):
-            reference = self.policy.predict(x, time, batch, self.config.rollout_guidance)
-        return velocity_kl(prediction, reference)
+        To be called before the prediction with gradient: weights may be swapped in place.
+        """
+        with torch.no_grad(), self.untrained():
+            return self.policy.predict(x, time, batch, self.config.rollout_guidance)
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """The model as it was before the run: without the adapter, or with the LoRA it began with."""
+        if self.start is None:
+            with adapters.switched_off(self.parts[self.task.denoiser_part]):
+                yield
+            return
+        kept = {name: value.detach().clone() for name, value in self.names.items()}
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.names.values()), list(self.start.values()))
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(list(self.names.values()), list(kept.values()))
 
     # ---------------------------------------------------------------- watching
 

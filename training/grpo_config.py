@@ -69,7 +69,9 @@ class GRPOConfig(TrainConfig):
         "not outweigh all others; 0 = unlimited.",
     )
     kl_beta: float = option(
-        0.0, "Weight of the velocity-space divergence from the model without the adapter."
+        0.0,
+        "Weight of the velocity-space divergence from the model before the run: without the adapter, or with "
+        "the LoRA of init_lora.",
     )
     data_rows: int = option(
         0,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..samplers.gaussian import velocity_kl
 from . import winners
 from .losses import row_noise, row_uniform, sigma_from_uniform
 from .optim import MovingAverage
@@ -92,6 +93,7 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     level = level.to(x0.device).clamp(1e-3, 1 - 1e-3)
     noise = row_noise(c.seed, [(1 << 41) + position for position in positions], tuple(x0.shape[1:]))
     x, time = trainer.policy.noised(x0, noise.to(x0.device), level)
+    reference = trainer.reference(x, time, rollout.batch) if c.kl_beta else None
     same = c.nft_old_max == 0 and c.inner_updates == 1  # the old weights are the present ones
     if not same:  # before the prediction with gradient: the weights are swapped in place
         with torch.no_grad(), trainer.old.active(trainer.names):
@@ -102,7 +104,7 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     wanted = preference(advantage, c.advantage_clamp)
     loss = nft_loss(data, data_old, x0, wanted, c.nft_beta) * trainer.policy.data_weight(time)
     measures = {"nft": loss}
-    if c.kl_beta:
-        measures["kl"] = trainer.divergence(prediction, x, time, rollout.batch)
+    if reference is not None:
+        measures["kl"] = velocity_kl(prediction, reference)
         loss = loss + c.kl_beta * measures["kl"]
     return loss, measures

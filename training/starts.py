@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import adapters
 
@@ -56,13 +56,14 @@ def from_lora(module: nn.Module, path: str, config: Any) -> None:
     fits.
     """
     from ..models.lora import LowRank, read
+    from ..models.lora.resize import cut
 
     layers, scale, found = dict(module.named_modules()), config.alpha / config.rank, 0
     for name, change in read(path).modules.items():
         layer = layers.get(name)
         if not hasattr(layer, "lora_A") or not isinstance(change, LowRank):
             continue
-        down, up = _cut(change.A.float(), change.B.float() * (change.scale / scale), config.rank)
+        down, up = cut(change.A.float(), change.B.float() * (change.scale / scale), config.rank)
         rank, found = len(down), found + 1
         if isinstance(layer, adapters.MoELoRALinear):
             strength = 2.0 if layer.gate == "softmax_all" else 1.0
@@ -74,15 +75,3 @@ def from_lora(module: nn.Module, path: str, config: Any) -> None:
             layer.lora_B[adapters.ADAPTER].weight[:, :rank] = up
     if not found:
         raise ValueError(f"init_lora {path} fits none of target_modules: give a plain LoRA of this model")
-
-
-def _cut(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors [r,in] and [out,r] of the best approximation of up @ down with r at most `rank`."""
-    if len(down) <= rank:
-        return down, up
-    from ..models.lora.extract import balanced
-
-    left, inner = torch.linalg.qr(up)
-    right, outer = torch.linalg.qr(down.T)
-    down, up = balanced(*torch.linalg.svd(inner @ outer.T), rank)
-    return down @ right.T, left @ up

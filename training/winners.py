@@ -27,7 +27,9 @@ def aimed(
     better the best is, in units of the advantage (standard deviations of the reward), 1 at most; 0 for the
     best itself and for samples that are not kept.
     """
-    advantage, keep = (torch.cat(column).unflatten(0, (-1, group_size)) for column in zip(*worth, strict=True))
+    advantage, keep = (
+        torch.cat(column).unflatten(0, (-1, group_size)) for column in zip(*worth, strict=True)
+    )
     top, best = torch.where(keep, advantage, -torch.inf).max(1)
     pull = torch.where(keep, (top[:, None] - advantage).clamp(0, 1), 0.0).flatten()
     latents = torch.cat([rollout.latents for rollout in rollouts])

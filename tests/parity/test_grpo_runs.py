@@ -127,21 +127,59 @@ def test_the_true_prediction_gives_the_clean_latents_back(toys, tmp_path, task, 
     torch.testing.assert_close(policy.data(x, time, truth), x0, atol=1e-4, rtol=1e-4)
 
 
-def test_kl_of_an_untouched_adapter_is_zero_and_of_a_touched_one_its_closed_form(toys, tmp_path):
-    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, kl_beta=1.0))
+@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
+@pytest.mark.parametrize("begun", [False, True], ids=["fresh", "init_lora"])
+def test_kl_is_the_distance_from_the_model_before_the_run(toys, tmp_path, algorithm, begun):
+    options = {"algorithm": algorithm, "kl_beta": 1.0, "group_size": 2}
+    if begun:
+        other = grpo.GRPOTrainer(toy(toys, tmp_path / "other", **options))
+        other.prepare()
+        for parameter in other.names.values():
+            parameter.data.normal_(std=0.05)
+        options["init_lora"] = str(other.export())
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, **options))
     trainer.prepare()
     batch = trainer.rollout_batch(trainer.batches, [0])
     x, sigma = torch.randn_like(batch["latents"]), torch.tensor([0.5])
     with torch.no_grad():
-        reference = trainer.policy.predict(x, sigma, batch, 3.0)
-        assert trainer.divergence(reference, x, sigma, batch).item() == 0
+        start = trainer.policy.predict(x, sigma, batch, 3.0)
+        assert torch.equal(trainer.reference(x, sigma, batch), start)
+        for parameter in trainer.names.values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        moved = trainer.policy.predict(x, sigma, batch, 3.0)
+        assert not torch.equal(moved, start)
+        assert torch.equal(trainer.reference(x, sigma, batch), start)
+        assert torch.equal(trainer.policy.predict(x, sigma, batch, 3.0), moved)  # the weights came back
+    trainer.train_step()  # the weights that were swapped are those that gradients flow to
+    assert trainer.measures["kl"] > 0
+
+
+@pytest.mark.parametrize("kl_beta", [0.0, 0.5])
+def test_kl_enters_the_loss_as_the_mean_squared_distance(toys, tmp_path, kl_beta):
+    trainer = grpo.GRPOTrainer(toy(toys, tmp_path, kl_beta=kl_beta, clip=10.0))
+    trainer.prepare()
+    rows = [0, 1]
+    (made, *_) = rollout.collect(
+        trainer.policy,
+        lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
+        rows,
+        rows,
+        group_size=4,
+        micro_batch=2,
+        sampling=trainer.sampling,
+        window=trainer.window,
+        seed=0,
+    )
+    step = made.transitions[0]
+    with torch.no_grad():
+        start = trainer.policy.predict(step.x, step.time, made.batch, 3.0)
         for name, parameter in trainer.names.items():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-        moved = trainer.policy.predict(x, sigma, batch, 3.0)
-        expected = ((moved - reference) ** 2).mean()
-        torch.testing.assert_close(trainer.divergence(moved, x, sigma, batch)[0], expected)
-        torch.testing.assert_close(trainer.policy.predict(x, sigma, batch, 3.0), moved)
+        moved = trainer.policy.predict(step.x, step.time, made.batch, 3.0)
+        loss, _ = trainer.objective(made, 0, torch.zeros(2))
+    distance = ((moved - start) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(loss, kl_beta * distance, atol=1e-6, rtol=1e-4)
 
 
 KILLED = """
@@ -403,7 +441,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
     keep = torch.tensor([[True] * 4, [True, True, True, False], [False] * 4])
     taken = update_gradients(trainer, keep, advantage)
 
-    # The same by hand: a plain loop for each try, its states, the error towards the picture of the best.
+    # The same by hand: a plain loop for each try, its states, the errors towards the best's end and its own.
     best, pulls = [2, 1], [[0.3, 1.0, 0.0, 0.4], [0.4, 0.0, 0.8, 0.0]]
     sampling, total = rollout.Sampling(4, 1.0), torch.zeros(())
     for row in range(2):
@@ -428,8 +466,8 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
                     alpha = trainer.task.alpha_bar[int(time)]
                     reached = (event["x"] - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
                     share = float((1 - alpha) / alpha)
-                error = (reached - ends[best[row]]).square().mean() / (share + 0.05)
-                total = total + pull * error / 2
+                towards, back = ((reached - ends[end]).square().mean() for end in (best[row], place))
+                total = total + pull * (towards - back) / (share + 0.05) / 2
     alone = torch.autograd.grad(total / int(keep.sum()), list(trainer.names.values()))
     for (name, value), gradient in zip(taken.items(), alone, strict=True):
         torch.testing.assert_close(value, gradient, atol=1e-5, rtol=1e-3, msg=name)

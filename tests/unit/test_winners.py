@@ -51,24 +51,48 @@ def test_compacting_keeps_states_aims_and_pulls_together():
     assert some.visited[1].shape == (3, 2)
 
 
-def test_loss_is_the_mean_error_towards_the_winner_times_the_pull():
-    """With velocity 0 the clean latents are x: the error is (x - aim)^2, over sigma^2 + the floor."""
+def trainer_of(predict, weight=1.0):
     policy = FlowPolicy(None)
-    policy.predict = lambda x, time, batch, guidance: torch.zeros_like(x)
-    task = SimpleNamespace(cells=lambda batch, x: None)
-    config = SimpleNamespace(rollout_guidance=1.0, winner_weight=3.0)
-    trainer = SimpleNamespace(policy=policy, task=task, config=config)
+    policy.predict = predict
+    return SimpleNamespace(
+        policy=policy,
+        task=SimpleNamespace(cells=lambda batch, x: None),
+        config=SimpleNamespace(rollout_guidance=1.0, winner_weight=weight),
+    )
+
+
+def test_loss_is_how_much_nearer_the_own_end_is_than_the_winners_times_the_pull():
+    """With velocity 0 the clean latents are x: errors are (x - end)^2, over sigma^2 + the floor."""
     x = torch.tensor([[1.0, 2.0], [0.0, -1.0]])[:, :, None, None, None]
     sigma = torch.tensor([[0.8, 0.2], [0.5, 0.5]])
-    batch = {"latents": torch.zeros(2, 1, 1, 1), "prompts": ["a", "b"]}
-    aim, pull = torch.tensor([4.0, 1.0])[:, None, None, None], torch.tensor([1.0, 0.25])
-    rollout = Rollout([0, 1], batch, torch.zeros(2, 1, 1, 1), visited=(x, sigma), aim=aim, pull=pull)
+    own, aim = torch.tensor([3.0, -1.0])[:, None, None, None], torch.tensor([4.0, 1.0])[:, None, None, None]
+    batch, pull = {"latents": torch.zeros(2, 1, 1, 1), "prompts": ["a", "b"]}, torch.tensor([1.0, 0.25])
+    rollout = Rollout([0, 1], batch, own, visited=(x, sigma), aim=aim, pull=pull)
+    trainer = trainer_of(lambda x, time, batch, guidance: torch.zeros_like(x), 3.0)
     loss, measures = winners.objective(trainer, rollout)
-    floor = states.FLOOR
-    first = (9 / (0.64 + floor) + 4 / (0.04 + floor)) / 2
-    second = 0.25 * (1 / (0.25 + floor) + 4 / (0.25 + floor)) / 2
+    high, low, middle = (s**2 + states.FLOOR for s in (0.8, 0.2, 0.5))
+    first = ((9 - 4) / high + (4 - 1) / low) / 2  # x 1 and 2, aim 4, own end 3
+    second = 0.25 * ((1 - 1) / middle + (4 - 0) / middle) / 2  # x 0 and -1, aim 1, own end -1
     torch.testing.assert_close(measures["winner"], torch.tensor([first, second]))
     torch.testing.assert_close(loss, 3 * measures["winner"])
+
+
+def test_what_winner_and_try_have_in_common_has_no_gradient():
+    """Both blurred alike: only what sets them apart pulls, from the try's end towards the winner."""
+    velocity = torch.zeros(1, 2, 1, 1, 1, requires_grad=True)
+    x, sigma = torch.randn(1, 2, 1, 1, 1), torch.tensor([[0.5, 0.9]])
+
+    def gradient(own, aim):
+        trainer = trainer_of(lambda x, time, batch, guidance: velocity.flatten(0, 1))
+        ends = [torch.full((1, 1, 1, 1), value) for value in (own, aim)]
+        rollout = Rollout([0], {}, ends[0], visited=(x, sigma), aim=ends[1], pull=torch.ones(1))
+        (found,) = torch.autograd.grad(winners.objective(trainer, rollout)[0].sum(), velocity)
+        return found.flatten()
+
+    assert gradient(0.7, 0.7).abs().max() == 0
+    torch.testing.assert_close(gradient(1.0, 2.0), gradient(5.0, 6.0))
+    # a step down the loss moves x0 = x - sigma v towards the winner, here up: v falls
+    assert (gradient(1.0, 2.0) > 0).all() and (gradient(2.0, 1.0) < 0).all()
 
 
 def test_states_are_drawn_from_every_step_but_the_first_and_belong_to_the_try():
