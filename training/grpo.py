@@ -19,17 +19,14 @@ from torch import Tensor
 
 from ..samplers.gaussian import velocity_kl
 from . import adapters, checkpoint, gradients, nft, optim, policy, screening, states, winners
-from .attention import for_learning
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
-from .losses import row_uniform
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
 from .sft import Trainer
 from .tasks import DTYPES
 from .windows import window as window_of
 
 logger = logging.getLogger(__name__)
-DATA = 1 << 42  # stretch of the random stream for supervised rows
 
 
 class GRPOTrainer(Trainer):
@@ -186,7 +183,7 @@ class GRPOTrainer(Trainer):
             if keep.any() or rollout is rollouts[-1]  # every process must reach the last, synchronising one
             for term in range(self.terms(rollout))
         ]
-        supervised = self._learn_data(data) if data else {}
+        supervised = states.learn(self, data) if data else {}
         total, log = (gradients.limited if c.group_clip else gradients.summed)(self, pieces, scale)
         log |= supervised
         norm = self.accelerator.clip_grad_norm_(list(self.names.values()), c.grad_clip or float("inf"))
@@ -198,32 +195,6 @@ class GRPOTrainer(Trainer):
         joined = {name: torch.cat(values).float() for name, values in log.items()}
         self.measures |= {name: float(values.mean()) for name, values in joined.items() if len(values)}
         return total, norm
-
-    def _learn_data(self, rows: list[int]) -> dict[str, list[Tensor]]:
-        """Take this process's gradient of the supervised loss on these rows; the reward's is added to it."""
-        c, module = self.config, self.prepared[self.task.denoiser_part]
-        first = (self.step * self.world + self.rank) * len(rows)
-        times, log = max(1, c.data_states), []
-        weight = c.data_weight / (times * len(rows))
-        for start in range(0, len(rows), c.micro_batch):
-            some = rows[start : start + c.micro_batch]
-            places = [first + start + index for index in range(len(some))]
-            batch, noise = self._with_noise(some, [False] * len(some), [DATA + place for place in places])
-            visited = []
-            if c.data_states:
-                batch = self.task.guided(batch, self.batches.text, c.rollout_guidance)
-                visited = states.visited(
-                    self.policy, batch, noise, Sampling(c.sample_steps, c.rollout_guidance)
-                )
-            for number in range(times):
-                with self.accelerator.no_sync(module), for_learning(noise):
-                    if visited:
-                        loss = states.losses(self, batch, visited, places, number)
-                    else:
-                        loss = self.task.row_losses(batch, noise, row_uniform(c.seed, places, "data"))
-                    self.accelerator.backward(weight * loss.sum())
-                log.append(loss.detach())
-        return {"data": log}
 
     def _compacted(
         self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]]

@@ -96,7 +96,8 @@ class GRPOConfig(TrainConfig):
     winner_states: int = option(
         0,
         "nft: learn every try that is worse than its group's best at so many states that it came through, "
-        "aimed at the best one's picture, so that sampling comes back from where it goes wrong; 0 = none.",
+        "away from its own end and towards the best one's picture, so that sampling does not go wrong there "
+        "again; 0 = none.",
     )
     winner_weight: float = option(1.0, "Weight of that loss.")
     nft_old_ramp: float = option(0.001, "nft: growth per update of the old policy's decay.")

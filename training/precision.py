@@ -1,4 +1,4 @@
-"""Whether bfloat16 is worth computing in: several times faster with units for it, ten times slower without."""
+"""Whether bfloat16 is worth computing in: several times faster with units for it, far slower without."""
 
 from __future__ import annotations
 

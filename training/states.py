@@ -1,6 +1,7 @@
-"""Supervised learning at the states that sampling visits (DAgger, arXiv 1011.0686).
+"""Supervised rows beside reward training, if asked for at the states that sampling visits (DAgger, arXiv
+1011.0686).
 
-They are aimed at the wanted picture. Plain training only ever sees that picture noised; sampling in many
+These are aimed at the wanted picture. Plain training only ever sees that picture noised; sampling in many
 steps drifts off such states, and a model that never saw where it drifts to does not come back. So an edit
 that is right in one step can go wrong in sixteen.
 """
@@ -13,11 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention import for_learning
 from .losses import row_uniform, weighted_mse
 from .rollout import EpsilonPolicy, FlowPolicy, Sampling
 
+DATA = 1 << 42  # stretch of the random stream for supervised rows
 FLOOR = 0.05  # a drift that is left at the end cannot be undone there: its error must not weigh without limit
 State = tuple[Tensor, Tensor | int]  # x [B,C,h,w] and its sigma or timestep
+
+
+def learn(trainer: Any, rows: Sequence[int]) -> dict[str, list[Tensor]]:
+    """Take this process's gradient of the supervised loss on these rows; the reward's is added to it.
+
+    Returns what to log. `trainer` is a `grpo.GRPOTrainer`, `data_states` of whose configuration says where.
+    """
+    c, module = trainer.config, trainer.prepared[trainer.task.denoiser_part]
+    first = (trainer.step * trainer.world + trainer.rank) * len(rows)
+    times, log = max(1, c.data_states), []
+    weight = c.data_weight / (times * len(rows))
+    for start in range(0, len(rows), c.micro_batch):
+        some = list(rows[start : start + c.micro_batch])
+        places = [first + start + index for index in range(len(some))]
+        batch, noise = trainer._with_noise(some, [False] * len(some), [DATA + place for place in places])
+        found: list[State] = []
+        if c.data_states:
+            batch = trainer.task.guided(batch, trainer.batches.text, c.rollout_guidance)
+            sampling = Sampling(c.sample_steps, c.rollout_guidance)
+            found = visited(trainer.policy, batch, noise, sampling)
+        for number in range(times):
+            with trainer.accelerator.no_sync(module), for_learning(noise):
+                if found:
+                    loss = losses(trainer, batch, found, places, number)
+                else:
+                    loss = trainer.task.row_losses(batch, noise, row_uniform(c.seed, places, "data"))
+                trainer.accelerator.backward(weight * loss.sum())
+            log.append(loss.detach())
+    return {"data": log}
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Learning from a group's best try: where the others went wrong, they are shown the way to it.
 
-Every try that came out worse than the best of its group is learnt at states that it came through, aimed at
-the best one's picture: imitation of an expert at the learner's own states (DAgger, arXiv 1011.0686), the
-expert being the winner that the rewards chose (as in RAFT, arXiv 2304.06767). No wanted picture is needed.
+Every try that came out worse than the best of its group is learnt at states that it came through: away from
+where it ended, towards the best one's picture. So an expert corrects the learner at the learner's own states
+(DAgger, arXiv 1011.0686), the expert being the winner that the rewards chose; that the loser counts as well
+is the thought of preference learning (DPO, arXiv 2305.18290). No wanted picture is needed.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def t5_tokenizer(folder: Path, words: Sequence[str]):
     unigram.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     unigram.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    unigram.save(str(folder / "tokenizer.json"))
+    unigram.save(str(folder / "tokenizer.json"), pretty=False)
     config = {
         "tokenizer_class": "T5TokenizerFast",
         "model_max_length": T5_TOKENS,

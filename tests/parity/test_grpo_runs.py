@@ -372,7 +372,7 @@ def test_rows_of_the_data_add_their_supervised_gradient(toys, tmp_path, limit):
     added = update_gradients(trainer, keep, advantage, data=[7, 1, 4, 0, 9])
     batch = trainer.batches([7, 1, 4, 0, 9], [False] * 5)
     places = list(range(5))
-    noise = losses.row_noise(0, [grpo.DATA + place for place in places], batch["latents"].shape[1:])
+    noise = losses.row_noise(0, [states.DATA + place for place in places], batch["latents"].shape[1:])
     loss = 3 * trainer.task.row_losses(batch, noise, losses.row_uniform(0, places, "data")).mean()
     alone = torch.autograd.grad(loss, list(trainer.names.values()))
     for (name, value), gradient in zip(added.items(), alone, strict=True):
@@ -388,7 +388,7 @@ def test_data_states_are_those_of_sampling_and_lead_to_the_wanted_picture(toys, 
     options = {"data": data, "data_rows": 3, "data_states": 2, "sample_steps": 4, "rollout_guidance": 2.0}
     trainer = grpo.GRPOTrainer(toy(toys, tmp_path, task, algorithm="nft", grad_clip=0.0, **options))
     trainer.prepare()
-    batch, noise = trainer._with_noise([4, 2, 7], [False] * 3, [grpo.DATA + place for place in range(3)])
+    batch, noise = trainer._with_noise([4, 2, 7], [False] * 3, [states.DATA + place for place in range(3)])
     batch = trainer.task.guided(batch, trainer.batches.text, 2.0)
     sampling = rollout.Sampling(4, 2.0)
     visited = states.visited(trainer.policy, batch, noise, sampling)
@@ -417,7 +417,7 @@ def test_data_states_are_those_of_sampling_and_lead_to_the_wanted_picture(toys, 
         picks = (losses.row_uniform(0, [0, 1, 2], f"state {number}") * 3).long().tolist()
         expected = torch.stack([total[pick][row] for row, pick in enumerate(picks)])
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    trainer._learn_data([4, 2, 7])
+    states.learn(trainer, [4, 2, 7])
     taken = [p.grad.clone() for p in trainer.names.values()]
     mean = sum(states.losses(trainer, batch, visited, range(3), n).mean() for n in range(2)) / 2
     alone = torch.autograd.grad(mean, list(trainer.names.values()))
@@ -627,6 +627,11 @@ def test_mistakes_are_one_sentence_before_anything_is_loaded(toys, tmp_path):
         toy(toys, tmp_path, window_size=4)
     with pytest.raises(ValueError, match="nft_targets is for algorithm nft"):
         toy(toys, tmp_path, nft_targets=True)
+    for options in ({}, {"algorithm": "nft", "nft_targets": True}, {"algorithm": "nft", "rollout_steps": 1}):
+        with pytest.raises(ValueError, match="winner_states is for algorithm nft"):
+            toy(toys, tmp_path, winner_states=2, **({"window_size": 1} | options))
+    with pytest.raises(ValueError, match="nft_times is 0: it may be 0 with winner_states only"):
+        toy(toys, tmp_path, algorithm="nft", nft_times=0)
     for options in ({"data_rows": 4}, {"algorithm": "nft", "nft_targets": True}):
         with pytest.raises(ValueError, match="use_targets is false"):
             toy(toys, tmp_path, use_targets=False, **options)

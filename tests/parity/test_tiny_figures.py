@@ -36,13 +36,15 @@ def success(pictures, pairs):
     )
 
 
-@pytest.mark.parametrize(("adapted", "low", "high"), [(False, 0.0, 0.2), (True, 0.7, 1.0)])
-def test_fill_edits_with_the_icedit_lora_only(pairs, adapted, low, high):
+@pytest.mark.parametrize(
+    ("adapted", "low", "high"),
+    [("", 0.0, 0.2), ("icedit", 0.7, 1.0), ("icedit_rank12_grpo", 0.6, 1.0)],
+)
+def test_fill_edits_with_an_icedit_lora_only(pairs, adapted, low, high):
     pipeline = pipeline_of(diffusers.FluxFillPipeline, "fill")
     if adapted:
-        lora.apply_to_diffusers(
-            pipeline.transformer, lora.read(tiny.folder() / "loras/icedit.safetensors"), 1.0
-        )
+        weights = lora.read(tiny.folder() / f"loras/{adapted}.safetensors")
+        lora.apply_to_diffusers(pipeline.transformer, weights, 1.0)
     source = stacked(pairs, "source")
     mask = torch.cat([torch.zeros(N, 1, 64, 64), torch.ones(N, 1, 64, 64)], -1)
     made = pipeline(
