@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .precision import bf16_is_fast
 
 
@@ -15,13 +17,17 @@ def open_accelerator(config: Any, logs: Path) -> tuple[Any, bool]:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import parse_flag_from_env
 
     if AcceleratorState._shared_state and PartialState().num_processes == 1:
         # An earlier run in this process (ComfyUI, tests) may have had another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = config.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if bf16_is_fast(PartialState().device.type) else "no"
+    if (
+        precision == "auto"
+    ):  # not asked of PartialState: made too early, it takes every process for the only one
+        gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        precision = "bf16" if bf16_is_fast("cuda" if gpu else "cpu") else "no"
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation,

@@ -236,7 +236,7 @@ def collect(
                 tried = torch.tensor([place for place, m in enumerate(part) if (m + 1) % group_size])
                 latents, transitions = batch["latents"].float().clone(), ()
                 if len(tried):
-                    made, _ = policy.run(_some(batch, tried), noise[tried], sampling, None, None)
+                    made, _ = policy.run(picked(batch, tried), noise[tried], sampling, None, None)
                     latents[tried] = made.to(latents)
             else:
                 generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
@@ -293,11 +293,13 @@ def kept_only(rollouts: Sequence[Rollout], parts: Sequence[Tensor]) -> list[tupl
         kept = [members[i] for i in places.tolist()]
         fields = {name: values[places.to(values.device)] for name, values in beside.items()}
         visited = (fields.pop("x"), fields.pop("time")) if "x" in fields else None
-        out.append((Rollout(kept, _some(batch, places), visited=visited, **fields), places))
+        out.append((Rollout(kept, picked(batch, places), visited=visited, **fields), places))
     return out
 
 
-def _some(batch: dict[str, Any], places: Tensor) -> dict[str, Any]:
+def picked(batch: dict[str, Any], places: Tensor) -> dict[str, Any]:
+    """These rows ([n] indices) of every entry, tensors and lists alike."""
+
     def pick(value):
         return value[places.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in places]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import states
-from .rollout import Rollout
+from .rollout import Rollout, picked
 
 
 def aimed(
@@ -48,12 +48,17 @@ def objective(trainer: Any, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]
     The two squared errors' difference is linear in the prediction, so what winner and try have in common (the
     model's own blur and drift) has no gradient. Imitation of the winner alone feeds on it and collapses.
     """
-    x, time = rollout.visited
+    places = rollout.pull.nonzero()[:, 0].cpu()
+    if not len(places):  # every pass needs a graph
+        places = torch.zeros(1, dtype=torch.long)
+    of = places.to(rollout.pull.device)
+    x, time = (values[of] for values in rollout.visited)
     count = x.shape[1]
-    batch = {name: _repeated(value, count) for name, value in rollout.batch.items()}
-    ends = [latents.float().repeat_interleave(count, 0) for latents in (rollout.aim, rollout.latents)]
+    batch = {name: _repeated(value, count) for name, value in picked(rollout.batch, places).items()}
+    ends = [latents[of].float().repeat_interleave(count, 0) for latents in (rollout.aim, rollout.latents)]
     towards, back = states.errors(trainer, batch, x.flatten(0, 1), time.flatten(), ends)
-    loss = rollout.pull * (towards - back).unflatten(0, (-1, count)).mean(1)
+    nearer = (towards - back).unflatten(0, (-1, count)).mean(1)
+    loss = torch.zeros_like(rollout.pull).index_put((of,), rollout.pull[of] * nearer)
     return trainer.config.winner_weight * loss, {"winner": loss}
 
 

@@ -233,7 +233,7 @@ def test_resume_after_kill_is_bit_equal(toys, tmp_path, options):
         {"data_rows": 2, "data_states": 2, "sample_steps": 3},
         {**NFT, "group_clip": 0.02, "data_rows": 2, "nft_targets": True},
         {**NFT, "group_clip": 0.02, "winner_states": 2},
-        {**NFT, "nft_times": 0, "winner_states": 3},
+        {**NFT, "nft_times": 0, "winner_states": 3, "mixed_precision": "auto"},
     ],
     ids=["grpo", "nft", "winners", "winners_alone"],
 )
