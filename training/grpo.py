@@ -216,9 +216,10 @@ class GRPOTrainer(Trainer):
 
     def terms(self, rollout: Rollout) -> int:
         """Backward passes of a micro-batch."""
+        c = self.config
         if self.old is None:
             return len(rollout.transitions)
-        return self.config.nft_times + bool(self.config.winner_states)
+        return c.nft_times + (winners.passes(c, len(rollout.members)) if c.winner_states else 0)
 
     def objective(self, rollout: Rollout, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [B] of one term (a transition, or one noise level of DiffusionNFT) and what to log of it."""

@@ -78,10 +78,10 @@ class OldPolicy:
 
 
 def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [B] of one noise level of a rollout; called by `GRPOTrainer`. The term behind them: `winners`."""
+    """Loss [B] of one noise level of a rollout; called by `GRPOTrainer`. Terms behind them are `winners`'."""
     c = trainer.config
-    if index == c.nft_times:
-        return winners.objective(trainer, rollout)
+    if index >= c.nft_times:
+        return winners.objective(trainer, rollout, index - c.nft_times)
     x0 = rollout.latents
     # With one noise and level for a whole group, what its members share cancels in the sum over advantages.
     share = c.group_size if c.nft_shared_noise else 1

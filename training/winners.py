@@ -41,25 +41,40 @@ def aimed(
     return [replace(rollout, aim=a, pull=p) for rollout, a, p in parts]
 
 
-def objective(trainer: Any, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [B]: over the visited states, how much nearer the prediction is to the try's own end than to the
-    winner, times the pull.
+def passes(config: Any, samples: int) -> int:
+    """Forward passes for the states of so many samples, none of more rows than a micro-batch."""
+    return -(-config.winner_states // _together(config, samples))
 
-    The two squared errors' difference is linear in the prediction, so what winner and try have in common (the
-    model's own blur and drift) has no gradient. Imitation of the winner alone feeds on it and collapses.
+
+def objective(trainer: Any, rollout: Rollout, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [B] of pass `number`, and what to log.
+
+    Over its states the mean of how much nearer the prediction is to the try's own end than to the winner,
+    times the pull. The two squared errors' difference is linear in the prediction, so what winner and try
+    have in common (the model's own blur and drift) has no gradient. Imitation of the winner alone feeds on it
+    and collapses. All passes together weigh as much as one term, whatever the micro-batch is.
     """
+    c = trainer.config
     places = rollout.pull.nonzero()[:, 0].cpu()
     if not len(places):  # every pass needs a graph
         places = torch.zeros(1, dtype=torch.long)
-    of = places.to(rollout.pull.device)
-    x, time = (values[of] for values in rollout.visited)
+    of, first = places.to(rollout.pull.device), number * _together(c, len(rollout.members))
+    states_of_pass = slice(first, first + _together(c, len(rollout.members)))
+    x, time = (values[of, states_of_pass] for values in rollout.visited)
     count = x.shape[1]
     batch = {name: _repeated(value, count) for name, value in picked(rollout.batch, places).items()}
     ends = [latents[of].float().repeat_interleave(count, 0) for latents in (rollout.aim, rollout.latents)]
     towards, back = states.errors(trainer, batch, x.flatten(0, 1), time.flatten(), ends)
     nearer = (towards - back).unflatten(0, (-1, count)).mean(1)
     loss = torch.zeros_like(rollout.pull).index_put((of,), rollout.pull[of] * nearer)
-    return trainer.config.winner_weight * loss, {"winner": loss}
+    # gradients.py takes the mean over the terms of a rollout.
+    share = count / c.winner_states * trainer.terms(rollout) / (c.nft_times + 1)
+    return c.winner_weight * share * loss, {"winner": loss}
+
+
+def _together(config: Any, samples: int) -> int:
+    """States of each sample in one pass."""
+    return max(1, min(config.winner_states, config.micro_batch // samples))
 
 
 def _repeated(value: Any, count: int) -> Any:

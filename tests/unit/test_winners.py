@@ -51,30 +51,47 @@ def test_compacting_keeps_states_aims_and_pulls_together():
     assert some.visited[1].shape == (3, 2)
 
 
-def trainer_of(predict, weight=1.0):
+def trainer_of(predict, weight=1.0, micro_batch=8, nft_times=0):
+    """As much of a trainer as the objective needs; its gradient is the mean over the terms of a rollout."""
     policy = FlowPolicy(None)
     policy.predict = predict
+    config = SimpleNamespace(
+        rollout_guidance=1.0,
+        winner_weight=weight,
+        winner_states=2,
+        micro_batch=micro_batch,
+        nft_times=nft_times,
+    )
     return SimpleNamespace(
         policy=policy,
         task=SimpleNamespace(cells=lambda batch, x: None),
-        config=SimpleNamespace(rollout_guidance=1.0, winner_weight=weight),
+        config=config,
+        terms=lambda rollout: nft_times + winners.passes(config, len(rollout.members)),
     )
 
 
-def test_loss_is_how_much_nearer_the_own_end_is_than_the_winners_times_the_pull():
+@pytest.mark.parametrize(("micro_batch", "passes"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize("nft_times", [0, 2])
+def test_loss_is_how_much_nearer_the_own_end_is_than_the_winners_times_the_pull(
+    micro_batch, passes, nft_times
+):
     """With velocity 0 the clean latents are x: errors are (x - end)^2, over sigma^2 + the floor."""
     x = torch.tensor([[1.0, 2.0], [0.0, -1.0]])[:, :, None, None, None]
     sigma = torch.tensor([[0.8, 0.2], [0.5, 0.5]])
     own, aim = torch.tensor([3.0, -1.0])[:, None, None, None], torch.tensor([4.0, 1.0])[:, None, None, None]
     batch, pull = {"latents": torch.zeros(2, 1, 1, 1), "prompts": ["a", "b"]}, torch.tensor([1.0, 0.25])
     rollout = Rollout([0, 1], batch, own, visited=(x, sigma), aim=aim, pull=pull)
-    trainer = trainer_of(lambda x, time, batch, guidance: torch.zeros_like(x), 3.0)
-    loss, measures = winners.objective(trainer, rollout)
+    trainer = trainer_of(lambda x, time, batch, guidance: torch.zeros_like(x), 3.0, micro_batch, nft_times)
+    assert winners.passes(trainer.config, 2) == passes
+    made = [winners.objective(trainer, rollout, number) for number in range(passes)]
+    loss = sum(rows for rows, _ in made) / trainer.terms(rollout)
+    logged = sum(measures["winner"] for _, measures in made) / passes
     high, low, middle = (s**2 + states.FLOOR for s in (0.8, 0.2, 0.5))
     first = ((9 - 4) / high + (4 - 1) / low) / 2  # x 1 and 2, aim 4, own end 3
     second = 0.25 * ((1 - 1) / middle + (4 - 0) / middle) / 2  # x 0 and -1, aim 1, own end -1
-    torch.testing.assert_close(measures["winner"], torch.tensor([first, second]))
-    torch.testing.assert_close(loss, 3 * measures["winner"])
+    torch.testing.assert_close(logged, torch.tensor([first, second]))
+    # one term beside those of NFT, however many passes it takes
+    torch.testing.assert_close(loss, 3 * logged / (nft_times + 1))
 
 
 def test_what_winner_and_try_have_in_common_has_no_gradient():
@@ -86,7 +103,7 @@ def test_what_winner_and_try_have_in_common_has_no_gradient():
         trainer = trainer_of(lambda x, time, batch, guidance: velocity.flatten(0, 1))
         ends = [torch.full((1, 1, 1, 1), value) for value in (own, aim)]
         rollout = Rollout([0], {}, ends[0], visited=(x, sigma), aim=ends[1], pull=torch.ones(1))
-        (found,) = torch.autograd.grad(winners.objective(trainer, rollout)[0].sum(), velocity)
+        (found,) = torch.autograd.grad(winners.objective(trainer, rollout, 0)[0].sum(), velocity)
         return found.flatten()
 
     assert gradient(0.7, 0.7).abs().max() == 0
