@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "grpo",
         help="train a LoRA by reward (GRPO or DiffusionNFT)",
-        description="Improve a model by reward. Presets: grpo_fast, grpo_flow, grpo_dance, grpo_mixgrpo, "
-        "grpo_nft; a recipe of your own starts with `extends: grpo_fast`. Several GPUs: "
+        description="Improve a model by reward. Presets: grpo_fast, grpo_winner, grpo_flow, grpo_dance, "
+        "grpo_mixgrpo, grpo_nft; a recipe of your own starts with `extends: grpo_fast`. Several GPUs: "
         "accelerate launch -m comfyui_diptych grpo RECIPE ...",
     )
     add_recipe_arguments(parser)

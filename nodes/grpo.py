@@ -24,7 +24,7 @@ from .training import (
     resolution_input,
 )
 
-PRESETS = ["fast", "flow-grpo", "dance", "mixgrpo", "nft"]
+PRESETS = ["fast", "winner", "flow-grpo", "dance", "mixgrpo", "nft"]
 AUTO, NONE = "auto", "none"
 
 
@@ -90,8 +90,9 @@ class DiptychTrainGRPO:
                     PRESETS,
                     {
                         "default": "fast",
-                        "tooltip": "fast: ours, DiffusionNFT with one noise per group; 6 steps. flow-grpo, "
-                        "dance, mixgrpo, nft: as published.",
+                        "tooltip": "fast: ours, DiffusionNFT with one noise per group; 6 steps. winner: fast, "
+                        "and the worse tries are shown the way to the best one. flow-grpo, dance, mixgrpo, "
+                        "nft: as published.",
                     },
                 ),
                 "instructions": (

@@ -20,6 +20,7 @@ from .grpo_config import GRPOConfig
 
 PRESETS = {
     "fast": "grpo_fast",
+    "winner": "grpo_winner",
     "flow-grpo": "grpo_flow",
     "dance": "grpo_dance",
     "mixgrpo": "grpo_mixgrpo",
