@@ -91,8 +91,8 @@ class DiptychTrainGRPO:
                     {
                         "default": "fast",
                         "tooltip": "fast: ours, DiffusionNFT with one noise per group; 6 steps. winner: "
-                        "fast, and the worse tries are shown the way to the best one. flow-grpo, dance, mixgrpo, "
-                        "nft: as published.",
+                        "fast, and the worse tries are shown the way to the best one. flow-grpo, dance, "
+                        "mixgrpo, nft: as published.",
                     },
                 ),
                 "instructions": (
