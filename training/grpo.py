@@ -60,8 +60,9 @@ class GRPOTrainer(Trainer):
             part.eval()  # rollout and replay must be the same function, so no dropout in either
         self.policy = make_policy(self.task)
         # What a LoRA begins with belongs to where it comes from, not to what it learns here.
-        copies = {name: value.detach().clone() for name, value in self.names.items()}
-        self.start = copies if self.config.init_lora else None
+        self.start = None
+        if self.config.init_lora:
+            self.start = {name: value.detach().clone() for name, value in self.names.items()}
         if self.config.algorithm == "nft":
             self.old = nft.OldPolicy(self.names, self.config)
 

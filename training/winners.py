@@ -58,12 +58,12 @@ def objective(trainer: Any, rollout: Rollout, number: int) -> tuple[Tensor, dict
     places = rollout.pull.nonzero()[:, 0].cpu()
     if not len(places):  # every pass needs a graph
         places = torch.zeros(1, dtype=torch.long)
-    of, first = places.to(rollout.pull.device), number * _together(c, len(rollout.members))
-    states_of_pass = slice(first, first + _together(c, len(rollout.members)))
+    together, of = _together(c, len(rollout.members)), places.to(rollout.pull.device)
+    states_of_pass = slice(number * together, (number + 1) * together)
     x, time = (values[of, states_of_pass] for values in rollout.visited)
     count = x.shape[1]
-    batch = {name: _repeated(value, count) for name, value in picked(rollout.batch, places).items()}
-    ends = [latents[of].float().repeat_interleave(count, 0) for latents in (rollout.aim, rollout.latents)]
+    batch = picked(rollout.batch, places.repeat_interleave(count))
+    ends = [latents[of.repeat_interleave(count)].float() for latents in (rollout.aim, rollout.latents)]
     towards, back = states.errors(trainer, batch, x.flatten(0, 1), time.flatten(), ends)
     nearer = (towards - back).unflatten(0, (-1, count)).mean(1)
     loss = torch.zeros_like(rollout.pull).index_put((of,), rollout.pull[of] * nearer)
@@ -75,9 +75,3 @@ def objective(trainer: Any, rollout: Rollout, number: int) -> tuple[Tensor, dict
 def _together(config: Any, samples: int) -> int:
     """States of each sample in one pass."""
     return max(1, min(config.winner_states, config.micro_batch // samples))
-
-
-def _repeated(value: Any, count: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.repeat_interleave(count, 0)
-    return [item for item in value for _ in range(count)]

@@ -37,9 +37,9 @@ def resize(weights: LoraWeights, rank: int) -> LoraWeights:
         )
     modules, kept, total = {}, 0.0, 0.0
     for name, module in weights.modules.items():
-        change = module.scale * module.B.float().flatten(1) @ module.A.float().flatten(1)
-        down, up = cut(module.A.float().flatten(1), module.scale * module.B.float().flatten(1), rank)
-        total, kept = total + float(change.square().sum()), kept + float((up @ down).square().sum())
+        whole = module.A.float().flatten(1), module.scale * module.B.float().flatten(1)
+        down, up = cut(*whole, rank)
+        total, kept = total + _energy(*whole), kept + _energy(down, up)
         if module.rank > rank:
             module = LowRank(
                 down.reshape(rank, *module.A.shape[1:]).to(module.A.dtype),
@@ -51,3 +51,8 @@ def resize(weights: LoraWeights, rank: int) -> LoraWeights:
     note = f"resized to rank {rank}: {kept / total if total else 1:.1%} of the squared change kept"
     info = replace(weights.info, rank=rank, alpha=float(rank), alpha_from="resized")
     return replace(weights, modules=modules, info=info, notes=(*weights.notes, note))
+
+
+def _energy(down: Tensor, up: Tensor) -> float:
+    """The squares of up @ down, summed without making it."""
+    return float(((up.T @ up) * (down @ down.T)).sum())
