@@ -54,3 +54,10 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail, instead of skip, the tests that need a real ComfyUI (or its browser) where none is found",
     )
+    parser.addoption(
+        "--comfyui-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="run the real ComfyUI with an option of its main.py, such as --comfyui-option=--cache-none",
+    )

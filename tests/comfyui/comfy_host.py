@@ -1,6 +1,7 @@
 """Boot a real ComfyUI in this process, load the pack as a custom node, run cases, report each as a JSON line.
 
-Run by ComfyUI's interpreter: `comfy_host.py COMFYUI_FOLDER BASE_FOLDER`, a JSON list of case ids on stdin.
+Run by ComfyUI's interpreter: `comfy_host.py COMFYUI_FOLDER BASE_FOLDER [OPTIONS OF main.py]`, a JSON list of
+case ids on stdin.
 Not for the test environment: nothing here is imported by pytest.
 """
 
@@ -115,14 +116,14 @@ class StubServer:
 class Host:
     """A booted ComfyUI with the pack in it."""
 
-    def __init__(self, comfyui: Path, base: Path):
+    def __init__(self, comfyui: Path, base: Path, options: list[str]):
         sys.path.insert(0, str(comfyui))
         os.chdir(comfyui)
         # The order matters: options before model_management, ComfyUI's `utils` package before its `nodes`.
-        cli_args = importlib.import_module("comfy.cli_args")
-        cli_args.args.cpu = os.environ.get("DIPTYCH_TEST_DEVICE", "cpu") == "cpu"
-        cli_args.args.base_directory = str(base)
-        cli_args.args.preview_method = cli_args.LatentPreviewMethod.Latent2RGB
+        device = ["--cpu"] if os.environ.get("DIPTYCH_TEST_DEVICE", "cpu") == "cpu" else []
+        sys.argv[1:] = ["--base-directory", str(base), "--preview-method", "latent2rgb", *device, *options]
+        importlib.import_module("comfy.options").enable_args_parsing()
+        self.args = importlib.import_module("comfy.cli_args").args
         importlib.import_module("utils.extra_config")
         self.comfy_nodes = importlib.import_module("nodes")
         self.execution = importlib.import_module("execution")
@@ -132,6 +133,11 @@ class Host:
         self.nodes = self.comfy_nodes.NODE_CLASS_MAPPINGS
         self.nodes.update(TestKeepValue=KeepValue, TestGivenValue=GivenValue)
         self.executor = None
+
+    @property
+    def caches(self) -> bool:
+        """Whether a node's results are kept for the next run."""
+        return not getattr(self.args, "cache_none", False)
 
     async def _load(self) -> None:
         await self.comfy_nodes.init_public_apis()
@@ -149,9 +155,16 @@ class Host:
 
     def new_executor(self):
         server = StubServer()
-        parameters = inspect.signature(self.execution.PromptExecutor).parameters
-        extra = {"cache_args": {"lru": 0, "ram": 0.0}} if "cache_args" in parameters else {"cache_size": 0}
-        return self.execution.PromptExecutor(server, cache_type=self.execution.CacheType.CLASSIC, **extra)
+        parameters, kinds = (
+            inspect.signature(self.execution.PromptExecutor).parameters,
+            self.execution.CacheType,
+        )
+        sizes = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}  # main.py gives all that its version knows
+        extra = {"cache_args": sizes} if "cache_args" in parameters else {"cache_size": 0}
+        # the first ComfyUI calls the cache that keeps nothing by another name
+        nothing = getattr(kinds, "NONE", getattr(kinds, "DEPENDENCY_AWARE", None))
+        kind = kinds.CLASSIC if self.caches else nothing
+        return self.execution.PromptExecutor(server, cache_type=kind, **extra)
 
     def graph(self) -> Graph:
         return Graph(self.nodes)
@@ -209,7 +222,8 @@ def main() -> None:
         results.flush()
 
     ids = json.loads(sys.stdin.read())
-    host = Host(Path(sys.argv[1]), Path(sys.argv[2]))
+    comfyui, base, *options = sys.argv[1:]
+    host = Host(Path(comfyui), Path(base), options)
     report({"ready": True})
     with contextlib.suppress(BrokenPipeError):
         run_cases(host, ids, report)

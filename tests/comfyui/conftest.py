@@ -78,8 +78,8 @@ def base_folder(comfyui, tmp_path_factory):
 class Child:
     """Runs the cases of one ComfyUI in a process; one that dies or hangs is replaced for the next case."""
 
-    def __init__(self, comfyui: Path, base: Path, cases: list[str]):
-        self.comfyui, self.base, self.left = comfyui, base, list(cases)
+    def __init__(self, comfyui: Path, base: Path, cases: list[str], options: list[str]):
+        self.comfyui, self.base, self.left, self.options = comfyui, base, list(cases), options
         self.log = base.parent / "comfy_host.log"
         self.process = None
 
@@ -90,6 +90,7 @@ class Child:
                 str(HERE / "comfy_host.py"),
                 str(self.comfyui),
                 str(self.base),
+                *self.options,
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -138,7 +139,8 @@ class Child:
 
 @pytest.fixture(scope="session")
 def child(request, comfyui, base_folder):
-    running = Child(comfyui, base_folder, request.config.stash[SELECTED].get(comfyui, []))
+    cases = request.config.stash[SELECTED].get(comfyui, [])
+    running = Child(comfyui, base_folder, cases, request.config.getoption("--comfyui-option"))
     yield running
     running.close()
 
@@ -146,14 +148,14 @@ def child(request, comfyui, base_folder):
 class Server:
     """A running ComfyUI server with the pack in it, and the few requests the tests make."""
 
-    def __init__(self, comfyui: Path, base: Path):
+    def __init__(self, comfyui: Path, base: Path, more: list[str]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.base = f"http://127.0.0.1:{port}", base
         self.log = base.parent / "server.log"
         options = ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
-        options += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        options += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:", *more]
         if os.environ.get("DIPTYCH_TEST_DEVICE", "cpu") == "cpu":
             options.append("--cpu")
         self.process = subprocess.Popen(
@@ -205,9 +207,9 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui, tmp_path_factory):
+def server(request, comfyui, tmp_path_factory):
     """A server on a free port with a base folder of its own."""
     base = finding.make_base(tmp_path_factory.mktemp("comfyui_server") / "base", comfyui)
-    running = Server(comfyui, base)
+    running = Server(comfyui, base, request.config.getoption("--comfyui-option"))
     yield running
     running.close()
