@@ -29,7 +29,7 @@ class DiptychEarlyFilterSampler:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from a Reward node."}),
+                "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from an Edit Reward node."}),
                 "vae": ("VAE", {"tooltip": "Decodes what the judge looks at: the VAE of the model."}),
                 "candidates": (
                     "INT",

@@ -54,13 +54,13 @@ class DiptychTrainGRPO:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "reward": ("DIPTYCH_REWARD", {"tooltip": "What is good, from Reward nodes."}),
+                "reward": ("DIPTYCH_REWARD", {"tooltip": "What is good, from Edit Reward nodes."}),
                 "dataset": (
                     [DEMO, *datasets()],
                     {
                         "default": DEMO,
                         "tooltip": "A folder in ComfyUI's input folder with NAME.png and NAME.txt (the "
-                        "instruction), or edit pairs as for Train LoRA.",
+                        "instruction), or edit pairs as for Train Edit LoRA.",
                     },
                 ),
                 "base_model": base_model_input(),

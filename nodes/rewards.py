@@ -30,7 +30,7 @@ def reward_files() -> dict[str, Path]:
 
 
 class DiptychReward:
-    DISPLAY_NAME = "Reward"
+    DISPLAY_NAME = "Edit Reward"
     DESCRIPTION = (
         "Chooses who judges pictures: human-preference models (PickScore, HPSv2.1), text agreement (CLIP), "
         "likeness to the source (CLIP-I, DINO), a vision-language model that answers whether the edit was "
@@ -41,7 +41,8 @@ class DiptychReward:
     RETURN_TYPES = ("DIPTYCH_REWARD",)
     RETURN_NAMES = ("reward",)
     OUTPUT_TOOLTIPS = (
-        "For Reward Score, Early Filter Sampler and Train GRPO LoRA, or for another Reward node to add to.",
+        "For Edit Reward Score, Early Filter Sampler and Train GRPO LoRA, or for another Edit Reward node to "
+        "add to.",
     )
     FUNCTION = "choose"
     SEARCH_ALIASES = ["pickscore", "hpsv2", "clip score", "aesthetic", "judge", "dino", "vlm", "preference"]
@@ -147,7 +148,7 @@ def _gpu() -> str:
 
 
 class DiptychRewardScore:
-    DISPLAY_NAME = "Reward Score"
+    DISPLAY_NAME = "Edit Reward Score"
     DESCRIPTION = (
         "Judges a batch of pictures by rewards: the numbers, the batch sorted best first, and a sheet with "
         "the scores written under the pictures. What a reward needs (instruction, source, mask) must be "
@@ -172,7 +173,7 @@ class DiptychRewardScore:
         return {
             "required": {
                 "images": ("IMAGE", {"tooltip": "The pictures to judge; edits, from Diptych Split."}),
-                "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from a Reward node."}),
+                "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from an Edit Reward node."}),
             },
             "optional": {
                 "source": ("IMAGE", {"tooltip": "The picture before the edit; one serves all."}),

@@ -89,7 +89,7 @@ def base_model_input() -> tuple[list[str], dict]:
 
 
 class DiptychTrainLora:
-    DISPLAY_NAME = "Train LoRA"
+    DISPLAY_NAME = "Train Edit LoRA"
     DESCRIPTION = (
         "Trains a LoRA from a folder of pictures, right here: ICEdit on FLUX Fill (before/after pairs in a "
         "diptych), FLUX Kontext, or SD inpainting. Interrupting saves a checkpoint; the same settings go on "

@@ -155,7 +155,13 @@ class Server:
         self.url, self.base = f"http://127.0.0.1:{port}", base
         self.log = base.parent / "server.log"
         options = ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
-        options += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:", *more]
+        options += [
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--database-url",
+            "sqlite:///:memory:",
+            *more,
+        ]
         if os.environ.get("DIPTYCH_TEST_DEVICE", "cpu") == "cpu":
             options.append("--cpu")
         self.process = subprocess.Popen(

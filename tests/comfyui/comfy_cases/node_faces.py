@@ -42,6 +42,14 @@ def its_face_is_complete(host, node):
             assert len(definition[1].get("tooltip", "")) > 10, f"{name} has no tooltip"
 
 
+@case
+def no_title_is_one_that_another_node_has(host):
+    titles = host.comfy_nodes.NODE_DISPLAY_NAME_MAPPINGS
+    core = {titles.get(node, node) for node in host.nodes if node not in host.pack_nodes}
+    ours = [titles[node] for node in host.pack_nodes]
+    assert len(set(ours)) == len(ours) and not core & set(ours), core & set(ours)
+
+
 @case(each=node_ids)
 def its_widgets_end_with_the_advanced_ones(host, node):
     schema = host.nodes[node].INPUT_TYPES()
