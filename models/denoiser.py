@@ -65,11 +65,15 @@ class TextEmbedding(_Batched):
     """Encoded prompts: `tokens` [B, L, D]; `pooled` [B, P] for FLUX, None for Stable Diffusion.
 
     bias: [B, L], added to the attention logits of the tokens (FLUX only); None adds nothing.
+    ids: [L, 3], the tokens' positions (FLUX only); None is FLUX's zeros.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     bias: Tensor | None = None
+    ids: Tensor | None = None
+
+    _unbatched = ("ids",)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -207,13 +207,14 @@ class FluxDenoiser:
         if condition.references is not None:
             tokens = torch.cat([noisy, condition.references.to(noisy)], dim=1)
             ids = torch.cat([ids, condition.reference_ids.to(ids)], dim=0)
+        places = text.ids if text.ids is not None else torch.zeros(text.tokens.shape[1], 3, device=x.device)
         velocity = self.transformer(
             hidden_states=tokens.to(self.dtype),
             timestep=as_sigma(sigma, x),
             guidance=condition.guidance,
             pooled_projections=text.pooled.to(self.dtype),
             encoder_hidden_states=text.tokens.to(self.dtype),
-            txt_ids=torch.zeros(text.tokens.shape[1], 3, device=x.device),
+            txt_ids=places,
             img_ids=ids,
             joint_attention_kwargs=self._attention(text, tokens.shape[1]),
             return_dict=False,

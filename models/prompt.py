@@ -61,6 +61,13 @@ def format_prompt(
     return prefix + words + suffix.replace("{instruction}", words)
 
 
+def instruction_of(prompt: str, template: str = ICEDIT_TEMPLATE) -> str | None:
+    """The instruction inside a prompt that `format_prompt` made of this template; None for other prompts."""
+    prefix, suffix = template.split("{instruction}", 1)
+    words = _without(prompt, prefix, suffix)
+    return words if words != prompt and prefix.strip() else None
+
+
 def _without(words: str, prefix: str, suffix: str) -> str:
     """`words` less a prefix and a suffix they already carry, compared without regard to case and spacing."""
 

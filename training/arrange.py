@@ -15,7 +15,7 @@ from .data.sample import Sample, fit
 @dataclass(frozen=True)
 class Arranged:
     """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None;
-    touched [1,H,W], where the edit is, if the loss asks for it; the prompt."""
+    touched [1,H,W], where the edit is, if the loss asks for it; the prompt; whether it is [source | edit]."""
 
     pixels: Tensor
     prompt: str
@@ -24,6 +24,7 @@ class Arranged:
     touched: Tensor | None = None
     weight: float = 1.0
     prior: bool = False
+    diptych: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -56,6 +57,8 @@ class Arranger:
         source."""
         if self.config.task != "fill" or self.config.layout == "inpaint":
             return False
+        if sample.encoded is not None:
+            return sample.encoded.diptych or self.config.layout == "diptych"
         if self.config.layout == "diptych" and sample.source is None:
             raise ValueError(
                 "layout is diptych but the row has no source picture: use layout inpaint or auto"
@@ -98,4 +101,13 @@ class Arranger:
         if self.config.edit_loss_weight:
             panel = torch.zeros(size) if sample.mask is None else sample.mask
             touched = torch.nn.functional.pad(panel, (pixels.shape[-1] - size[1], 0))[None]
-        return Arranged(pixels, self.prompt(sample), mask, reference, touched, sample.weight, sample.prior)
+        return Arranged(
+            pixels,
+            self.prompt(sample),
+            mask,
+            reference,
+            touched,
+            sample.weight,
+            sample.prior,
+            self.is_diptych(sample),
+        )

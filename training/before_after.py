@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import pictures, session
+from .feed import latents_like
 from .judging import Judge, is_diptych
 from .losses import row_noise
 
@@ -42,7 +43,7 @@ def before_after(trainer: Any) -> Tensor:
         (panels, f"{before:.2f} -> {after:.2f}: {prompt}")
         for panels, prompt, before, after in (rows[place] for place in most_changed(gains, SHOWN))
     ]
-    headings = ["given", "before", "after", "wanted"][: 3 + c.use_targets]
+    headings = ["given", "before", "after", "wanted"][: 3 + judge.targets]
     if len(shown[0][0]) < len(headings):
         headings = headings[1:]  # nothing is given where all is painted
     return pictures.as_image(pictures.contact_sheet(shown, headings, side=128, columns=1))
@@ -63,12 +64,13 @@ def _row(trainer: Any, batches: Any, judge: Judge, number: int) -> tuple[list[Te
     task, c = trainer.task, trainer.config
     batch = trainer._to_device(batches([number], [False]))
     batch = task.guided(batch, batches.text, c.sample_guidance)
-    noise = row_noise(c.seed, [number], tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
+    like = latents_like(batch)
+    noise = row_noise(c.seed, [number], tuple(like.shape[1:])).to(like.device)
     with trainer.untrained():
         made = [task.sample(batch, noise)]
     made.append(task.sample(batch, noise))
     rewards = [float(trainer.rewards.worth(judge(picture, [number]))) for picture in made]
-    if c.use_targets:
+    if judge.targets:
         made.append(task.host.decode(batch["latents"]))
     given = batch.get("masked_latents", batch.get("references"))
     shown = [task.host.decode(given)] if given is not None else []

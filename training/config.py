@@ -243,6 +243,11 @@ class TrainConfig:
                 raise ValueError(f"{name} is for fill and kontext: leave it out with sd_inpaint")
 
     @property
+    def needs_targets(self) -> bool:
+        """Whether rows without a finished image are of no use."""
+        return True
+
+    @property
     def alpha(self) -> float:
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
 

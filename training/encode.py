@@ -45,7 +45,7 @@ def prepare(trainer: Any) -> None:
         if c.train_text_encoder:
             task.wake_text()
         else:
-            prompts = {e.prompt for e in entries + samples} | {DROPPED_PROMPT, ""}
+            prompts = {e.prompt for e in entries + samples if not e.text} | needed_prompts(c)
             encode_prompts(prompts, task, trainer.latents, trainer.bar, trainer.rank, trainer.world)
             trainer.accelerator.wait_for_everyone()
             trainer.latents.texts.refresh()
@@ -60,8 +60,14 @@ def prepare(trainer: Any) -> None:
     order = (c.batch_size, c.seed, trainer.rank, trainer.world)
     trainer.sampler = trainer.batches.sampler(*order, prior=False)
     trainer.class_sampler = trainer.batches.sampler(*order, prior=True)
-    if trainer.class_sampler is not None and len({e.size for e in entries}) > 1:
+    if trainer.class_sampler is not None and len({e.bucket for e in entries}) > 1:
         raise ValueError("prior preservation needs pictures of one size: set sizing: squash")
+
+
+def needed_prompts(config: Any) -> set[str]:
+    """The prompts that a run needs beside those of its rows."""
+    dropped = {DROPPED_PROMPT} if config.prompt_drop else set()
+    return dropped | ({""} if config.task == "sd_inpaint" else set())  # of classifier-free guidance
 
 
 def _encoded(trainer: Any, corpus: Corpus, folder: Path) -> list[Entry]:
@@ -118,12 +124,14 @@ def encode_corpus(
                 broken.record(error)
                 continue
             if isinstance(rows, Sample):
-                done[index], wanted[index] = [_keep_precomputed(rows, index, latents)], 1
+                task.check_widths(rows)
+                diptych = corpus.arranger.is_diptych(rows)
+                done[index], wanted[index] = [_keep_precomputed(rows, index, latents, diptych)], 1
                 continue
             done[index], wanted[index] = [], len(rows)
             for variant, item in enumerate(rows):
                 key = image_key(item.encoded_parts[0], latents.picture_print, *item.encoded_parts[1:])
-                entry = Entry(index, variant, key, item.prompt, item.size, item.weight, item.prior)
+                entry = _entry(index, variant, key, item)
                 if key in latents.pictures:
                     done[index].append(entry)
                     continue
@@ -142,16 +150,35 @@ def encode_corpus(
         logger.warning(message)
 
 
-def _keep_precomputed(sample: Sample, index: int, latents: Latents) -> Entry:
+def _entry(index: int, variant: int, key: str, item: Arranged) -> Entry:
+    return Entry(index, variant, key, item.prompt, item.size, item.weight, item.prior, item.diptych)
+
+
+def _keep_precomputed(sample: Sample, index: int, latents: Latents, diptych: bool) -> Entry:
     ready = sample.encoded
-    mask = ready.mask[None].to(torch.uint8)
-    parts = {"latents": ready.latents, "masked_latents": ready.masked_latents, "mask": mask}
-    key = image_key(ready.latents, latents.picture_print, ready.masked_latents, mask)
-    latents.pictures.put(key, latents.cast(parts))
-    prompt = sample.prompt or sample.name
+    mask = ready.mask[None]
+    hard = mask.round() == mask
+    parts = {"masked_latents": ready.masked_latents, "mask": mask.to(torch.uint8) if hard.all() else mask}
     text = {"tokens": ready.prompt_embed, "pooled": ready.pooled_prompt_embeds}
-    latents.texts.put(text_key(prompt, latents.text_print), latents.cast(text))
-    return Entry(index, 0, key, prompt, tuple(mask.shape[-2:]))
+    if ready.latents is not None:
+        parts["latents"] = ready.latents
+    key = image_key(ready.masked_latents, latents.picture_print, *list(parts.values())[1:])
+    words = image_key(ready.prompt_embed, f"text {latents.dtype}", ready.pooled_prompt_embeds, ready.text_ids)
+    latents.pictures.put(key, latents.cast(parts))
+    places = {"text_ids": ready.text_ids.float()} if ready.text_ids.any() else {}  # bfloat16 cannot count
+    latents.texts.put(words, latents.cast(text) | places)
+    return Entry(
+        index,
+        0,
+        key,
+        sample.prompt,
+        tuple(mask.shape[-2:]),
+        diptych=diptych,
+        target=ready.latents is not None,
+        text=words,
+        tokens=len(ready.prompt_embed),
+        ids=stamp(ready.text_ids.tolist()) if places else "",
+    )
 
 
 def read_entries(corpus: Corpus, latents: Latents, folder: Path) -> list[Entry]:
@@ -208,10 +235,7 @@ def list_corpus(corpus: Corpus) -> list[Entry]:
             continue
         if isinstance(rows, Sample):
             raise ValueError("cache is off but the data is precomputed: set cache: true")
-        by_first[index] = [
-            Entry(index, v, image_key(r.pixels, ""), r.prompt, r.size, r.weight, r.prior)
-            for v, r in enumerate(rows)
-        ]
+        by_first[index] = [_entry(index, v, image_key(r.pixels, ""), r) for v, r in enumerate(rows)]
     if message := broken.close():
         logger.warning(message)
     return [entry for first in places.values() for entry in by_first.get(first, [])]

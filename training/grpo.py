@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.gaussian import velocity_kl
-from . import adapters, checkpoint, gradients, nft, optim, policy, screening, states, winners
+from . import adapters, checkpoint, feed, gradients, nft, optim, policy, screening, states, winners
 from .grpo_config import GRPOConfig
 from .judging import Judge, make_rewards
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
@@ -349,7 +349,7 @@ class GRPOTrainer(Trainer):
         if c.algorithm == "grpo":
             last = c.window_first + c.window_size if c.window == "fixed" else c.window_bounds["last"]
             reach = (c.window_first, last)
-            cells = self.batches([0], [False])["latents"].shape[-2:]
+            cells = feed.latents_like(self.batches([0], [False])).shape[-2:]
             out["sigma_window"] = self.policy.sigma_range(self.sampling, reach, *cells)
             out["rule"] = c.rule
         return out

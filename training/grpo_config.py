@@ -57,7 +57,7 @@ class GRPOConfig(TrainConfig):
     reward_options: list[str] = option(
         [], "Options of rewards as NAME.KEY=VALUE, for example hpsv2.path=FILE."
     )
-    use_targets: bool = option(True, "Rewards may see the wanted pictures; off for data without them.")
+    use_targets: bool = option(True, "Rewards may see the finished images, where the data has them.")
     inner_updates: int = option(1, "Optimiser steps per rollout collection.")
     clip: float = option(1e-4, "Clip range of the ratio of mean log-probabilities (a tenth of it for cps).")
     advantage_clamp: float = option(5.0, "Largest advantage.")
@@ -158,6 +158,11 @@ class GRPOConfig(TrainConfig):
             raise ValueError("data_states needs data_rows above 0 and sample_steps above 1: set both")
         if self.shared_prefix and self.task == "sd_inpaint":
             raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether rows without a finished image are of no use: only where supervised rows are learnt too."""
+        return bool(self.nft_targets or self.data_rows)
 
     @property
     def window_bounds(self) -> dict[str, int]:

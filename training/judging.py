@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .feed import Batches
+from .data.sample import Sample
+from .feed import Batches, Entry
 from .rewards import Composite, from_recipe
 
 
@@ -18,7 +19,7 @@ class Row:
 
     prompt: str
     source: Tensor
-    target: Tensor
+    target: Tensor | None
     mask: Tensor
 
 
@@ -29,6 +30,8 @@ def read_row(batches: Batches, number: int) -> Row:
     """
     entry = batches.entries[number]
     sample = batches.corpus.source[entry.index]
+    if sample.encoded is not None:
+        return _decoded_row(batches, entry, sample)
     arranged = batches.corpus.read(entry.index)[entry.variant]
     pixels = ((arranged.pixels + 1) / 2).movedim(0, -1)
     mask = None if arranged.mask is None else arranged.mask[0]
@@ -43,9 +46,26 @@ def read_row(batches: Batches, number: int) -> Row:
     return Row(sample.prompt, pixels if source is None else source, pixels, mask)
 
 
+@torch.no_grad()
+def _decoded_row(batches: Batches, entry: Entry, sample: Sample) -> Row:
+    """A precomputed row: the source is what the VAE makes of the masked picture, grey where its hole is."""
+    tensors, host = batches.latents.picture(entry.key), batches.task.host
+    pictures = {
+        name: host.decode(tensors[name][None].float())[0].float().cpu()
+        for name in ("masked_latents", "latents")
+        if name in tensors
+    }
+    source, target, mask = pictures["masked_latents"], pictures.get("latents"), sample.mask
+    if entry.diptych:
+        width = source.shape[1] // 2
+        source, mask = source[:, :width], mask[:, width:]
+        target = None if target is None else target[:, width:]
+    return Row(sample.prompt, source, target, mask)
+
+
 def is_diptych(batches: Batches, number: int) -> bool:
     """Whether the row's picture is [source | edit]."""
-    return batches.corpus.arranger.is_diptych(batches.corpus.source[batches.entries[number].index])
+    return batches.entries[number].diptych
 
 
 def _at_size(mask: Tensor, height: int, width: int) -> Tensor:
@@ -87,8 +107,14 @@ class Judge:
     """Scores finished pictures of data rows with a composite; remembers the rows it has read."""
 
     def __init__(self, rewards: Composite, batches: Batches, targets: bool = True):
-        """targets: whether rewards may see the wanted pictures; off for data that has none."""
-        self.rewards, self.batches, self.targets = rewards, batches, targets
+        """targets: whether rewards may see the finished images, where all rows have one.
+
+        Raises ValueError if a reward needs what the data has not.
+        """
+        self.rewards, self.batches, self.targets = rewards, batches, targets and batches.targets
+        given = {"prompts", "sources", "masks", *(["targets"] if self.targets else [])}
+        if lacking := rewards.missing(given):
+            raise ValueError(f"{lacking}, which the data has not: choose other rewards or other data")
         self._rows: dict[int, Row] = {}
 
     def row(self, number: int) -> Row:

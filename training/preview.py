@@ -1,4 +1,4 @@
-"""Sample pictures during training: one row per sample, given | made | wanted."""
+"""Sample pictures during training: one row per sample, given | made | wanted (if the data has it)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .feed import latents_like
 from .losses import row_noise
 
 
@@ -22,11 +23,13 @@ def contact_sheet(task: Any, batches: Any, seed: int, to_device: Callable) -> Te
     for position in range(len(batches.entries)):
         batch = to_device(batches([position], [False]))
         batch = task.guided(batch, batches.text, task.config.sample_guidance)
-        shape = tuple(batch["latents"].shape[1:])
-        noise = row_noise(seed, [position], shape).to(batch["latents"].device)
+        like = latents_like(batch)
+        noise = row_noise(seed, [position], tuple(like.shape[1:])).to(like.device)
         given = batch.get("masked_latents", batch.get("references"))
         pictures = [task.host.decode(given)] if given is not None else []
-        pictures += [task.sample(batch, noise), task.host.decode(batch["latents"])]
+        pictures.append(task.sample(batch, noise))
+        if "latents" in batch:
+            pictures.append(task.host.decode(batch["latents"]))
         rows.append(torch.cat([p.float().cpu() for p in pictures], dim=2)[0])
     width = max(row.shape[1] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows]

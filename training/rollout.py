@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..samplers import ddim, flow_match, schedule
 from ..samplers.gaussian import Step, per_sample, sde_seed
+from .feed import latents_like
 from .losses import diffused, noised, row_noise, row_uniform
 
 
@@ -222,9 +223,10 @@ def collect(
             numbers = range(start, min(start + micro_batch, group_size))
             part = [member + number for member in starts for number in numbers]
             batch = make_batch([row for row in some for _ in numbers])
-            device = batch["latents"].device
+            like = latents_like(batch)
+            device = like.device
             firsts = [member for member in starts for _ in numbers]
-            shape = tuple(batch["latents"].shape[1:])
+            shape = tuple(like.shape[1:])
             steps = (0, sampling.steps)
             if prefix is None:
                 noise = row_noise(seed, firsts if sampling.shared_noise else part, shape).to(device)
@@ -271,7 +273,8 @@ def _prefix(policy, make_batch, rows, members, sampling, window, seed) -> Tensor
     if not sampling.shared_prefix or window is None or window[0] == 0:
         return None
     batch = make_batch(rows)
-    noise = row_noise(seed, members, tuple(batch["latents"].shape[1:])).to(batch["latents"].device)
+    like = latents_like(batch)
+    noise = row_noise(seed, members, tuple(like.shape[1:])).to(like.device)
     latents, _ = policy.run(batch, noise, sampling, None, None, (0, window[0]))
     return latents
 

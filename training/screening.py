@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .feed import latents_like
 from .judging import Judge
 from .losses import row_noise
 from .rollout import Sampling
@@ -40,12 +41,10 @@ def try_rows(
     for places in trainer.bar(parts, label) if label else parts:
         some = [numbers[place] for place in places]
         batch = trainer.rollout_batch(batches, some)
-        noise = row_noise(
-            c.seed,
-            [STRETCH + draw * len(batches.entries) + n for n in some],
-            tuple(batch["latents"].shape[1:]),
-        )
-        latents, _ = trainer.policy.run(batch, noise.to(batch["latents"].device), sampling, None, None)
+        like = latents_like(batch)
+        places_of_noise = [STRETCH + draw * len(batches.entries) + n for n in some]
+        noise = row_noise(c.seed, places_of_noise, tuple(like.shape[1:])).to(like.device)
+        latents, _ = trainer.policy.run(batch, noise, sampling, None, None)
         for name, values in judge(trainer.task.host.decode(latents), some).items():
             out.setdefault(name, torch.full((len(numbers),), torch.nan))[places] = values.float()
     return out
@@ -119,11 +118,11 @@ class Screened:
 
 
 def by_size(entries: Any, numbers: Sequence[int]) -> list[list[int]]:
-    """Positions in `numbers`, those of rows of one size together."""
-    sizes: dict[tuple[int, int], list[int]] = {}
+    """Positions in `numbers`, those of rows that may share a batch together."""
+    buckets: dict[tuple, list[int]] = {}
     for place, number in enumerate(numbers):
-        sizes.setdefault(entries[number].size, []).append(place)
-    return list(sizes.values())
+        buckets.setdefault(entries[number].bucket, []).append(place)
+    return list(buckets.values())
 
 
 def gathered(accelerator: Any, rows: Tensor) -> Tensor:

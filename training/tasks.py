@@ -9,6 +9,7 @@ runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..models.lora.files import with_strength
 from . import adapters, losses, padding, starts
 from .arrange import Arranged
 from .data.cache import fingerprint
-from .data.sample import stamp
+from .data.sample import Sample, stamp
 from .rollout import Sampling, make_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -194,6 +195,9 @@ class Task:
             cells = losses.emphasised(cells, batch["touched"], c.edit_loss_weight)
         return cells
 
+    def check_widths(self, sample: Sample) -> None:
+        """Raise ValueError for a precomputed row whose text is another model's."""
+
     def condition(self, batch: dict[str, Any], guidance: float | Tensor) -> Any:
         raise NotImplementedError
 
@@ -236,6 +240,24 @@ class FluxTask(Task):
         kind = "words " if self.config.text_lengths else ""
         return kind + super().text_fingerprint()
 
+    @cached_property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of T5 tokens and pooled CLIP vector that the denoiser takes."""
+        from diffusers import FluxTransformer2DModel
+
+        config = FluxTransformer2DModel.load_config(self.config.model, subfolder=self.denoiser_part)
+        return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+    def check_widths(self, sample: Sample) -> None:
+        ready = sample.encoded
+        widths = (ready.prompt_embed.shape[-1], ready.pooled_prompt_embeds.shape[-1])
+        if widths != self.text_widths:
+            wanted = " and ".join(map(str, self.text_widths))
+            raise ValueError(
+                f"{sample.name}: prompt_embed and pooled_prompt_embeds are {widths[0]} and {widths[1]} wide "
+                f"where {self.config.model} takes {wanted}: set model to the one that encoded the data"
+            )
+
     def begin(self, module: nn.Module) -> nn.Module:
         if self.config.init == "random":
             starts.zero_modulation(module)
@@ -256,7 +278,8 @@ class FluxTask(Task):
         from ..models.denoiser import TextEmbedding
 
         if "words" not in batch:
-            return TextEmbedding(batch["tokens"], batch["pooled"])
+            ids = batch["text_ids"][0] if "text_ids" in batch else None
+            return TextEmbedding(batch["tokens"], batch["pooled"], batch.get("text_bias"), ids)
         words = batch["words"]
         lengths = batch.get("text_lengths", torch.full_like(words, self.tokens))
         tokens, bias = padding.merged(batch["tokens"], words, lengths)

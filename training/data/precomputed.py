@@ -1,7 +1,7 @@
 """Flux Fill conditions encoded beforehand: a JSON index beside one folder per kind of tensor.
 
-Index: a list of objects with "caption" and five file names, each looked up in its own folder beside the
-index:
+For reward training, which needs no finished image; `precompute.py` writes it. Index: a list of objects with
+"caption" (the text that rewards see) and five file names, each looked up in its own folder beside the index:
 
 | key | folder | tensor |
 |---|---|---|
@@ -9,29 +9,36 @@ index:
 | pooled_prompt_embeds_path | pooled_prompt_embeds/ | pooled CLIP embedding [P] |
 | text_ids | text_ids/ | text positions [L, 3] |
 | masked_latents_path | masked_latents/ | latents of source * (1 - mask), model space [16, H/8, W/8] |
-| mask_latents_path | mask_latents/ | mask at latent size [1, H/8, W/8], 1 = repaint |
-| latents_path (optional) | latents/ | latents of the finished picture [16, H/8, W/8], to train on |
+| mask_latents_path | mask_latents/ | mask at latent size [1, H/8, W/8], 1 = repaint; soft values are kept |
+| latents_path (optional) | latents/ | latents of the finished image, to train on supervised |
 
-A leading batch axis of one is accepted. Files are read with weights_only=True: a file that needs more is
-refused.
+Optional too: "layout": "diptych" where the image is [source | edit], so that rewards see the edit alone
+beside its source. A caption that is ICEdit's sentence over a mask of the right half says the same without it.
+
+A leading batch axis of one is accepted, and any text length. Files are read with weights_only=True: a file
+that needs more is refused.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from ...models.prompt import instruction_of
 from .broken import BrokenSample
 from .sample import Sample, stamp
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tensors of the table above; floating point in the dtype they were saved in."""
+    """The tensors of the table above; floating point in the dtype they were saved in.
+
+    diptych: the image is [source | edit].
+    """
 
     prompt_embed: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
@@ -39,10 +46,11 @@ class Encoded:
     masked_latents: torch.Tensor
     mask_latents: torch.Tensor
     latents: torch.Tensor | None = None
+    diptych: bool = False
 
     @property
     def mask(self) -> torch.Tensor:
-        """[H,W] float32 at pixel size: every latent cell stands for its 8x8 pixels."""
+        """[H,W] float32 at pixel size: every latent cell stands for its 8x8 pixels, as FLUX packs them."""
         return self.mask_latents[0].float().repeat_interleave(8, 0).repeat_interleave(8, 1)
 
 
@@ -68,14 +76,23 @@ class Precomputed:
             raise FileNotFoundError(f"index {index} does not exist")
         try:
             rows = json.loads(self.index.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"index {index} is not JSON ({error}): write a list of objects") from error
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise ValueError(
                 f"index {index} is not a list of objects: see the table in {Path(__file__).name}"
             )
         self._rows = rows
-        self.fingerprint = stamp("precomputed", str(self.index.resolve()), rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the rows and of their files' sizes and times: tensors computed anew are read anew."""
+        files = []
+        for row in self._rows:
+            for key, folder, _ in _PARTS.values():
+                path = self.index.parent / folder / str(row.get(key))
+                files.append((path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None)
+        return stamp("precomputed", str(self.index.resolve()), self._rows, files)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -97,7 +114,7 @@ class Precomputed:
             tensor = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise BrokenSample(name, f"{path} is missing") from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # a damaged or foreign pickle raises anything
             raise BrokenSample(name, f"{path} is not a plain tensor file ({type(error).__name__})") from error
         if not isinstance(tensor, torch.Tensor):
             raise BrokenSample(name, f"{path} holds a {type(tensor).__name__}, not a tensor")
@@ -114,25 +131,45 @@ class Precomputed:
 
     def __getitem__(self, index: int) -> Sample:
         name, row = self.name(index), self._rows[index]
+        caption = row.get("caption")
+        if not isinstance(caption, str):
+            raise BrokenSample(name, "the key 'caption' is missing or no text")
         parts = {
             part: self._tensor(index, part) for part in _PARTS if part != "latents" or row.get("latents_path")
         }
-        encoded = Encoded(**parts)
-        cells = encoded.masked_latents.shape[1:]
-        expected = {
-            "text_ids": (encoded.prompt_embed.shape[0], 3),
-            "masked_latents": (16, *cells),
-            "mask_latents": (1, *cells),
-            "latents": (16, *cells),
-        }
-        for part, shape in expected.items():
-            if part in parts and tuple(parts[part].shape) != shape:
-                raise BrokenSample(
-                    name, f"{part} is {list(parts[part].shape)} where {list(shape)} is expected"
-                )
-        if cells[0] % 2 or cells[1] % 2:
-            raise BrokenSample(
-                name, f"latents of {cells[0]}x{cells[1]} cells cannot be packed: sides must be even"
-            )
-        caption = str(row.get("caption", ""))
-        return Sample(caption, caption=caption, mask=encoded.mask, name=name, encoded=encoded)
+        _check(name, parts)
+        instruction = self._instruction(row, caption, parts["mask_latents"])
+        encoded = Encoded(**parts, diptych=instruction is not None)
+        words = instruction or caption
+        return Sample(words, caption=caption, mask=encoded.mask, name=name, encoded=encoded)
+
+    def _instruction(self, row: dict, caption: str, mask: torch.Tensor) -> str | None:
+        """What a diptych's caption asks for; None where the row is one image."""
+        layout, words = row.get("layout", ""), instruction_of(caption)
+        if layout:
+            return (words or caption) if layout == "diptych" else None
+        middle = mask.shape[-1] // 2
+        halves = not mask[..., :middle].any() and bool((mask[..., middle:] == 1).all())
+        return words if halves else None
+
+
+def _check(name: str, parts: dict[str, torch.Tensor]) -> None:
+    """Raises BrokenSample for tensors that do not belong together, or that FLUX cannot take."""
+    cells = parts["masked_latents"].shape[1:]
+    expected = {
+        "text_ids": (parts["prompt_embed"].shape[0], 3),
+        "masked_latents": (16, *cells),
+        "mask_latents": (1, *cells),
+        "latents": (16, *cells),
+    }
+    for part, shape in expected.items():
+        if part in parts and tuple(parts[part].shape) != shape:
+            raise BrokenSample(name, f"{part} is {list(parts[part].shape)} where {list(shape)} is expected")
+    if 0 in cells or cells[0] % 2 or cells[1] % 2:
+        raise BrokenSample(
+            name, f"latents of {cells[0]}x{cells[1]} cells cannot be packed: sides must be even"
+        )
+    mask = parts["mask_latents"]
+    if mask.min() < 0 or mask.max() > 1:
+        low, high = float(mask.min()), float(mask.max())
+        raise BrokenSample(name, f"mask_latents goes from {low:g} to {high:g}: write 0 (keep) to 1 (repaint)")

@@ -1,0 +1,241 @@
+"""Reward training from Flux Fill data that was encoded beforehand, in the format of its table: tensors and a
+caption, no finished image."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from comfyui_diptych import cli
+from comfyui_diptych.models import lora, tiny
+from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
+from comfyui_diptych.training import config, grpo, judging, sft
+from comfyui_diptych.training.data.sources import open_source
+from comfyui_diptych.training.grpo_config import GRPOConfig
+
+PRESETS = ("fast", "dance", "flow", "mixgrpo", "nft", "winner")
+WIDE = {"sizes": ((8, 16),) * 4}
+QUICK = {
+    "task": "fill",
+    "model": str(tiny.folder() / "fill"),
+    "max_steps": 1,
+    "mixed_precision": "no",
+    "base_dtype": "float32",
+    "cache_dtype": "float32",
+    "gradient_checkpointing": False,
+    "log_with": ["none"],
+    "rank": 4,
+    "max_sequence_length": 24,
+    "sample_steps": 2,
+}
+REWARD = {"rewards": ["keep_l1", "jpeg_size=0.2"], "group_size": 2, "micro_batch": 2, "groups_per_update": 2}
+
+
+@pytest.fixture(scope="module")
+def widths():
+    from diffusers import FluxTransformer2DModel
+
+    c = FluxTransformer2DModel.load_config(QUICK["model"], subfolder="transformer")
+    return c["joint_attention_dim"], c["pooled_projection_dim"]
+
+
+@pytest.fixture
+def write(tmp_path, widths):
+    """A function that writes rows of the format and returns their spec and the tensors."""
+
+    def rows(
+        name="data",
+        sizes=((8, 8), (12, 8), (8, 8), (12, 8)),
+        lengths=(24,) * 4,
+        ids=0.0,
+        caption="a red car",
+        **change,
+    ):
+        folder, index, tensors = tmp_path / name, [], []
+        for number, ((height, width), length) in enumerate(zip(sizes, lengths, strict=True)):
+            generator = torch.Generator().manual_seed(number)
+            mask = torch.zeros(1, height, width)
+            mask[:, 2:6, 3:] = 1
+            parts = {
+                "prompt_embed": torch.randn(length, widths[0], generator=generator),
+                "pooled_prompt_embeds": torch.randn(widths[1], generator=generator),
+                "text_ids": torch.full((length, 3), ids),
+                "masked_latents": torch.randn(16, height, width, generator=generator),
+                "mask_latents": mask,
+            } | {key: make(height, width) for key, make in change.items()}
+            row = {"caption": caption}
+            for part, tensor in parts.items():
+                (folder / part).mkdir(parents=True, exist_ok=True)
+                torch.save(tensor, folder / part / f"fill_{number}.pt")
+                row["text_ids" if part == "text_ids" else f"{part}_path"] = f"fill_{number}.pt"
+            index.append(row)
+            tensors.append(parts)
+        (folder / "index.json").write_text(json.dumps(index))
+        return f"precomputed:{folder / 'index.json'}", tensors
+
+    return rows
+
+
+def trainer_of(tmp_path, data, kind=GRPOConfig, **options):
+    values = {
+        **QUICK,
+        **(REWARD if kind is GRPOConfig else {}),
+        "data": [data],
+        "output_dir": str(tmp_path / "out"),
+    }
+    trainer = (grpo.GRPOTrainer if kind is GRPOConfig else sft.Trainer)(
+        config.from_dict({**values, **options}, kind)
+    )
+    trainer.prepare()
+    return trainer
+
+
+def command(name, recipe, **options):
+    argv = [name, recipe]
+    for key, value in options.items():
+        argv += ["--set", f"{key}={json.dumps(value)}"]
+    return cli.main(argv)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_rolls_out_judges_and_learns(write, tmp_path, preset):
+    options = {**QUICK, **REWARD, "data": [write()[0]], "output_dir": str(tmp_path / "out")}
+    options["use_targets"] = preset in ("dance", "winner")  # with and without: there are none either way
+    assert command("grpo", f"grpo_{preset}", **options) == 0
+    (line,) = (tmp_path / "out" / "rewards.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["reward/keep_l1"] < 1 and json.loads(line)["kept"] > 0
+    weights = lora.read(tmp_path / "out" / f"grpo_{preset}.safetensors")
+    assert any(module.dense().abs().max() > 0 for module in weights.modules.values())
+    assert (tmp_path / "out" / "before_after.png").is_file()
+
+
+def test_supervised_training_says_in_one_sentence_why_it_cannot(write, tmp_path, capsys):
+    assert command("train", "icedit", **QUICK, data=[write()[0]], output_dir=str(tmp_path / "out")) == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diptych train")]
+    assert "index.json[0] has no latents_path" in sentence and "diptych grpo" in sentence
+
+
+def test_the_model_sees_what_is_stored(write, tmp_path):
+    """Against diffusers' own packing, and the transformer called as its pipeline calls it."""
+    from diffusers import FluxFillPipeline
+
+    spec, (parts, *_) = write(ids=3.0, **WIDE)
+    trainer = trainer_of(tmp_path, spec)
+    batch = trainer.rollout_batch(trainer.batches, [0])
+    pack = FluxFillPipeline._pack_latents
+    mask = parts["mask_latents"][None].expand(1, 64, 8, 16)  # one cell stands for its 64 pixels
+    features = torch.cat([pack(parts["masked_latents"][None], 1, 16, 8, 16), pack(mask, 1, 64, 8, 16)], -1)
+    condition = trainer.task.condition(batch, 30.0)
+    assert torch.equal(condition.features, features) and features.shape == (1, 32, 320)
+    x = torch.randn(1, 16, 8, 16)
+    with torch.no_grad():
+        mine = trainer.task.host.velocity(x, 0.7, condition)
+        theirs = trainer.parts["transformer"](
+            hidden_states=torch.cat([pack(x, 1, 16, 8, 16), features], -1),
+            timestep=torch.tensor([0.7]),
+            guidance=torch.tensor([30.0]),
+            pooled_projections=parts["pooled_prompt_embeds"][None],
+            encoder_hidden_states=parts["prompt_embed"][None],
+            txt_ids=parts["text_ids"],
+            img_ids=FluxFillPipeline._prepare_latent_image_ids(1, 4, 8, "cpu", torch.float32),
+            return_dict=False,
+        )[0]
+    assert torch.equal(pack(mine, 1, 16, 8, 16), theirs)
+
+
+def test_texts_of_any_length_share_a_batch_unchanged(write, tmp_path):
+    """Each row's prediction in a batch of several lengths is that of the row alone at its own length."""
+    spec, parts = write(lengths=(24, 7, 13, 24), **WIDE)
+    trainer = trainer_of(tmp_path, spec)
+    x = torch.randn(3, 16, 8, 16)
+    with torch.no_grad():
+        condition = trainer.task.condition(trainer.rollout_batch(trainer.batches, [1, 0, 2]), 30.0)
+        together = trainer.task.host.velocity(x, 0.5, condition)
+        for place, number in enumerate([1, 0, 2]):
+            batch = trainer.rollout_batch(trainer.batches, [number])
+            batch["tokens"] = parts[number]["prompt_embed"][None]
+            del batch["text_bias"]
+            alone = trainer.task.host.velocity(x[place : place + 1], 0.5, trainer.task.condition(batch, 30.0))
+            assert torch.allclose(together[place], alone[0], atol=2e-5)
+
+
+def test_rows_with_one_caption_keep_their_own_text(write, tmp_path):
+    spec, parts = write(**WIDE)
+    batch = trainer_of(tmp_path, spec).batches([2, 3], [False, False])
+    assert torch.equal(batch["tokens"], torch.stack([parts[2]["prompt_embed"], parts[3]["prompt_embed"]]))
+
+
+def test_soft_masks_keep_their_values(write, tmp_path):
+    spec, _ = write(mask_latents=lambda h, w: torch.full((1, h, w), 0.25))
+    trainer = trainer_of(tmp_path, spec)
+    assert (trainer.batches([0], [False])["mask"] == 0.25).all()
+
+
+def test_judges_see_the_decoded_masked_picture(write, tmp_path):
+    spec, (parts, *_) = write(**WIDE)
+    trainer = trainer_of(tmp_path, spec)
+    row = judging.read_row(trainer.batches, 0)
+    with torch.no_grad():
+        decoded = trainer.task.host.decode(parts["masked_latents"][None])[0]
+    assert torch.allclose(row.source, decoded, atol=1e-5) and row.target is None and row.prompt == "a red car"
+    assert torch.equal(row.mask, parts["mask_latents"][0].repeat_interleave(8, 0).repeat_interleave(8, 1))
+
+
+@pytest.mark.parametrize("named", ["by its caption", "by the option"])
+def test_a_diptych_is_judged_by_its_edited_half(write, tmp_path, named):
+    right = torch.cat([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)], -1)
+    words = (
+        ICEDIT_TEMPLATE.replace("{instruction}", "make it blue")
+        if named == "by its caption"
+        else "make it blue"
+    )
+    spec, (parts, *_) = write(caption=words, mask_latents=lambda h, w: right, **WIDE)
+    options = {} if named == "by its caption" else {"layout": "diptych"}
+    trainer = trainer_of(tmp_path, spec, rewards=["jpeg_size"], **options)
+    row = judging.read_row(trainer.batches, 0)
+    with torch.no_grad():
+        decoded = trainer.task.host.decode(parts["masked_latents"][None])[0]
+    assert row.prompt == "make it blue" and torch.allclose(row.source, decoded[:, :64], atol=1e-5)
+    assert row.mask.shape == (64, 64) and row.mask.all()
+    scores = trainer.judge(torch.rand(2, 64, 128, 3), [0, 1])
+    assert scores["jpeg_size"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"data_rows": 2}, "has no latents_path"),
+        ({"algorithm": "nft", "nft_targets": True}, "has no latents_path"),
+        ({"task": "kontext", "model": str(tiny.folder() / "kontext")}, "set task=fill"),
+        ({"rewards": ["shapes_of_targets"]}, "needs targets, which the data has not"),
+    ],
+    ids=["supervised rows", "targets", "task", "reward"],
+)
+def test_what_such_data_cannot_do_is_one_sentence(write, tmp_path, monkeypatch, options, sentence):
+    from comfyui_diptych.training.rewards import base
+
+    class OfTargets(base.Reward):
+        name, needs = "shapes_of_targets", frozenset({"targets"})
+
+    monkeypatch.setitem(base._REGISTRY, "shapes_of_targets", OfTargets)
+    with pytest.raises(ValueError, match=sentence):
+        trainer_of(tmp_path, write()[0], **options)
+
+
+def test_text_of_another_model_is_one_sentence(write, tmp_path, widths):
+    spec, _ = write(prompt_embed=lambda h, w: torch.zeros(24, widths[0] + 1))
+    with pytest.raises(
+        ValueError, match=f"{widths[0] + 1} and {widths[1]} wide where .* takes {widths[0]} and"
+    ):
+        trainer_of(tmp_path, spec)
+
+
+def test_tensors_written_anew_are_read_anew(write, tmp_path):
+    spec, _ = write(**WIDE)
+    trainer_of(tmp_path, spec)
+    before = open_source(spec).fingerprint
+    spec, parts = write(masked_latents=lambda h, w: torch.full((16, h, w), 0.5), **WIDE)
+    assert open_source(spec).fingerprint != before
+    batch = trainer_of(tmp_path, spec).batches([0], [False])
+    assert (batch["masked_latents"] == 0.5).all()
