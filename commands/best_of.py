@@ -7,11 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
+from . import values
+
+MOST = 4096  # starts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("best of N", "start several pictures, finish the one a judge likes best")
     add = add.add_argument
-    add("--best-of", type=int, default=1, metavar="N", help="starts; seeds SEED to SEED+N-1 (default 1)")
+    add(
+        "--best-of",
+        type=values.whole(1, MOST),
+        default=1,
+        metavar="N",
+        help="starts; seeds SEED to SEED+N-1 (default 1)",
+    )
     add(
         "--judge",
         action="append",
@@ -20,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="reward that judges; may be repeated. For example vlm_yes, clip_h:path=FOLDER, keep_l1=0.5 "
         "(default: shapes for the bundled model)",
     )
-    add("--judge-steps", type=int, metavar="M", help="steps before judging (default: a third of the steps)")
+    add(
+        "--judge-steps",
+        type=values.steps,
+        metavar="M",
+        help="steps before judging (default: a third of the steps)",
+    )
 
 
 def check(

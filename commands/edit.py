@@ -7,7 +7,6 @@ Everything that can be wrong with the input is found before a model is loaded. T
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from . import best_of, loras, pictures
+from .stopping import Stop
+from .values import LARGEST_SIDE, check_device, finite, seed, steps, whole
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("fill", "kontext")
@@ -35,20 +36,20 @@ def add_parser(subparsers) -> None:
     add("--engine", choices=ENGINES, help="ICEdit diptych on FLUX Fill, or Kontext (default: by the model)")
     add("--model", metavar="DIR_OR_HUB_ID", help="diffusers folder or Hugging Face id (default: bundled)")
     loras.add_argument(parser)
-    add("--lora-strength", type=float, default=1.0, help="strength of LoRAs that name none (default 1)")
-    add("--steps", type=int, help="sampling steps (default 28)")
-    add("--guidance", type=float, help="embedded guidance (default 50 for fill, 2.5 for kontext)")
+    add("--lora-strength", type=finite, default=1.0, help="strength of LoRAs that name none (default 1)")
+    add("--steps", type=steps, help="sampling steps (default 28)")
+    add("--guidance", type=finite, help="embedded guidance (default 50 for fill, 2.5 for kontext)")
     add("--negative", help="kontext: negative prompt")
-    add("--cfg", type=float, default=1.0, help="kontext: scale of the negative prompt (default 1, off)")
-    add("--seed", type=int, default=0)
+    add("--cfg", type=finite, default=1.0, help="kontext: scale of the negative prompt (default 1, off)")
+    add("--seed", type=seed, default=0, help="of the noise (default 0)")
     add("--rule", default="ode", help="step rule: ode, flow, dance, cps or rf_ancestral (default ode)")
-    add("--eta", type=float, help="noise of an SDE rule (default: the rule's own)")
+    add("--eta", type=finite, help="noise of an SDE rule (default: the rule's own)")
     best_of.add_arguments(parser)
     add("--mask", metavar="MASK", help="fill: edit only where this picture is white")
     add("--reference", action="append", default=[], metavar="IMAGE", help="kontext: a further picture")
     add(
         "--panel-width",
-        type=int,
+        type=whole(0, LARGEST_SIDE),
         help="width in pixels at which the model sees the picture, 0 for its own (default: as trained)",
     )
     add("--policy", default="stretch", choices=("stretch", "crop", "pad"), help="how sizes are made to fit")
@@ -80,19 +81,15 @@ def run(args: argparse.Namespace) -> int:
     if request.tiny is not None:
         _say_what_tiny_is(request.tiny)
     _quiet()
-    import torch
-
-    try:
+    with Stop("stopped before the picture was made: nothing was written"):
         denoiser = _load(request, args)
         handles = _apply_loras(denoiser, request)
         edited = _edit(denoiser, request, handles, args)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"the GPU's memory is full ({error}): add --offload, or a smaller size") from error
     before, after = request.image[0], edited[0]
-    beside = pictures.side_by_side_path(args.output)
-    pictures.save(pictures.to_pil(after), args.output)
-    pictures.save(pictures.side_by_side(before, after, request.instruction), beside)
-    print(f"wrote {args.output} and {beside}")
+    output = pictures.save(pictures.to_pil(after), args.output)
+    beside = pictures.side_by_side_path(output)
+    beside = pictures.save(pictures.side_by_side(before, after, request.instruction), beside)
+    print(f"wrote {output} and {beside}")
     return 0
 
 
@@ -113,11 +110,10 @@ def check(args: argparse.Namespace) -> Request:
     sampling = editing.Sampling(
         steps=args.steps or (tiny or {}).get("steps") or 28, seed=args.seed, rule=args.rule, eta=args.eta
     )
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}: at least one step is needed")
     resolve_eta(args.rule, args.eta)
 
     image, instruction = _picture_and_words(args.image, args.instruction)
+    pictures.check_writable(args.output, image)
     mask = pictures.load_mask(args.mask) if args.mask else None
     further = tuple(pictures.load_image(path) for path in args.reference)
     for option, given, wanted in (
@@ -130,7 +126,7 @@ def check(args: argparse.Namespace) -> Request:
             raise ValueError(f"{option} works with --engine {wanted} only: leave it out or change the engine")
     if args.negative is not None and args.cfg == 1.0:
         raise ValueError("--negative does nothing at --cfg 1: add a scale, such as --cfg 2.5")
-    _check_device(args.device)
+    check_device(args.device)
     panel_width = args.panel_width
     if panel_width is None:
         panel_width = tiny["panel"] if tiny else diptych.PANEL_WIDTH if engine == "fill" else None
@@ -163,20 +159,6 @@ def check(args: argparse.Namespace) -> Request:
     )
 
 
-def _check_device(name: str | None) -> None:
-    import torch
-
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"--device is {name}: use cuda, mps or cpu") from error
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not found.get(device.type, True):
-        raise ValueError(
-            f"--device is {name} but torch finds none on this machine: use cpu, or see diptych doctor"
-        )
-
-
 def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tensor, str]:
     """Both, drawing a demo picture where none is named. One argument that is no file is the instruction."""
     if image is not None and instruction is None:
@@ -199,11 +181,11 @@ def _engine_of(model: str | None) -> str:
     """By the input channels of a local folder, else by the name of a hub id."""
     if model is None:
         return "fill"
+    from ..models.flux import read_config
+
     config = Path(model) / "transformer" / "config.json"
     if config.is_file():
-        return (
-            "kontext" if json.loads(config.read_text(encoding="utf-8")).get("in_channels") == 64 else "fill"
-        )
+        return "kontext" if read_config(config).get("in_channels") == 64 else "fill"
     return "kontext" if "kontext" in model.lower() else "fill"
 
 

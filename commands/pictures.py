@@ -66,18 +66,25 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
-def check_writable(path: Path) -> None:
-    """Raises ValueError, before any work, for an output that could not be written."""
+def check_writable(path: Path, image: Tensor | None = None) -> None:
+    """Raises ValueError, before any work, for an output (of this image's size) that cannot be written."""
+    from ..training.disk import check_file
+
     if path.suffix.lower() not in WRITABLE:
         raise ValueError(f"output {path} has no picture suffix: use one of {', '.join(WRITABLE)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"output {path} cannot be written: its folder does not exist, create {path.parent}")
+    check_file(path, need=(1 << 20) + (0 if image is None else image.numel()))
 
 
-def save(picture: Image.Image, path: Path) -> None:
+def save(picture: Image.Image, path: Path) -> Path:
+    """Write a picture, whole or not at all; where its path fails, to another place, which is said.
+
+    Returns where it is.
+    """
+    from ..training.disk import keep, write_whole
+
     if path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
         picture = picture.convert("RGB")
-    picture.save(path)
+    return keep(path, lambda place: write_whole(place, picture.save))
 
 
 def side_by_side_path(path: Path) -> Path:

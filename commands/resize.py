@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
+
+from .stopping import Stop
+from .values import positive
 
 
 def add_parser(subparsers: Any) -> None:
@@ -15,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
         "changes the model almost alike. What it lost can be trained back (init_lora of train and grpo).",
     )
     parser.add_argument("lora", help="LoRA file or folder, of any format but MoE and LyCORIS")
-    parser.add_argument("--rank", type=int, required=True, help="largest rank that is kept")
+    parser.add_argument("--rank", type=positive, required=True, help="largest rank that is kept")
     parser.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
     parser.set_defaults(run=run)
 
@@ -23,9 +27,16 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..models.lora.resize import resize
     from ..models.lora.save import save
+    from ..training.disk import check_file, keep
     from .loras import read
 
-    made = resize(read(args.lora)[0], args.rank)
-    path = save(args.output, made)
+    output = Path(args.output)
+    if output.suffix.lower() != ".safetensors":
+        raise ValueError(f"output {output} has no suffix .safetensors, by which a LoRA is known: add it")
+    check_file(output)
+    weights = read(args.lora)[0]
+    with Stop("stopped before the LoRA was resized: nothing was written"):
+        made = resize(weights, args.rank)
+    path = keep(output, lambda place: save(place, made))
     sys.stdout.write(f"{made.notes[-1]}\n{path}\n")
     return 0

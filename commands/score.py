@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import loras
+from . import loras, values
+from .stopping import Stop, Stopped
 
 ENGINES = ("fill", "kontext", "sd_inpaint")
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # the ones ICEdit reports
+SHEET = 16 << 20  # bytes of room for the contact sheet and the figures
 QUESTIONS = {
     "edit": "does it make the edit that was asked for, and keep the rest",
     "fill": "does it fill a mask as the caption says (base models)",
@@ -30,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     loras.add_argument(parser)
     parser.add_argument(
-        "--strength", type=float, default=1.0, help="strength of LoRAs that name none (default 1)"
+        "--strength", type=values.finite, default=1.0, help="strength of LoRAs that name none (default 1)"
     )
     parser.add_argument("--engine", choices=ENGINES, default="fill", help="model family (default fill)")
     parser.add_argument(
@@ -42,20 +44,34 @@ def add_parser(subparsers: Any) -> None:
     )
     data.add_argument("--data", help="folder of pairs, or KIND:LOCATION as in a training recipe")
     parser.add_argument("--split", default="test", help="split of the world (default test)")
-    parser.add_argument("-n", "--n", type=int, default=500, help="pictures (default 500)")
+    parser.add_argument("-n", "--n", type=values.positive, default=500, help="pictures (default 500)")
     parser.add_argument(
-        "--size", type=int, help="side of one panel in pixels (default 64 for shapes, else 512)"
+        "--size",
+        type=values.whole(16, values.LARGEST_SIDE),
+        help="side of one panel in pixels (default 64 for shapes, else 512)",
     )
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps (default 12)")
+    parser.add_argument("--steps", type=values.steps, default=12, help="denoising steps (default 12)")
     parser.add_argument(
-        "--guidance", type=float, help="embedded guidance (default 50 diptych, 30 fill, 2.5 kontext)"
+        "--guidance", type=values.finite, help="embedded guidance (default 50 diptych, 30 fill, 2.5 kontext)"
     )
-    parser.add_argument("--cfg", type=float, help="sd_inpaint: classifier-free guidance (default 7.5)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
-    parser.add_argument("--data-seed", type=int, default=0, help="seed of the shapes edits (default 0)")
-    parser.add_argument("--batch", type=int, help="pictures at a time (default 50 for shapes, else 1)")
+    parser.add_argument(
+        "--cfg", type=values.finite, help="sd_inpaint: classifier-free guidance (default 7.5)"
+    )
+    parser.add_argument(
+        "--seed", type=values.whole(0, 2**40), default=0, help="seed of the noise (default 0)"
+    )
+    parser.add_argument(
+        "--data-seed", type=values.seed, default=0, help="seed of the shapes edits (default 0)"
+    )
+    parser.add_argument(
+        "--batch", type=values.positive, help="pictures at a time (default 50 for shapes, else 1)"
+    )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", help="weights as float32, bfloat16 or float16 (default: float32 on a CPU)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (default: float32 on a CPU, else bfloat16)",
+    )
     parser.add_argument(
         "--autocast", action="store_true", help="compute in bfloat16 (several times faster with AMX)"
     )
@@ -68,10 +84,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..training import judges, score
+    from ..training import disk, judges
 
-    if args.n < 1 or (args.batch or 1) < 1 or args.steps < 1:
-        raise ValueError(f"n is {args.n}, batch {args.batch}, steps {args.steps}: each must be 1 or more")
+    disk.check_folder(args.output, need=SHEET)
+    values.check_device(args.device)
     notes: dict[str, str] = {}
     size = args.size or (512 if args.data else 64)
     if size < 16 or size % 16:
@@ -86,6 +102,23 @@ def run(args: argparse.Namespace) -> int:
         total, cases = min(args.n, len(source)), judges.data_cases(source, args.n, size, notes)
     else:
         total, cases = args.n, judges.shapes_cases(args.n, split=args.split, seed=args.data_seed, size=size)
+    with Stop(
+        "stopped before anything was scored", "stopping after this batch, with the figures so far"
+    ) as stop:
+        return _score(args, cases, total, size, notes, stop)
+
+
+def _score(
+    args: argparse.Namespace, cases: Any, total: int, size: int, notes: dict[str, str], stop: Stop
+) -> int:
+    """Score and write; stopped, it writes the figures of the pictures scored so far."""
+    from ..models.flux import default_device
+    from ..training import disk, judges, score
+
+    more: dict[str, Any] = {}
+    if args.what != "vae":
+        device = args.device or str(default_device())
+        more["more"] = judges.similarity_judges(notes, args.clip, args.dino, device)
     denoiser, at_sigma, lora = load(args)
     settings = score.Settings(
         steps=args.steps,
@@ -95,10 +128,8 @@ def run(args: argparse.Namespace) -> int:
         cfg=args.cfg,
         autocast=args.autocast,
         at_sigma=at_sigma,
+        should_stop=stop.asked,
     )
-    more: dict[str, Any] = {}
-    if args.what != "vae":
-        more["more"] = judges.similarity_judges(notes, args.clip, args.dino, str(denoiser.device))
     measure = {"edit": score.score_edits, "fill": score.score_fill, "vae": score.score_vae}[args.what]
     scores = measure(denoiser, cases, settings, total=total, **more)
     scores.notes |= notes
@@ -117,12 +148,16 @@ def run(args: argparse.Namespace) -> int:
     )
     about = {name: getattr(args, name) for name in kept}
     about |= {"size": size, "batch": settings.batch, "autocast": args.autocast, "lora_report": lora}
-    path = scores.save(args.output, about)
+    path = disk.keep(args.output, lambda folder: scores.save(folder, about)) / "score.json"
     for name, value in scores.figures().items():
         sys.stdout.write(f"{name:24} {value:.4f}\n")
     for name, why in scores.notes.items():
         sys.stdout.write(f"{name:24} {why}\n")
     sys.stdout.write(f"{path}\n")
+    if stop.signal:
+        raise Stopped(
+            stop.signal, f"stopped after {len(scores.rows)} of {total} pictures; their figures: {path}"
+        )
     return 0
 
 
@@ -135,9 +170,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
 
     folder = args.model or tiny.folder() / args.engine
     device = torch.device(args.device) if args.device else default_device()
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype is {args.dtype!r}: use float32, bfloat16 or float16")
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     chosen = [loras.read(text, args.strength) for text in args.lora]
     if args.engine == "fill":
         from ..models.flux_fill import FluxFill as Engine

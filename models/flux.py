@@ -73,12 +73,23 @@ def check_folder(folder: str | Path, part: str, in_channels: int, what: str) -> 
             f"model folder {folder} has no model_index.json or no {part}/config.json: "
             "download the whole diffusers folder"
         )
-    found = json.loads(config.read_text(encoding="utf-8")).get("in_channels")
+    found = read_config(config).get("in_channels")
     if found != in_channels:
         raise ValueError(
             f"model folder {folder} has {found} input channels where {what} has {in_channels}: "
             "give that model's folder"
         )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's JSON file. Raises ValueError that names it where it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"model file {path} is damaged ({error}): download the model again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"model file {path} is no JSON object: download the model again")
+    return values
 
 
 class FluxDenoiser:

@@ -38,6 +38,7 @@ class Settings:
     autocast: bool = False
     at_sigma: Callable[[float], None] | None = None
     progress: bool = True
+    should_stop: Callable[[], bool] | None = None  # asked before every batch but the first
 
     def sampling(self, number: int):
         """Of batch `number`."""
@@ -243,6 +244,9 @@ def _run(denoiser, cases, settings, make, measure, sheet, total, shown) -> Score
     scores = Scores(headings=headings)
     with tqdm(total=total, desc="scoring", unit="picture", disable=not settings.progress) as bar:
         for number, group in enumerate(judges.batches(cases, settings.batch)):
+            stopped = settings.should_stop is not None and settings.should_stop()
+            if stopped and scores.rows:
+                break
             fast = (
                 torch.autocast(denoiser.device.type, torch.bfloat16) if settings.autocast else nullcontext()
             )

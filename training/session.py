@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.flux import read_config
 from . import pictures
 from .config import TrainConfig, load
 
@@ -72,7 +73,7 @@ def task_of(model: str | Path) -> str:
     for part, by_channels in (("transformer", {384: "fill", 64: "kontext"}), ("unet", {9: "sd_inpaint"})):
         path = Path(model) / part / "config.json"
         if path.is_file():
-            channels = json.loads(path.read_text(encoding="utf-8")).get("in_channels")
+            channels = read_config(path).get("in_channels")
             if channels in by_channels:
                 return by_channels[channels]
             raise ValueError(

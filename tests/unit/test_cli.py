@@ -46,7 +46,8 @@ WRONG = [
     (["{fill}/model_index.json", "x"], "model_index.json cannot be read as a picture"),
     (["{photo}", "x", "-o", "{tmp}/none/out.png"], "its folder does not exist"),
     (["{photo}", "x", "-o", "{tmp}/out.txt"], "has no picture suffix"),
-    (["{photo}", "x", "--steps", "0"], "steps is 0"),
+    (["{photo}", "x", "-o", "{photo}/out.png"], "{photo} is a file"),
+    (["{photo}", "x", "-o", "{tmp}/" + "x" * 300 + ".png"], "has too long a name"),
     (["{photo}", "x", "--rule", "best"], "rule is 'best': choose one of ode"),
     (["{photo}", "x", "--rule", "flow", "--eta", "-1"], "eta is -1"),
     (["{photo}", "x", "--panel-width", "30"], "panel_width is 30: use a multiple of 16"),
@@ -54,6 +55,8 @@ WRONG = [
     (["{photo}", "x", "--mask", "{tmp}/none.png"], "image {tmp}/none.png does not exist"),
     (["{photo}", "x", "--reference", "{photo}"], "--reference works with --engine kontext only"),
     (["{photo}", "x", "--cfg", "3"], "--cfg works with --engine kontext only"),
+    (["{photo}", "x", "--device", "cuda:99"], "--device is cuda:99 but torch finds"),
+    (["{photo}", "x", "--device", "meta"], "--device is meta: use cuda, mps or cpu"),
     (["{photo}", "x", "--device", "warp"], "--device is warp: use cuda, mps or cpu"),
     (["{photo}", "x", "--engine", "kontext"], "has 384 input channels where FLUX.1 Kontext has 64"),
     (["{photo}", "x", "--model", "{tmp}"], "has no model_index.json"),
@@ -75,6 +78,123 @@ def test_wrong_input_is_one_sentence_before_a_model_is_loaded(
     error = capsys.readouterr().err
     assert message.format(**names) in error
     assert error.count("\n") == 1
+
+
+REFUSED = [
+    (["edit", "--steps", "0"], "--steps: it is 0: give 1 or more"),
+    (["edit", "--steps", "100000000000"], "--steps: it is 100000000000: give at most 10000"),
+    (["edit", "--steps", "2.5"], "--steps: it is '2.5': give a whole number"),
+    (["edit", "--guidance", "nan"], "--guidance: it is nan: give a finite number"),
+    (["edit", "--cfg", "-inf"], "--cfg"),
+    (["edit", "--eta=inf"], "--eta: it is inf: give a finite number"),
+    (["edit", "--lora-strength", "1,5"], "--lora-strength: it is '1,5': give a number"),
+    (["edit", "--seed", "9" * 22], "--seed: it is 9999999999999999999999: give at most"),
+    (["edit", "--panel-width", "-64"], "--panel-width"),
+    (["edit", "--best-of", "0"], "--best-of: it is 0: give 1 or more"),
+    (["edit", "--stpes", "3"], "unknown option --stpes, did you mean --steps?"),
+    (["score", "-n", "-1", "-o", "s"], "-n/--n: it is -1: give 1 or more"),
+    (["score", "--guidance", "nan", "-o", "s"], "--guidance: it is nan"),
+    (["score", "--dtype", "int8", "-o", "s"], "--dtype"),
+    (["resize", "a", "--rank", "0", "-o", "b.safetensors"], "--rank: it is 0: give 1 or more"),
+    (["train", "icedit", "--resum", "auto", "--st", "x=1"], "unknown option"),
+    (["trian"], "invalid choice: 'trian'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_values_are_refused_in_one_line_with_the_options_name(words, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and message in error and error.count("\n") == 1
+
+
+BEFORE_WORK = [
+    (["score", "-n", "1", "-o", "{photo}"], "output folder {photo} cannot be used: {photo} is a file"),
+    (["score", "-n", "1", "--device", "foo", "-o", "{tmp}/s"], "--device is foo"),
+    (["resize", "{tmp}/none", "--rank", "2", "-o", "{tmp}"], "has no suffix .safetensors"),
+    (["resize", "{tmp}/none", "--rank", "2", "-o", "{photo}/x.safetensors"], "{photo} is a file"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BEFORE_WORK, ids=[message for _, message in BEFORE_WORK])
+def test_outputs_and_devices_are_looked_at_before_the_input(words, message, photo, tmp_path, capsys):
+    names = {"tmp": tmp_path, "photo": photo}
+    assert cli.main([word.format(**names) for word in words]) == 2
+    assert message.format(**names) in capsys.readouterr().err
+
+
+def ending_in(error: BaseException, monkeypatch, *options: str) -> int:
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+    return cli.main([*options, "doctor"])
+
+
+def hub_error(name: str, text: str, *bases: type) -> BaseException:
+    """As a library raises it, without importing one."""
+    return type(name, bases or (Exception,), {})(text)
+
+
+ENDINGS = [
+    (PermissionError(13, "Permission denied", "/a/b"), "/a/b may not be used by this user"),
+    (NotADirectoryError(20, "Not a directory", "/a/b"), "/a/b goes through a file"),
+    (OSError(28, "No space left on device"), "the disk is full; free some space"),
+    (OSError(30, "Read-only file system", "/a/b"), "/a/b is on a read-only disk"),
+    (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), "diffusers is not installed: "),
+    (ModuleNotFoundError("No module named 'datasets'", name="datasets"), "-m pip install datasets"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the device's memory is full"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 25 GB"), "main memory is full"),
+    (AssertionError("Torch not compiled with CUDA enabled"), "the device cannot be used"),
+    (hub_error("ConnectError", "[Errno -3] no name"), "unexpected ConnectError"),
+    (hub_error("GatedRepoError", "403", OSError), "asks for its licence"),
+    (hub_error("LocalEntryNotFoundError", "not cached", FileNotFoundError), "the network was needed"),
+    (hub_error("SafetensorError", "header too large"), "a weights file is damaged"),
+    (OSError("x is not a local folder and is not a valid model identifier"), "no such folder here"),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "text is not UTF-8"),
+    (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+    (OverflowError("int too big to convert"), "a number is too large"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), ENDINGS, ids=[message for _, message in ENDINGS])
+def test_every_ending_is_one_sentence_with_a_remedy(error, message, monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    code = ending_in(error, monkeypatch)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and said.startswith("diptych doctor: ")
+    assert code == (1 if "unexpected" in message else 2)
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        ending_in(ZeroDivisionError("x"), monkeypatch, "--debug")
+
+
+def test_a_reader_that_went_away_does_not_end_the_work(capsys, monkeypatch):
+    class Gone:
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    done = []
+    monkeypatch.setattr(doctor, "run", lambda args: [print("x"), print("y"), done.append(1)] and 0)
+    assert cli.main(["doctor"]) == 0 and done
+
+
+def test_what_a_terminal_cannot_spell_is_written_in_another_way(monkeypatch):
+    import io
+
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    monkeypatch.setattr(doctor, "run", lambda args: print("caf\u00e9"))
+    assert cli.main(["doctor"]) == 0
+    assert raw.getvalue() == b"caf\\xe9\n"
 
 
 def request_for(*words: str) -> edit.Request:

@@ -82,5 +82,10 @@ def test_the_command_writes_what_it_says(tmp_path, capsys):
 
 
 def test_the_command_names_a_missing_file(tmp_path, capsys):
-    assert cli.main(["resize", str(tmp_path / "no.safetensors"), "--rank", "3", "-o", "x"]) == 2
+    assert (
+        cli.main(
+            ["resize", str(tmp_path / "no.safetensors"), "--rank", "3", "-o", str(tmp_path / "x.safetensors")]
+        )
+        == 2
+    )
     assert "does not exist" in capsys.readouterr().err
