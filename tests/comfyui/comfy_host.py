@@ -139,6 +139,10 @@ class Host:
         """Whether a node's results are kept for the next run."""
         return not getattr(self.args, "cache_none", False)
 
+    def within(self, tolerance: float) -> float:
+        """The tolerance of a comparison across nodes, wider where ComfyUI hands on float16."""
+        return max(tolerance, 2e-2) if getattr(self.args, "fp16_intermediates", False) else tolerance
+
     async def _load(self) -> None:
         await self.comfy_nodes.init_public_apis()
         await self.comfy_nodes.init_builtin_extra_nodes()
