@@ -46,7 +46,7 @@ def format_prompt(
     """
     check_choice("side", side, SIDES)
     if "{instruction}" not in template:
-        raise ValueError(f"template is {template!r}: write {{instruction}} where the instruction belongs.")
+        raise ValueError(f"template is {template[:60]!r}: write {{instruction}} where it belongs.")
     words = (instruction or "").strip()
     if not words:
         return ""

@@ -5,6 +5,7 @@ A new node goes into the file of its menu, at the end of that file's `NODES` lis
 """
 
 from . import best_of, conditioning, diptych, grpo, lora, masks, rewards, sampling, score, tiny, training
+from .guard import guard
 
 NODE_CLASSES = [
     *diptych.NODES,
@@ -20,5 +21,5 @@ NODE_CLASSES = [
     *tiny.NODES,
 ]
 
-NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in NODE_CLASSES}
+NODE_CLASS_MAPPINGS = {cls.__name__: guard(cls) for cls in NODE_CLASSES}
 NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: cls.DISPLAY_NAME for cls in NODE_CLASSES}

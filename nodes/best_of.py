@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ..samplers.rules import RULES
+from .shown import report_to
 
 
 class DiptychEarlyFilterSampler:
@@ -160,24 +160,9 @@ class DiptychEarlyFilterSampler:
             rule=rule,
             eta=None if eta < 0 else eta,
             stream=sde_seed,
-            report=_shown_on(unique_id),
+            report=report_to(unique_id),
         )
         return (early_filter_sampler(settings),)
-
-
-def _shown_on(node: str | None) -> Callable[[str], None] | None:
-    """Puts a text under the node in ComfyUI's window, where there is one."""
-    if node is None:
-        return None
-
-    def show(text: str) -> None:
-        from server import PromptServer
-
-        instance = getattr(PromptServer, "instance", None)
-        if instance is not None:
-            instance.send_progress_text(text, node)
-
-    return show
 
 
 NODES = [DiptychEarlyFilterSampler]

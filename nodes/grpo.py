@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .lora import lora_names, lora_path
+from .shown import shown
 from .training import (
     DEMO,
     PRECISION_INPUT,
@@ -125,7 +126,7 @@ class DiptychTrainGRPO:
         }
 
     @classmethod
-    def IS_CHANGED(cls, dataset: str, **_: Any) -> str:
+    def IS_CHANGED(cls, dataset: object = None, **_: Any) -> str:
         return DiptychTrainLora.IS_CHANGED(dataset)
 
     def train(
@@ -178,7 +179,8 @@ class DiptychTrainGRPO:
         )
         lora, outcome = comfy.run(choices, grpo_session)
         report = f"{outcome.report}\nLoRA: {lora}"
-        return {"ui": {"text": [report]}, "result": (lora.name, outcome.curve, outcome.samples, report)}
+        ui = shown(report, outcome.curve, outcome.samples)
+        return {"ui": ui, "result": (lora.name, outcome.curve, outcome.samples, report)}
 
 
 def _data(dataset: str, task: str, images: Tensor | None, instructions: str, root: Path) -> tuple[str, bool]:

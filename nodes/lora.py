@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..models import tiny
+from .guard import short
 
 # models.lora is imported where it is used: it is a third of what importing the pack would cost.
 
@@ -113,13 +114,13 @@ class DiptychGRPOLoraLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, lora: str) -> bool | str:
-        if lora_path(lora) is None:
-            return f"lora is {lora!r}, which is not in ComfyUI's loras folder: refresh, or put the file there"
-        return True
+    def VALIDATE_INPUTS(cls, lora: object = None) -> bool | str:
+        if lora is None or lora_path(lora) is not None:  # None: it comes by a link
+            return True
+        return f"lora is {short(lora)}, which is not in ComfyUI's loras folder: refresh, or put it there"
 
     @classmethod
-    def IS_CHANGED(cls, lora: str, **_: object) -> str:
+    def IS_CHANGED(cls, lora: object = None, **_: object) -> str:
         path = lora_path(lora)
         return "missing" if path is None else _fingerprint(path)
 
@@ -136,7 +137,7 @@ class DiptychGRPOLoraLoader:
     ) -> tuple:
         path = lora_path(lora)
         if path is None:
-            raise ValueError(f"lora is {lora!r}, which is not in ComfyUI's loras folder: put the file there")
+            raise ValueError(f"lora is {short(lora)}, which is not in ComfyUI's loras folder: put it there")
         from ..models.lora import apply_to_comfy, read
 
         weights = read(path, scale=scale or None, top_k=top_k or None)
@@ -163,8 +164,10 @@ def lora_names() -> list[str]:
     return files + sorted(_folders(files)) + [f"{BUNDLED_PREFIX}{p.name}" for p in _bundled()]
 
 
-def lora_path(name: str) -> Path | None:
-    """Where a name of the list is on disk; None if it is not there any more."""
+def lora_path(name: object) -> Path | None:
+    """Where a name of the list is on disk; None if it is not there any more, or no name at all."""
+    if not isinstance(name, str):
+        return None
     if name.startswith(BUNDLED_PREFIX):
         return next((p for p in _bundled() if p.name == name.removeprefix(BUNDLED_PREFIX)), None)
     try:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .shown import shown
+
 PUBLISHED = "published"
 FOLDER = "diptych_rewards"
 
@@ -125,6 +127,8 @@ class DiptychReward:
                 "as weights_file."
             )
         if question.strip():
+            if "template" not in options(name):
+                raise ValueError(f"question is for vlm_yes, but the reward is {name}: leave it empty.")
             given["template"] = question.strip()
         if device == "gpu" and "device" in options(name):
             given["device"] = _gpu()
@@ -205,7 +209,7 @@ class DiptychRewardScore:
         ranking = rank(reward, images, Beside(prompt, source, mask, target))
         best = ranking.scores[0]
         return {
-            "ui": {"text": [ranking.text]},
+            "ui": shown(ranking.text, ranking.sheet),
             "result": (best if math.isfinite(best) else 0.0, ranking.text, ranking.images, ranking.sheet),
         }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .shown import shown
+
 
 class DiptychEditScore:
     DISPLAY_NAME = "Edit Score"
@@ -62,7 +64,7 @@ class DiptychEditScore:
 
         result = judge(edited, source, instruction, mask, expected)
         return {
-            "ui": {"text": [result.text]},
+            "ui": shown(result.text, result.annotated),
             "result": (
                 result.kept,
                 result.changed,

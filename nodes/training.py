@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from .shown import shown
+
 DEMO = "shapes demo (512 pairs)"
 DEMO_SPEC = "shapes:512?split=train&seed=0&size=64&task={task}"
 TINY = {
@@ -177,8 +179,8 @@ class DiptychTrainLora:
         }
 
     @classmethod
-    def IS_CHANGED(cls, dataset: str, **_: Any) -> str:
-        folder = datasets().get(dataset)
+    def IS_CHANGED(cls, dataset: object = None, **_: Any) -> str:
+        folder = datasets().get(dataset) if isinstance(dataset, str) else None  # None: it comes by a link
         files = sorted(folder.rglob("*")) if folder else []
         stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
@@ -224,7 +226,8 @@ class DiptychTrainLora:
         lora, outcome = comfy.run(choices)
         samples = outcome.curve if outcome.samples is None else outcome.samples
         report = f"{outcome.report}\nLoRA: {lora}"
-        return {"ui": {"text": [report]}, "result": (lora.name, outcome.curve, samples, report)}
+        pictures = [outcome.curve] if outcome.samples is None else [outcome.curve, outcome.samples]
+        return {"ui": shown(report, *pictures), "result": (lora.name, outcome.curve, samples, report)}
 
 
 def data_spec(dataset: str, task: str) -> str:

@@ -47,7 +47,7 @@ class Arranger:
         self.config = config
         self.template = config.prompt_template or default_template
         if "{instruction}" not in self.template:
-            raise ValueError(f"prompt_template is {self.template!r}: it must contain {{instruction}}")
+            raise ValueError(f"prompt_template is {self.template[:60]!r}: it must contain {{instruction}}")
         self.sizes = [(config.resolution, config.resolution)]
         if config.sizing == "buckets":
             self.sizes = buckets.bucket_sizes(config.resolution**2, multiple=config.bucket_step)

@@ -1,0 +1,59 @@
+"""What a node shows on itself in ComfyUI's page: a text, and pictures from the temp folder.
+
+The page draws the pictures of any node's `ui`; the text it draws for core's Preview nodes only, so a
+report that should be read without one stands in a picture, or under the node (`report_to`).
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def shown(text: str, *images: Tensor) -> dict[str, list]:
+    """The `ui` of a node's answer: a text and IMAGEs [B,H,W,3]."""
+    pictures = [entry for image in images for entry in _saved(image)]
+    return {"text": [text], "images": pictures} if pictures else {"text": [text]}
+
+
+def report_to(node: str | None) -> Callable[[str], None] | None:
+    """A function that puts a text under the node in ComfyUI's window; None where there is no window."""
+    if node is None:
+        return None
+
+    def show(text: str) -> None:
+        from server import PromptServer
+
+        instance = getattr(PromptServer, "instance", None)
+        if instance is not None:
+            instance.send_progress_text(text, node)
+
+    return show
+
+
+def _saved(image: Tensor) -> list[dict[str, str]]:
+    """Write an IMAGE as PNGs into ComfyUI's temp folder; [] outside ComfyUI, or where that is impossible."""
+    try:
+        import folder_paths
+    except ImportError:
+        return []
+    from PIL import Image
+
+    folder, entries = Path(folder_paths.get_temp_directory()), []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in image.detach().cpu().float().clamp(0, 1):
+            name = f"diptych_{uuid.uuid4().hex}.png"
+            Image.fromarray((picture.numpy() * 255).round().astype("uint8")).save(
+                folder / name, compress_level=1
+            )
+            entries.append({"filename": name, "subfolder": "", "type": "temp"})
+    except OSError as error:  # a preview is not worth losing the result for
+        logger.warning("no preview could be written to %s: %s", folder, error)
+    return entries
