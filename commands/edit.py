@@ -99,6 +99,7 @@ def check(args: argparse.Namespace) -> Request:
     from ..models.flux import check_folder
     from ..models.flux_fill import FluxFill
     from ..models.flux_kontext import FluxKontext
+    from ..models.pixels import binarise
     from ..samplers.rules import resolve_eta
 
     pictures.check_writable(args.output)
@@ -115,6 +116,10 @@ def check(args: argparse.Namespace) -> Request:
     image, instruction = _picture_and_words(args.image, args.instruction)
     pictures.check_writable(args.output, image)
     mask = pictures.load_mask(args.mask) if args.mask else None
+    if mask is not None and not binarise(mask).any():
+        raise ValueError(
+            f"mask {args.mask} is empty, nowhere as white as 0.5: paint what to edit white, or leave it out"
+        )
     further = tuple(pictures.load_image(path) for path in args.reference)
     for option, given, wanted in (
         ("--mask", mask is not None, "fill"),

@@ -6,15 +6,19 @@ Not for resizing to a model's size: that is `models/diptych.py`.
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..models import image_files
+
 WRITABLE = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+OPAQUE = (".jpg", ".jpeg", ".bmp")
 SHOWN_HEIGHT = 256  # smaller pictures are enlarged in the side-by-side so that its words can be read
 MARGIN = 12
 
@@ -24,41 +28,27 @@ def load_image(path: str | Path) -> Tensor:
 
     Raises FileNotFoundError or ValueError in one sentence.
     """
-    with _open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16") or picture.mode == "I":
-            values = np.asarray(picture, dtype=np.float32) / 65535
-            return torch.from_numpy(values)[None, ..., None].expand(-1, -1, -1, 3).clone()
-        mode = "RGBA" if "A" in picture.getbands() or "transparency" in picture.info else "RGB"
-        return _from_pil(picture.convert(mode))
+    with _named(path):
+        return image_files.read_image(path, alpha=True)[None]
 
 
 def load_mask(path: str | Path) -> Tensor:
-    """Read a mask as MASK [1,H,W]: white repaints; of a picture with transparency, what is transparent.
+    """Read a mask as MASK [1,H,W], soft: white repaints; of a picture with transparency, what is transparent.
 
     Raises FileNotFoundError or ValueError in one sentence.
     """
-    with _open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if "A" in picture.getbands():
-            return 1 - _from_pil(picture.getchannel("A"))[..., 0]
-        return _from_pil(picture.convert("L"))[..., 0]
+    with _named(path):
+        return image_files.read_mask(path)[None]
 
 
-def _open(path: str | Path) -> Image.Image:
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"image {path} does not exist: check the path")
     try:
-        picture = Image.open(path)
-        picture.load()
-    except (UnidentifiedImageError, OSError) as error:
+        yield
+    except image_files.ImageFileError as error:
         raise ValueError(f"image {path} cannot be read as a picture: {error}") from error
-    return picture
-
-
-def _from_pil(picture: Image.Image) -> Tensor:
-    values = torch.from_numpy(np.array(picture, dtype=np.uint8)).float() / 255
-    return values[None] if values.ndim == 3 else values[None, ..., None]
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -76,14 +66,14 @@ def check_writable(path: Path, image: Tensor | None = None) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> Path:
-    """Write a picture, whole or not at all; where its path fails, to another place, which is said.
+    """Write an RGB or RGBA picture, whole or not at all; where its path fails, to another place, which is said.
 
-    Returns where it is.
+    Formats without transparency get a white ground. Returns where it is.
     """
     from ..training.disk import keep, write_whole
 
-    if path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
-        picture = picture.convert("RGB")
+    if path.suffix.lower() in OPAQUE:
+        picture = _on_white(picture)
     return keep(path, lambda place: write_whole(place, picture.save))
 
 

@@ -99,5 +99,5 @@ def reference(
         batch = max(len(source), len(mask))
         source, mask = pixels.repeat_batch(source, batch), pixels.repeat_batch(mask, batch)
     layout = Layout(source_size, fit.panel, "none", policy, fit.shown, fit.filled, source, mask)
-    panel_mask = None if mask is None else pixels.fit_mask(mask, fit, cover=True)[:, None]
+    panel_mask = None if mask is None else pixels.fit_mask(mask, fit)[:, None]
     return Reference(pixels.fit_image(source, fit), panel_mask, layout)

@@ -157,7 +157,7 @@ def build(
     if side != "none":
         canvas[:, edit.rows, edit.columns] = canvas[:, beside.rows, beside.columns]
     mask = torch.zeros(canvas.shape[:3], device=source.device)
-    mask[:, edit.rows, edit.columns] = 1.0 if hard is None else pixels.fit_mask(hard, layout.fit, cover=True)
+    mask[:, edit.rows, edit.columns] = 1.0 if hard is None else pixels.fit_mask(hard, layout.fit)
     if second != "copy":
         canvas = torch.where(mask[..., None] > 0, _filling(second, canvas, seed), canvas)
     return Diptych(canvas, mask, prompt, layout)
@@ -262,7 +262,7 @@ def _changed(after: Tensor, before: Tensor, layout: Layout, threshold: float) ->
     size = layout.shown[2:]
     # Smooth, but not beyond the pixels that changed: what did not change must stay exact.
     support = functional.interpolate(weight[:, None], size, mode="nearest-exact")[:, 0] > 0
-    weight = torch.where(support, pixels.resize_mask(weight, *size), 0)
+    weight = torch.where(support, pixels.smooth_resize(weight, *size), 0)
     whole = torch.zeros((len(weight), *layout.source_size), device=weight.device)
     whole[:, layout.shown.rows, layout.shown.columns] = weight
     return whole

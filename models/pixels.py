@@ -39,8 +39,15 @@ def as_image(image: Tensor, name: str = "image") -> Tensor:
 
 
 def rgb(image: Tensor) -> Tensor:
-    """[B,H,W,C] -> [B,H,W,3]: gray is repeated, alpha is left out."""
+    """[B,H,W,C] -> [B,H,W,3]: gray is repeated, alpha is left out (`diptych.split` gives it back)."""
     return image.expand(-1, -1, -1, 3) if image.shape[-1] == 1 else image[..., :3]
+
+
+def on_white(image: Tensor) -> Tensor:
+    """[B,H,W,C] -> [B,H,W,3] on white, for where alpha does not come back: hidden colours stay hidden."""
+    if image.shape[-1] < 4:
+        return rgb(image)
+    return torch.lerp(torch.ones(()).to(image), rgb(image), image[..., 3:].clamp(0, 1))
 
 
 def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
@@ -107,21 +114,33 @@ def _bicubic(planes: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bilinear resize of a soft mask [B,H,W]; a mask of that size is returned as it is."""
-    if mask.shape[1:] == (height, width):
-        return mask
-    planes = mask[:, None]
-    return F.interpolate(planes, (height, width), mode="bilinear", antialias=True, align_corners=False)[:, 0]
+    """Resize a hard or soft mask [B,H,W] so that nothing painted is lost, however thin.
 
-
-def cover_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Resize a hard mask [B,H,W] so that every cell which holds a repainted pixel is repainted.
-
-    Averaging would lose strokes thinner than half a cell, and the model would then not repaint them.
+    Along an axis that shrinks a cell takes its strongest pixel, along one that grows its nearest. Values are
+    only chosen, never mixed, so cutting at 0.5 before and after is the same. A mask of that size is returned
+    as it is.
     """
-    if mask.shape[1:] == (height, width):
-        return mask
-    return F.adaptive_max_pool2d(mask[:, None], (height, width))[:, 0]
+    if mask.shape[1] != height:
+        mask = _resize_axis(mask, height)
+    if mask.shape[2] != width:
+        mask = _resize_axis(mask.transpose(1, 2), width).transpose(1, 2)
+    return mask
+
+
+def _resize_axis(mask: Tensor, length: int) -> Tensor:
+    """[B,H,W] to [B,length,W]."""
+    if length < mask.shape[1]:
+        return F.adaptive_max_pool2d(mask[:, None], (length, mask.shape[2]))[:, 0]
+    centres = (torch.arange(length, device=mask.device) * 2 + 1) * mask.shape[1] // (2 * length)
+    return mask[:, centres]
+
+
+def smooth_resize(weight: Tensor, height: int, width: int) -> Tensor:
+    """Antialiased bilinear resize of weights [B,H,W] that fade, where a thin line may fade too."""
+    if weight.shape[1:] == (height, width):
+        return weight
+    planes = weight[:, None]
+    return F.interpolate(planes, (height, width), mode="bilinear", antialias=True, align_corners=False)[:, 0]
 
 
 def fit_image(image: Tensor, fit: Fit) -> Tensor:
@@ -136,11 +155,9 @@ def fit_image(image: Tensor, fit: Fit) -> Tensor:
     return part[:, rows][:, :, columns]
 
 
-def fit_mask(mask: Tensor, fit: Fit, cover: bool = False) -> Tensor:
-    """One panel's mask [B,h,w] from a mask [B,H,W]; padding is kept (0). `cover` as in `cover_mask`, else
-    soft."""
-    resize = cover_mask if cover else resize_mask
-    part = resize(mask[:, fit.shown.rows, fit.shown.columns], *fit.filled[2:])
+def fit_mask(mask: Tensor, fit: Fit) -> Tensor:
+    """One panel's mask [B,h,w] from a mask [B,H,W], resized as by `resize_mask`; padding is kept (0)."""
+    part = resize_mask(mask[:, fit.shown.rows, fit.shown.columns], *fit.filled[2:])
     if fit.filled[2:] == fit.panel:
         return part
     panel = torch.zeros((len(mask), *fit.panel), device=mask.device)

@@ -241,7 +241,7 @@ def data_spec(dataset: str, task: str) -> str:
         raise ValueError(
             f"dataset is {dataset!r}, which is not in ComfyUI's input folder: put a folder of pairs there"
         )
-    return spec_of(folder)
+    return spec_of(folder, inside=True)
 
 
 def model_folder(base_model: str) -> Path:

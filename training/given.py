@@ -1,4 +1,4 @@
-"""Data for reward training that has no wanted pictures: sources with instructions, from a folder or a batch.
+"""Data for reward training that has no target images: sources with instructions, from a folder or a batch.
 
 The source stands where supervised data has the target; only its size is used (`use_targets: false`).
 """
@@ -7,37 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from .data.files import SUFFIXES
-from .pictures import to_pil
+from ..models.image_files import looks_like_image
+from ..models.pixels import as_image, on_white
+from .data.files import split_name
+from .data.folders import visible_files
+from .data.sample import to_pil
 
 
 def has_targets(folder: Path) -> bool:
-    """Whether a data folder is more than pictures with instructions."""
-    files = [path for path in folder.iterdir() if path.is_file()]
-    plain = [path for path in files if path.suffix.lower() in SUFFIXES]
-    targets = any(path.stem.endswith("_target") for path in plain)
-    described = any((folder / f"{_stem(path)}.txt").is_file() for path in plain)
-    return targets or not described
-
-
-def _stem(picture: Path) -> str:
-    return picture.stem.removesuffix("_source")
+    """Whether a data folder is more than images with instructions."""
+    files = visible_files(folder)
+    names = [split_name(path.stem) for path in files if looks_like_image(path)]
+    texts = {split_name(path.stem)[0] for path in files if path.suffix.lower() == ".txt"}
+    described = any(name in texts for name, role in names if role in ("", "source"))
+    return any(role == "target" for _, role in names) or not described
 
 
 def list_sources(folder: Path, root: Path) -> str:
-    """The spec of a folder of NAME.png (or NAME_source.png) with NAME.txt; JSON lines go to `root`."""
-    rows = []
-    for path in sorted(folder.iterdir()):
-        text = folder / f"{_stem(path)}.txt"
-        if path.suffix.lower() in SUFFIXES and not path.stem.endswith("_mask") and text.is_file():
-            prompt = " ".join(text.read_text(encoding="utf-8-sig").split())
-            rows.append({"prompt": prompt, "image": str(path), "source": str(path)})
-    return _write_rows(rows, root)
+    """The spec of a folder of NAME.png (or NAME_source.png) with NAME.txt; nothing is written to `root`."""
+    return f"images:{folder}?edit=true"
 
 
 def save_sources(images: Tensor, instructions: str, root: Path) -> str:
@@ -51,21 +43,17 @@ def save_sources(images: Tensor, instructions: str, root: Path) -> str:
             f"instructions has {len(lines)} lines for {len(images)} images: write one line, or one for each."
         )
     rows = []
-    for number, image in enumerate(images):
+    folder = root / "given"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(on_white(as_image(images, "images"))):
         picture = to_pil(image)
         digest = hashlib.sha256(picture.tobytes() + str(picture.size).encode()).hexdigest()[:16]
-        path = root / "given" / f"{digest}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{digest}.png"
         if not path.is_file():
             picture.save(path)
         prompt = lines[number if len(lines) > 1 else 0]
-        rows.append({"prompt": prompt, "image": str(path), "source": str(path)})
-    return _write_rows(rows, root)
-
-
-def _write_rows(rows: Sequence[dict[str, str]], root: Path) -> str:
+        rows.append({"prompt": prompt, "image": path.name, "source": path.name})
     text = "\n".join(json.dumps(row) for row in rows)
-    path = root / "given" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
     path.write_text(text, encoding="utf-8")
     return f"jsonl:{path}"

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from ..models.image_files import looks_like_image
 from .arrange import Arranged
+from .data.folders import visible_files
 from .data.sample import Sample, read_image, read_size, stamp, to_pil
 from .data.sources import Source
 from .losses import row_generator, row_noise
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ClassPictures:
@@ -76,7 +76,7 @@ class Chain:
 def class_files(folder: str | Path) -> list[Path]:
     """Pictures of a folder in name order; none if there is no folder."""
     path = Path(folder)
-    return sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else []
+    return [p for p in visible_files(path) if looks_like_image(p)] if path.is_dir() else []
 
 
 @torch.no_grad()

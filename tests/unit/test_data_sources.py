@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfyui_diptych.training.data.broken import Broken, BrokenSample
 from comfyui_diptych.training.data.sample import Sample, fit
-from comfyui_diptych.training.data.sources import Mix, open_source
+from comfyui_diptych.training.data.sources import Mix, open_source, spec_of
 from PIL import Image
 
 
@@ -312,3 +312,167 @@ def test_the_base_world_is_captions_and_copies_with_holes_and_no_instruction():
     assert again.prompt == samples[7].prompt and torch.equal(again.mask, samples[7].mask)
     instructions = {open_source("shapes:400?seed=3&size=32")[i].prompt for i in range(400)}
     assert not any(i in s.prompt for s in samples for i in instructions)
+
+
+def test_system_files_and_every_suffix_in_a_folder_of_pairs(tmp_path):
+    for stem, suffix in (("a", ".tif"), ("b", ".jfif"), ("c", ".GIF"), ("d.v2", ".Png")):
+        kind = {".tif": "TIFF", ".jfif": "JPEG", ".gif": "GIF", ".png": "PNG"}[suffix.lower()]
+        for role in ("source", "target"):
+            picture(9).save(tmp_path / f"{stem}_{role}{suffix}", kind)
+            (tmp_path / f"._{stem}_{role}{suffix}").write_bytes(b"\0\5\x16\7")
+        (tmp_path / f"{stem}.TXT").write_text("make it red")
+        (tmp_path / f"._{stem}.txt").write_bytes(b"\xff" * 60)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"\0")
+    source = open_source(spec_of(tmp_path))
+    assert [source[i].prompt for i in range(len(source))] == ["make it red"] * 4
+
+
+def test_names_may_be_spelt_with_composed_or_separate_accents(tmp_path):
+    picture(1).save(tmp_path / "e\u0301_source.png")
+    picture(1).save(tmp_path / "\u00e9_target.png")
+    (tmp_path / "\u00e9.txt").write_text("x")
+    assert open_source(f"pairs:{tmp_path}")[0].prompt == "x"
+
+
+def test_an_unreadable_suffix_and_two_files_for_one_part_are_named(tmp_path):
+    write_pairs(tmp_path, 2)
+    (tmp_path / "00_source.png").unlink()
+    (tmp_path / "00_source.svg").write_text("<svg/>")
+    picture(1).save(tmp_path / "01_source.webp")
+    source = open_source(f"pairs:{tmp_path}")
+    with pytest.raises(BrokenSample, match=r"\.svg images are not read here"):
+        source[0]
+    with pytest.raises(BrokenSample, match="both 01_source.png and 01_source.webp are there"):
+        source[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_words_in_any_unicode_encoding(tmp_path, encoding, newline):
+    write_pairs(tmp_path, 1)
+    (tmp_path / "00.txt").write_bytes(f"make{newline}it bl\u00e5{newline}".encode(encoding))
+    assert open_source(f"pairs:{tmp_path}")[0].prompt == "make it bl\u00e5"
+    row = json.dumps({"file_name": "00_source.png", "text": "bl\u00e5\u2028x"}, ensure_ascii=False)
+    for name, text in (
+        ("m.jsonl", newline.join([row, row])),
+        ("m.csv", f"file_name,text{newline}00_source.png,bl\u00e5"),
+    ):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        source = open_source(f"jsonl:{tmp_path / name}")
+        assert source[len(source) - 1].prompt.startswith("bl\u00e5") and len(source) == (
+            2 if name == "m.jsonl" else 1
+        )
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        ("gr\u00fcn".encode("latin-1"), r"00.txt is not UTF-8 in line 1 \(byte 0xFC\)"),
+        ("a\nb\ngr\u00fcn".encode("latin-1"), "line 3"),
+        ("text".encode("utf-16-le"), "NUL characters"),
+        (b"\xff\xfea", "damaged text"),
+        (b" \n", "00.txt is empty"),
+        (b"x" * 70000, "longer than the 64 KB"),
+    ],
+)
+def test_words_in_an_unknown_encoding_are_named_with_their_line(tmp_path, data, reason):
+    write_pairs(tmp_path, 1)
+    (tmp_path / "00.txt").write_bytes(data)
+    with pytest.raises(BrokenSample, match=reason):
+        open_source(f"pairs:{tmp_path}")[0]
+
+
+def test_metadata_of_hugging_face_image_folders(tmp_path):
+    (tmp_path / "train").mkdir()
+    picture(9).save(tmp_path / "train/a.png")
+    picture(255).save(tmp_path / "train/m.png")
+    rows = [
+        {"file_name": "train/a.png", "text": "a red circle"},
+        {"file_name": "train\\a.png", "prompt": "a red circle", "mask": "train\\m.png"},
+        {"image": ".\\train\\a.png", "caption": "a red circle", "source": "train/a.png", "weight": "2"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(spec_of(tmp_path))
+    samples = [source[i] for i in range(3)]
+    assert {sample.prompt for sample in samples} == {"a red circle"}
+    assert samples[1].mask.all() and samples[2].source is not None and samples[2].weight == 2
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,text\ntrain/a.png,"a red, round\ncircle"\n\ntrain/a.png\n'
+    )
+    source = open_source(spec_of(tmp_path))
+    assert source[0].prompt == "a red, round\ncircle" and source.size(0) == (8, 12)
+    with pytest.raises(BrokenSample, match="metadata.csv:5: 1 columns where the first line names 2"):
+        source[1]
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ('{"prompt": "a", "image": "1.png", "mask": 5}', "mask is 5: write text"),
+        ('{"prompt": "a", "image": "1.png", "source": ["x"]}', "source is"),
+        ('{"prompt": {"a": 1}, "image": "1.png"}', "prompt is"),
+        ('{"prompt": "a", "image": 1}', "image is 1"),
+        ('{"image": "1.png"}', "'prompt' or 'text' or .* is missing"),
+        ('{"prompt": "a"}', "'image' or 'file_name' .* is missing"),
+        ('{"prompt": "a", "image": "1.png", "weight": NaN}', "weight is nan"),
+        ('{"prompt": "a", "image": "1.png", "weight": -5}', "weight is -5"),
+        ('{"prompt": "a", "image": "1.png", "weight": true}', "weight is True"),
+        ('{"prompt": "a", "image": "1.png", "weight": 1e999}', "weight is inf"),
+        ('{"prompt": "\\ud800", "image": "1.png"}', "lone surrogate"),
+        ('{"prompt": "a", "image": "\\ud800.png"}', "lone surrogate"),
+        ('{"prompt": "a", "image": "a\\u0000.png"}', "missing"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": "' + "a" * 2**20 + '"}', "longer than the 1 MB"),
+        ("1" * 5000, "not a line of JSON"),
+        ("5", "not a JSON object"),
+        ('{"prompt": "a", "image": "1.png", "mask": "black.png"}', "the mask black.png is empty"),
+    ],
+)
+def test_a_row_of_the_wrong_kind_is_broken_and_the_run_goes_on(tmp_path, row, reason):
+    picture(3).save(tmp_path / "1.png")
+    picture(0).save(tmp_path / "black.png")
+    (tmp_path / "d.jsonl").write_text(row + '\n{"prompt": "a", "image": "1.png"}')
+    source = open_source(f"jsonl:{tmp_path / 'd.jsonl'}")
+    with pytest.raises(BrokenSample, match=rf"d\.jsonl:1: .*{reason}") as error:
+        source[0]
+    assert len(str(error.value)) < 500 and source[1].prompt == "a"
+
+
+@pytest.mark.parametrize(
+    "where", ["../x.png", "a/../../x.png", "..\\x.png", "/etc/x.png", "C:\\x.png", "\\\\server\\x.png"]
+)
+def test_a_row_leaves_its_folder_only_where_that_is_allowed(tmp_path, where):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    picture(3).save(tmp_path / "x.png")
+    (folder / "d.jsonl").write_text(json.dumps({"prompt": "a", "image": where}))
+    with pytest.raises(BrokenSample, match="outside of the data folder"):
+        open_source(f"jsonl:{folder / 'd.jsonl'}?inside=true")[0]
+    source = open_source(f"jsonl:{folder / 'd.jsonl'}")
+    if where == "../x.png":
+        assert source[0].target.shape == (8, 12, 3)
+
+
+def test_a_thin_stroke_of_a_mask_survives_every_resizing(tmp_path):
+    picture(1, (64, 64)).save(tmp_path / "a.png")
+    mask = np.zeros((512, 512), np.uint8)
+    mask[:, 301] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "a", "image": "a.png", "mask": "m.png"}))
+    sample = open_source(f"jsonl:{tmp_path / 'd.jsonl'}")[0]
+    assert sample.mask.sum() == 64 and sample.mask[:, 301 // 8].all()
+    for policy in ("crop", "stretch"):
+        assert fit(sample, (16, 16), policy=policy).mask[:, 301 // 32].all()
+
+
+def test_captioned_images_are_a_source_and_without_words_broken(tmp_path):
+    picture(7).save(tmp_path / "a.webp")
+    picture(7).save(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("a grey wall")
+    source = open_source(f"images:{tmp_path}")
+    assert len(source) == 2 and source[0].prompt == "a grey wall" and source[0].source is None
+    assert open_source(f"images:{tmp_path}?edit=true")[0].source is not None
+    with pytest.raises(BrokenSample, match="b.txt with the words is missing"):
+        source[1]

@@ -72,10 +72,37 @@ def test_binarise_takes_a_half_as_repaint_and_nan_as_keep():
     assert pixels.binarise(mask).tolist() == [[0, 0, 1, 1, 0]]
 
 
-def test_cover_keeps_a_stroke_thinner_than_a_cell():
+def test_a_stroke_thinner_than_a_cell_survives():
     mask = torch.zeros(1, 64, 64)
     mask[:, :, 13] = 1
-    assert pixels.cover_mask(mask, 16, 16)[0, 5].tolist() == [0, 0, 0, 1] + [0] * 12
+    assert pixels.resize_mask(mask, 16, 16)[0, 5].tolist() == [0, 0, 0, 1] + [0] * 12
+
+
+@settings(max_examples=80, deadline=None)
+@given(*[st.integers(1, 40)] * 4, st.integers(0, 1000))
+def test_resizing_a_mask_loses_no_pixel_adds_no_cell_and_mixes_no_value(height, width, rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(1, height, width)
+    y, x = (int(torch.randint(side, (1,), generator=generator)) for side in (height, width))
+    mask[0, y, x] = float(torch.rand(1, generator=generator)) * 0.9 + 0.1
+    resized = pixels.resize_mask(mask, rows, columns)
+    assert resized.shape == (1, rows, columns) and resized.max() == mask.max()
+    for cells, at, have, want in (
+        (resized[0].amax(1), y, height, rows),
+        (resized[0].amax(0), x, width, columns),
+    ):
+        for cell in cells.nonzero()[:, 0].tolist():  # such a cell overlaps the pixel
+            assert cell * have < (at + 1) * want and (cell + 1) * have > at * want
+    hard = pixels.binarise(pixels.resize_mask(mask, rows, columns))
+    assert torch.equal(hard, pixels.resize_mask(pixels.binarise(mask), rows, columns))
+
+
+def test_on_white_shows_nothing_of_what_is_transparent():
+    image = torch.rand(1, 4, 4, 4)
+    image[..., 3] = torch.tensor([0.0, 0.5, 1.0, 0.0])
+    shown = pixels.on_white(image)
+    assert (shown[:, :, [0, 3]] == 1).all() and torch.equal(shown[:, :, 2], image[:, :, 2, :3])
+    assert torch.allclose(shown[:, :, 1], image[:, :, 1, :3] / 2 + 0.5)
 
 
 @pytest.mark.parametrize("have, batch, order", [(1, 3, [0, 0, 0]), (2, 3, [0, 1, 0]), (3, 2, [0, 1])])

@@ -1,155 +1,220 @@
-"""Data kept as plain files: a folder of before/after pairs, and JSONL for inpainting."""
+"""Data kept as plain files: folders of before/after pairs or captioned images, and rows that name files."""
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
+from ...models.image_files import looks_like_image
+from . import rows
 from .broken import BrokenSample
+from .folders import read_caption, visible_files
 from .sample import Sample, read_image, read_mask, read_size, stamp
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ROLES = ("source", "target", "mask")
 
 
-class Pairs:
-    """`name_source.png`, `name_target.png`, `name.txt` (the instruction), optionally `name_mask.png`, in one
-    folder.
+class _Folder:
+    """Images of one folder by what their names say: `NAME_source.png` and `NAME.txt` belong to NAME."""
 
-    A name with only some of its three files is a broken example, not a silent gap.
-    """
+    kind = ""
 
     def __init__(self, folder: str | Path):
+        """Raises FileNotFoundError without a folder."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"data folder {folder} does not exist")
-        self._files = {path.name: path for path in sorted(self.folder.iterdir()) if path.is_file()}
-        self._names = sorted(
-            {
-                Path(name).stem.removesuffix(ending)
-                for name in self._files
-                for ending in ("_source", "_target")
-                if Path(name).suffix.lower() in SUFFIXES and Path(name).stem.endswith(ending)
-            }
-        )
-        if not self._names:
-            raise ValueError(
-                f"data folder {folder} holds no pairs: name the files NAME_source.png, NAME_target.png and "
-                "NAME.txt"
-            )
+        self._files = visible_files(self.folder)
+        self._images: dict[tuple[str, str], list[Path]] = {}  # by (name, role)
+        self._texts: dict[str, Path] = {}
+        for path in self._files:
+            if path.suffix.lower() == ".txt":
+                self._texts[_plain(path.stem)] = path
+            elif looks_like_image(path):
+                self._images.setdefault(split_name(path.stem), []).append(path)
+        self._names: list[str] = []
 
     def __len__(self) -> int:
         return len(self._names)
 
     @cached_property
     def fingerprint(self) -> str:
-        files = [(name, path.stat()) for name, path in self._files.items()]
-        return stamp("pairs", [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+        files = [(path.name, path.stat()) for path in self._files]
+        return stamp(self.kind, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
 
     def name(self, index: int) -> str:
         return str(self.folder / self._names[index])
 
-    def _picture(self, index: int, role: str) -> Path:
-        for suffix in SUFFIXES:
-            for variant in (suffix, suffix.upper()):
-                if path := self._files.get(f"{self._names[index]}_{role}{variant}"):
-                    return path
+    def _image(self, index: int, role: str) -> Path | None:
+        found = self._images.get((self._names[index], role), [])
+        if len(found) > 1:
+            both = " and ".join(path.name for path in found[:2])
+            raise BrokenSample(self.name(index), f"both {both} are there: keep one")
+        return found[0] if found else None
+
+    def _needed(self, index: int, role: str) -> Path:
+        if path := self._image(index, role):
+            return path
         raise BrokenSample(self.name(index), f"{self._names[index]}_{role}.png is missing")
 
+    def _prompt(self, index: int) -> str:
+        name, stem = self.name(index), self._names[index]
+        if not (path := self._texts.get(stem)):
+            raise BrokenSample(name, f"{stem}.txt with the words is missing")
+        try:
+            return read_caption(path)
+        except ValueError as error:
+            raise BrokenSample(name, f"{path.name} is {error}") from error
+
+
+def _mask(path: Path | None, name: str, image: Tensor) -> Tensor | None:
+    """The mask of an image [H,W,3], if there is one. Raises BrokenSample, also if it repaints nothing."""
+    if path is None:
+        return None
+    mask = read_mask(path, name, image.shape[:2])
+    if not mask.any():
+        raise BrokenSample(
+            name, f"the mask {path.name} is empty, nowhere as white as 0.5: paint it or leave it out"
+        )
+    return mask
+
+
+def _plain(stem: str) -> str:
+    """Names are equal however a file system spells their accents."""
+    return unicodedata.normalize("NFC", stem)
+
+
+def split_name(stem: str) -> tuple[str, str]:
+    """NAME_source -> (NAME, source); the role is "" where the name tells none."""
+    name, _, role = stem.rpartition("_")
+    return (_plain(name), role) if role in ROLES and name else (_plain(stem), "")
+
+
+class Pairs(_Folder):
+    """`name_source.png`, `name_target.png`, `name.txt` (the instruction), optionally `name_mask.png`.
+
+    A name with only some of its three files is a broken example, not a silent gap.
+    """
+
+    kind = "pairs"
+
+    def __init__(self, folder: str | Path):
+        """Raises FileNotFoundError without a folder, ValueError for one without pairs."""
+        super().__init__(folder)
+        self._names = sorted({name for name, role in self._images if role in ("source", "target")})
+        if not self._names:
+            raise ValueError(
+                f"data folder {folder} holds no pairs: name the files NAME_source.png, NAME_target.png and "
+                "NAME.txt"
+            )
+
     def size(self, index: int) -> tuple[int, int]:
-        return read_size(self._picture(index, "target"), self.name(index))
+        return read_size(self._needed(index, "target"), self.name(index))
 
     def __getitem__(self, index: int) -> Sample:
-        name, stem = self.name(index), self._names[index]
-        if not (text := self._files.get(f"{stem}.txt")):
-            raise BrokenSample(name, f"{stem}.txt with the instruction is missing")
-        try:
-            prompt = " ".join(text.read_text(encoding="utf-8-sig").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise BrokenSample(name, f"{text.name} is not readable UTF-8 ({error})") from error
-        if not prompt:
-            raise BrokenSample(name, f"{text.name} is empty")
-        target_path = self._picture(index, "target")
+        name, prompt = self.name(index), self._prompt(index)
+        target_path, mask_path = self._needed(index, "target"), self._image(index, "mask")
         target = read_image(target_path, name)
-        try:
-            mask_path = self._picture(index, "mask")
-        except BrokenSample:
-            mask_path = None
         return Sample(
             prompt,
             target,
-            read_image(self._picture(index, "source"), name),
-            read_mask(mask_path, name, target.shape[:2]) if mask_path else None,
+            read_image(self._needed(index, "source"), name),
+            _mask(mask_path, name, target),
             name=name,
             image_path=target_path,
             mask_path=mask_path,
         )
 
 
-class JsonLines:
-    """Inpainting data: one JSON object per line, paths relative to the file.
+class Images(_Folder):
+    """`name.png` (or `name_source.png`) with `name.txt`: images and their captions, or instructions to come.
 
-    Keys: "prompt"; "image" (or "file_name", as in a Hugging Face `metadata.jsonl`); "mask" (white = repaint;
-    absent or null: the trainer draws one); optionally "class": "class" marks prior-preservation pictures,
-    "weight" multiplies the loss, "source" makes it an edit pair. An unreadable line is one broken example,
-    named with its line number.
+    An image without words is a broken example.
     """
 
-    def __init__(self, file: str | Path):
-        self.file = Path(file)
-        if not self.file.is_file():
-            raise FileNotFoundError(f"data file {file} does not exist")
-        lines = self.file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-        self._lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        if not self._lines:
-            raise ValueError(f"data file {file} is empty: write one JSON object per line")
+    kind = "images"
+
+    def __init__(self, folder: str | Path, edit: str | bool = False):
+        """edit: the words are instructions and the image is source and target, for reward training.
+
+        Raises FileNotFoundError without a folder, ValueError for one without images.
+        """
+        super().__init__(folder)
+        self.edit = str(edit).lower() in ("true", "1", "yes")
+        self._names = sorted({name for name, role in self._images if role in ("", "source")})
+        if not self._names:
+            raise ValueError(f"data folder {folder} holds no images: name the files NAME.png and NAME.txt")
+
+    def _path(self, index: int) -> Path:
+        path = self._image(index, "") or self._image(index, "source")
+        assert path is not None  # the name was made from it
+        return path
+
+    def size(self, index: int) -> tuple[int, int]:
+        return read_size(self._path(index), self.name(index))
+
+    def __getitem__(self, index: int) -> Sample:
+        name, prompt, path = self.name(index), self._prompt(index), self._path(index)
+        mask_path = self._image(index, "mask")
+        image = read_image(path, name)
+        mask = _mask(mask_path, name, image)
+        source = image if self.edit else None
+        return Sample(prompt, image, source, mask, name=name, image_path=path, mask_path=mask_path)
+
+
+class JsonLines:
+    """Inpainting data: one JSON object per line, or a CSV table, with paths relative to the file.
+
+    Keys: "prompt" (or "text"); "image" (or "file_name", as in a Hugging Face `metadata.jsonl`); "mask" (white
+    = repaint; absent or null: the trainer draws one); optionally "class": "class" marks prior-preservation
+    images, "weight" multiplies the loss, "source" makes it an edit pair. An unreadable line is one broken
+    example, named with its line number.
+    """
+
+    def __init__(self, file: str | Path, inside: str | bool = False):
+        """inside: refuse files outside of the folder of `file`. Raises FileNotFoundError or ValueError."""
+        self.rows = rows.Rows(file)
+        self.inside = str(inside).lower() in ("true", "1", "yes")
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.rows)
 
     @cached_property
     def fingerprint(self) -> str:
-        return stamp("jsonl", str(self.root), self._lines)
+        return stamp("jsonl", str(self.root), self.rows.lines)
 
     @cached_property
     def root(self) -> Path:
-        return self.file.resolve().parent
+        return self.rows.file.resolve().parent
 
     def name(self, index: int) -> str:
-        return f"{self.file}:{self._lines[index][0]}"
+        return self.rows.name(index)
 
-    def _row(self, index: int) -> dict:
+    def _file(self, row: dict, key: str, index: int) -> Path | None:
         name = self.name(index)
-        try:
-            row = json.loads(self._lines[index][1])
-        except ValueError as error:
-            raise BrokenSample(name, f"not a line of JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise BrokenSample(name, "not a JSON object")
-        if "image" not in row and "file_name" in row:
-            row["image"] = row["file_name"]
-        for key in ("prompt", "image"):
-            if not isinstance(row.get(key), str):
-                raise BrokenSample(name, f"the key {key!r} is missing or no text")
-        return row
+        where = rows.text(row, key, name, needed=key == "image")
+        return rows.locate(self.root, where, self.inside, name) if where else None
 
     def size(self, index: int) -> tuple[int, int]:
-        return read_size(self.root / self._row(index)["image"], self.name(index))
+        return read_size(self._file(self.rows[index], "image", index), self.name(index))
 
     def __getitem__(self, index: int) -> Sample:
-        row, name = self._row(index), self.name(index)
-        image_path = self.root / row["image"]
-        mask_path = self.root / row["mask"] if row.get("mask") else None
+        row, name = self.rows[index], self.name(index)
+        if (prompt := row.get("prompt")) != "":
+            prompt = rows.text(row, "prompt", name, needed=True)
+        weight = rows.weight(row, name)
+        image_path, mask_path, source_path = (
+            self._file(row, key, index) for key in ("image", "mask", "source")
+        )
         image = read_image(image_path, name)
-        try:
-            weight = float(row.get("weight", 1.0))
-        except (TypeError, ValueError):
-            raise BrokenSample(name, f"weight is {row['weight']!r}, not a number") from None
         return Sample(
-            row["prompt"],
+            prompt,
             image,
-            read_image(self.root / row["source"], name) if row.get("source") else None,
-            read_mask(mask_path, name, image.shape[:2]) if mask_path else None,
+            read_image(source_path, name) if source_path else None,
+            _mask(mask_path, name, image),
             name=name,
             image_path=image_path,
             mask_path=mask_path,

@@ -11,6 +11,7 @@ import hashlib
 from pathlib import Path
 
 from .broken import BrokenSample
+from .folders import files_below, is_visible
 from .sample import Sample, read_image, read_size, stamp
 
 NEEDS_DATASETS = "reading {} needs the package datasets: pip install datasets"
@@ -34,14 +35,13 @@ def load_table(where: str, split: str, columns: dict[str, bool]):
         raise ValueError(NEEDS_DATASETS.format(where)) from None
 
     path = Path(where)
-    if path.is_dir() and not any(path.rglob("*.parquet")):
+    if path.is_dir() and not files_below(path, ".parquet"):
         table = datasets.load_from_disk(where)
         if isinstance(table, datasets.DatasetDict):
             table = datasets.concatenate_datasets([table[name] for name in split.split("+")])
     elif path.exists() or glob.has_magic(where):
-        files = sorted(
-            path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(where, recursive=True))
-        )
+        named = () if path.is_dir() else map(Path, glob.glob(where, recursive=True))
+        files = files_below(path, ".parquet") if path.is_dir() else sorted(filter(is_visible, named))
         if not files:
             raise FileNotFoundError(f"no parquet file matches {where}")
         table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")

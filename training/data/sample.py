@@ -1,22 +1,25 @@
-"""One training example, whatever it was read from, and its pictures on disk and in memory.
+"""One training example, whatever it was read from, and its images on disk and in memory.
 
 Not for data set layouts (`sources.py` and its neighbours) or batching (`buckets.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from ...models import image_files, pixels
 from .broken import BrokenSample
 
 GREY = 0.5  # 0 in the models' -1..1 range: what a hole looks like to Flux Fill and to SD inpainting
+LARGEST = 2**24  # pixels of a training image in memory, 4096 x 4096: more than any resolution trained at
 
 
 @dataclass(frozen=True)
@@ -82,51 +85,37 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((image.detach().cpu().float().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
-def open_picture(where, name: str) -> Image.Image:
-    """A PIL picture, header read, from a path, bytes, a `datasets` image dict or a PIL picture; BrokenSample
-    otherwise.
-    """
-    if isinstance(where, dict):
-        where = where["bytes"] if where.get("bytes") else where.get("path")
-    if isinstance(where, Image.Image):
-        return where
-    if not where:
-        raise BrokenSample(name, "the picture is missing")
-    try:
-        return Image.open(io.BytesIO(where) if isinstance(where, bytes) else where)
-    except FileNotFoundError:
-        raise BrokenSample(name, f"{where} is missing") from None
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BrokenSample(name, f"not a readable picture ({type(error).__name__})") from error
-
-
 def read_size(where, name: str) -> tuple[int, int]:
-    """(height, width) from the header alone, as the picture will be shown (EXIF orientation applied)."""
-    picture = open_picture(where, name)
-    width, height = picture.size
-    sideways = picture.getexif().get(0x0112, 1) >= 5
-    return (width, height) if sideways else (height, width)
+    """(height, width) of an image as it is shown, from its header. Raises BrokenSample."""
+    with _named(name):
+        return image_files.image_size(where)
 
 
 def read_image(where, name: str) -> torch.Tensor:
-    """float32 [H,W,3] in 0..1, upright; BrokenSample when it cannot be decoded."""
-    return torch.from_numpy(np.asarray(_decode(where, name, "RGB"), dtype=np.float32) / 255)
+    """An image as float32 [H,W,3] in 0..1, transparent pixels white; made smaller beyond `LARGEST` pixels.
+
+    Raises BrokenSample.
+    """
+    with _named(name):
+        return image_files.read_image(where, most=LARGEST)
 
 
 def read_mask(where, name: str, size: tuple[int, int]) -> torch.Tensor:
-    """float32 [H,W], white = 1 = repaint, cut at one half, resized (nearest) to the image's `size`."""
-    picture = _decode(where, name, "L")
-    if picture.size != (size[1], size[0]):
-        picture = picture.resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return torch.from_numpy((np.asarray(picture) >= 128).astype(np.float32))
+    """A mask of 0 and 1, float32 [H,W] of the image's `size`, 1 = repaint, cut at one half.
+
+    See `image_files.read_mask`. Raises BrokenSample.
+    """
+    with _named(name):
+        mask = image_files.read_mask(where, most=LARGEST)
+    return pixels.binarise(pixels.resize_mask(mask[None], *size))[0]
 
 
-def _decode(where, name: str, mode: str) -> Image.Image:
-    picture = open_picture(where, name)
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        return ImageOps.exif_transpose(picture).convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenSample(name, f"the picture cannot be decoded ({error})") from error
+        yield
+    except image_files.ImageFileError as error:
+        raise BrokenSample(name, str(error)) from error
 
 
 def fit(sample: Sample, size: tuple[int, int], *, policy: str = "crop") -> Sample:
@@ -168,7 +157,7 @@ def _resize(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(picture.shape[:2]) == tuple(size):
         return picture
     if picture.ndim == 2:
-        return torch.nn.functional.interpolate(picture[None, None], size=size, mode="nearest-exact")[0, 0]
+        return pixels.resize_mask(picture[None], *size)[0]
     channels_first = picture.movedim(-1, 0)[None]
     resized = torch.nn.functional.interpolate(channels_first, size=size, mode="bicubic", antialias=True)
     return resized[0].movedim(0, -1).clamp(0, 1).contiguous()

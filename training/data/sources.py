@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .folders import files_below, visible_files
 from .sample import Sample, stamp
 
-KINDS = ("pairs", "jsonl", "magicbrush", "omniedit", "precomputed", "shapes")
+KINDS = ("pairs", "images", "jsonl", "magicbrush", "omniedit", "precomputed", "shapes")
 _SPEC = re.compile(
     r"(?P<kind>\w+):(?P<where>.*?)(\?(?P<options>\w+=.*?))?(@(?P<weight>\d*\.?\d+))?", re.DOTALL
 )
@@ -186,7 +187,8 @@ def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) ->
         spec: "KIND:LOCATION?option=value&option=value@WEIGHT", options and weight optional; or a Source; or
         a list.
             pairs:FOLDER                        name_source.png, name_target.png, name.txt (and name_mask.png)
-            jsonl:FILE                          one {"prompt", "image", "mask"} per line
+            images:FOLDER?edit=true             name.png and name.txt (edit: the words are instructions)
+            jsonl:FILE                          one {"prompt", "image", "mask"} per line, or a .csv table
             magicbrush:ID_OR_PATH?crop=false    columns source_img, target_img, instruction
             omniedit:ID_PATH_OR_GLOB?task=swap  columns src_img, edited_img, edited_prompt_list, task
             precomputed:FILE.json               Flux Fill embeddings and latents
@@ -254,13 +256,15 @@ def _build(kind: str, where: str, options: dict[str, str], seed: int) -> Source:
         from .precomputed import Precomputed
 
         return Precomputed(where, **options)
-    from .files import Pairs
+    from .files import Images, Pairs
 
-    return Pairs(where, **options)
+    return (Images if kind == "images" else Pairs)(where, **options)
 
 
-def spec_of(folder: str | Path) -> str:
+def spec_of(folder: str | Path, inside: bool = False) -> str:
     """The spec of the data set that a folder holds, recognised by its files.
+
+    inside: rows of a table may not name files outside of the folder (for folders that others can fill).
 
     Raises ValueError, naming what a folder may hold, when it holds nothing known; FileNotFoundError when it
     is not there.
@@ -268,14 +272,15 @@ def spec_of(folder: str | Path) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist")
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = visible_files(folder)
     if any(path.stem.endswith(("_source", "_target")) for path in files):
         return _spec("pairs", folder)
-    if lines := [path for path in files if path.suffix == ".jsonl"]:
-        return _spec("jsonl", lines[0])
+    for suffix in (".jsonl", ".csv"):
+        if tables := [path for path in files if path.suffix.lower() == suffix]:
+            return _spec("jsonl", tables[0], "?inside=true" if inside else "")
     if (folder / "masked_latents").is_dir() and (index := [path for path in files if path.suffix == ".json"]):
         return _spec("precomputed", index[0])
-    if tables := sorted(folder.rglob("*.parquet")):
+    if tables := files_below(folder, ".parquet"):
         from .hub import column_names
 
         columns = column_names(tables[0])
@@ -290,7 +295,7 @@ def spec_of(folder: str | Path) -> str:
     )
 
 
-def _spec(kind: str, path: Path) -> str:
+def _spec(kind: str, path: Path, options: str = "") -> str:
     """The spec of a path; a name that ends like a weight (cats@2) gets one of its own behind it."""
-    spec = f"{kind}:{path}"
+    spec = f"{kind}:{path}{options}"
     return spec if split_spec(spec)[2] is None else f"{spec}@1"
