@@ -66,7 +66,7 @@ def check_writable(path: Path, image: Tensor | None = None) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> Path:
-    """Write an RGB or RGBA picture, whole or not at all; where its path fails, to another place, which is said.
+    """Write an RGB or RGBA picture, whole or not at all; where its path fails, elsewhere, which is said.
 
     Formats without transparency get a white ground. Returns where it is.
     """
