@@ -272,11 +272,19 @@ def load(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
 def read(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """Keys and values of a recipe (its `extends:` recipe first) and `key=value` overrides, not yet
     checked."""
+    path = recipe_path(recipe)
+    values = overridden(_read(path), overrides or [])
+    if values.get("task", "fill") in TASKS:
+        values.setdefault("recipe", path.stem)
+    return values
+
+
+def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The values with `key=value` texts, the value as in YAML, laid over them. Raises ValueError."""
     import yaml
 
-    path = recipe_path(recipe)
-    values = _read(path)
-    for text in overrides or []:
+    values = dict(values)
+    for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text!r} is not of the form key=value")
@@ -287,8 +295,6 @@ def read(recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
                 f"--set {text!r}: the value is not YAML; put quotes around what holds ? : & or [, "
                 f"""for example --set '{key.strip()}=["..."]'"""
             ) from None
-    if values.get("task", "fill") in TASKS:
-        values.setdefault("recipe", path.stem)
     return values
 
 

@@ -173,6 +173,7 @@ def _keep_precomputed(sample: Sample, index: int, latents: Latents, diptych: boo
         key,
         sample.prompt,
         tuple(mask.shape[-2:]),
+        sample.weight,
         diptych=diptych,
         target=ready.latents is not None,
         text=words,

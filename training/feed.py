@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,10 @@ class Corpus:
 
     def read(self, index: int) -> list[Arranged] | Sample:
         """All mask variants of a row, or the sample itself where it is precomputed. Raises BrokenSample."""
-        sample = self.source[index]
+        return self.arranged(self.source[index])
+
+    def arranged(self, sample: Sample) -> list[Arranged] | Sample:
+        """The same of a sample that was read already."""
         if sample.encoded is not None:
             self._check_precomputed(sample)
             return sample
@@ -126,11 +130,16 @@ class Latents:
         config = task.config
         self.dtype = getattr(torch, config.cache_dtype)
         how = ("sample" if config.vae_sample else "mode", config.cache_dtype, task.name)
+        self.task = task
         self.picture_print = fingerprint(task.vae, *how)
-        self.text_print = task.text_fingerprint()
         self.pictures = ContentCache(folder / "pictures")
         self.texts = ContentCache(folder / "texts")
         self.memory: dict[str, dict[str, Tensor]] | None = None
+
+    @cached_property
+    def text_print(self) -> str:
+        """Of the text encoders; for a hub id they are loaded for it, so not before a prompt is encoded."""
+        return self.task.text_fingerprint()
 
     def cast(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}

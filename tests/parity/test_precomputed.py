@@ -10,9 +10,11 @@ import torch
 from comfyui_diptych import cli
 from comfyui_diptych.models import lora, tiny
 from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
-from comfyui_diptych.training import config, grpo, judging, sft
+from comfyui_diptych.training import config, grpo, judging, sft, shapes
+from comfyui_diptych.training.data.sample import read_image, to_pil
 from comfyui_diptych.training.data.sources import open_source
 from comfyui_diptych.training.grpo_config import GRPOConfig
+from PIL import Image
 
 PRESETS = ("fast", "dance", "flow", "mixgrpo", "nft", "winner")
 WIDE = {"sizes": ((8, 16),) * 4}
@@ -239,3 +241,149 @@ def test_tensors_written_anew_are_read_anew(write, tmp_path):
     assert open_source(spec).fingerprint != before
     batch = trainer_of(tmp_path, spec).batches([0], [False])
     assert (batch["masked_latents"] == 0.5).all()
+
+
+# ------------------------------------------------------------- written by the precompute command
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    for number, pair in enumerate(shapes.edit_pairs(3, 4, "train", size=64)):
+        to_pil(pair.source).save(folder / f"{number}_source.png")
+        to_pil(pair.target).save(folder / f"{number}_target.png")
+        (folder / f"{number}.txt").write_text(pair.instruction)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded")
+    assert precompute(f"pairs:{pairs}", folder) == 0
+    return folder
+
+
+def precompute(source, folder, *more):
+    options = ("resolution=64", "max_sequence_length=64", "base_dtype=float32", "cache_dtype=float32")
+    sets = [word for option in options for word in ("--set", option)]
+    return cli.main(["precompute", source, "--model", QUICK["model"], "-o", str(folder), *sets, *more])
+
+
+def test_precompute_writes_exactly_the_format(encoded):
+    rows = json.loads((encoded / "index.json").read_text())
+    keys = {"prompt_embed_path", "pooled_prompt_embeds_path", "text_ids", "masked_latents_path"}
+    assert len(rows) == 4 and all(
+        set(row) == keys | {"mask_latents_path", "caption", "layout"} for row in rows
+    )
+    folders = ("prompt_embed", "pooled_prompt_embeds", "text_ids", "masked_latents", "mask_latents")
+    shapes_of = {
+        name: tuple(torch.load(encoded / name / rows[0]["text_ids"], weights_only=True).shape)
+        for name in folders
+    }
+    assert shapes_of["masked_latents"] == (16, 8, 16) and shapes_of["mask_latents"] == (1, 8, 16)
+    assert shapes_of["text_ids"] == (64, 3) and shapes_of["prompt_embed"][0] == 64
+
+
+def test_precomputed_rows_are_what_training_from_the_images_sees(encoded, pairs, tmp_path):
+    spec = f"precomputed:{encoded / 'index.json'}"
+    there, here = (
+        trainer_of(tmp_path / name, data, resolution=64, max_sequence_length=64, rewards=["jpeg_size"])
+        for name, data in (("there", f"pairs:{pairs}"), ("here", spec))
+    )
+    rows = [0, 1, 2, 3]
+    wanted, got = (trainer.batches(rows, [False] * 4) for trainer in (there, here))
+    assert "latents" in wanted and "latents" not in got
+    for name in ("tokens", "pooled", "masked_latents"):
+        assert torch.allclose(got[name], wanted[name], atol=1e-5), name
+    assert torch.equal(got["mask"], wanted["mask"])
+    mine, theirs = judging.read_row(here.batches, 2), judging.read_row(there.batches, 2)
+    assert mine.prompt == theirs.prompt and mine.source.shape == theirs.source.shape
+    assert (mine.source - theirs.source).abs().mean() < 0.02  # the VAE's round trip
+
+
+def test_from_images_to_an_edit_without_a_finished_image(encoded, tmp_path, capsys):
+    """precompute -> grpo -> LoRA -> edit; the checker judges by the decoded source and the instruction."""
+    options = {**QUICK, **REWARD, "rewards": ["shapes", "jpeg_size=0.1"], "group_size": 4, "micro_batch": 4}
+    options |= {"output_dir": str(tmp_path / "run"), "max_steps": 2}
+    base = str(tiny.folder() / "loras" / "icedit.safetensors")
+    data = [f"precomputed:{encoded / 'index.json'}"]
+    assert command("grpo", "grpo_winner", **options, data=data, fuse_loras=[base], rollout_guidance=30) == 0
+    line = json.loads((tmp_path / "run" / "rewards.jsonl").read_text().splitlines()[-1])
+    assert line["reward/shapes"] > 0.5 and "failed/shapes" not in line
+    file, out = tmp_path / "run" / "grpo_winner.safetensors", tmp_path / "edited.png"
+    capsys.readouterr()
+    argv = [
+        "edit",
+        "make the background red",
+        "--lora",
+        base,
+        "--lora",
+        str(file),
+        "--steps",
+        "2",
+        "-o",
+        str(out),
+    ]
+    assert cli.main(argv) == 0 and out.is_file()
+    assert "shapes" in capsys.readouterr().out  # the LoRA's report names its rewards
+
+
+def test_an_interrupted_precompute_goes_on_and_never_mixes(encoded, pairs, tmp_path, monkeypatch, capsys):
+    from comfyui_diptych.training import precompute as module
+
+    written, write_row = [], module.write_row
+
+    def stop_after_two(folder, file, parts):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file)
+        write_row(folder, file, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "write_row", stop_after_two)
+        precompute(f"pairs:{pairs}", tmp_path, "--set", "encode_batch=1")
+    assert len(json.loads((tmp_path / "index.json").read_text())) == 2
+    monkeypatch.setattr(module, "write_row", lambda *args: written.append(args[1]) or write_row(*args))
+    assert precompute(f"pairs:{pairs}", tmp_path) == 0
+    assert written == [f"fill_{number}.pt" for number in range(4)]
+    assert (tmp_path / "index.json").read_text() == (encoded / "index.json").read_text()
+    assert precompute(f"pairs:{pairs}", tmp_path, "--targets") == 2
+    assert "holds rows of other data, options or weights" in capsys.readouterr().err
+
+
+def test_a_stroke_thinner_than_a_cell_is_still_repainted_and_targets_train(pairs, tmp_path):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (21, 0, 22, 64))
+    mask.save(tmp_path / "mask.png")
+    row = {"prompt": "a red circle", "image": str(pairs / "0_target.png"), "mask": "mask.png", "weight": 2.0}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    folder = tmp_path / "encoded"
+    assert precompute(f"jsonl:{tmp_path / 'data.jsonl'}", folder, "--targets") == 0
+    spec = f"precomputed:{folder / 'index.json'}"
+    trainer = trainer_of(tmp_path, spec, config.TrainConfig, optimizer="adamw", lr=1e-4, resolution=64)
+    batch = trainer.batches([0], [False])
+    cells = torch.zeros(8, 8)
+    cells[:, 2] = 1
+    assert torch.equal(batch["mask"][0, 0].float(), cells.repeat_interleave(8, 0).repeat_interleave(8, 1))
+    picture = read_image(pairs / "0_target.png", "").movedim(-1, 0)[None] * 2 - 1
+    with torch.no_grad():
+        assert torch.allclose(batch["latents"], trainer.task.latents(picture), atol=1e-5)
+        hidden = trainer.task.latents(picture * (1 - batch["mask"].float()))
+    assert torch.allclose(batch["masked_latents"], hidden, atol=1e-5) and batch["weight"] == 2
+    trainer.train_step()
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (("--set", "task=kontext"), "set task=fill"),
+        (("--set", "class_prompt=a dog"), "leave them out"),
+        (("--set", "resolution"), "not of the form key=value"),
+    ],
+)
+def test_precompute_refuses_in_one_sentence(pairs, tmp_path, capsys, more, sentence):
+    assert precompute(f"pairs:{pairs}", tmp_path, *more) == 2
+    assert sentence in capsys.readouterr().err
+    (tmp_path / "index.json").write_text("[]")
+    assert precompute(f"pairs:{pairs}", tmp_path) == 2
+    assert "of another origin" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Flux Fill conditions encoded beforehand: a JSON index beside one folder per kind of tensor.
 
-For reward training, which needs no finished image; `precompute.py` writes it. Index: a list of objects with
-"caption" (the text that rewards see) and five file names, each looked up in its own folder beside the index:
+For reward training, needing no finished image; `training/precompute.py` makes it. Index: a list of objects
+with "caption" (the text that rewards see) and five file names, each looked up in its own folder beside it:
 
 | key | folder | tensor |
 |---|---|---|
@@ -12,8 +12,9 @@ For reward training, which needs no finished image; `precompute.py` writes it. I
 | mask_latents_path | mask_latents/ | mask at latent size [1, H/8, W/8], 1 = repaint; soft values are kept |
 | latents_path (optional) | latents/ | latents of the finished image, to train on supervised |
 
-Optional too: "layout": "diptych" where the image is [source | edit], so that rewards see the edit alone
-beside its source. A caption that is ICEdit's sentence over a mask of the right half says the same without it.
+Optional too: "weight", which multiplies the row's loss, and "layout": "diptych" where the image is
+[source | edit], so that rewards see the edit alone beside its source ("inpaint" where it is not). A caption
+that is ICEdit's sentence over a mask of the right half says diptych too.
 
 A leading batch axis of one is accepted, and any text length. Files are read with weights_only=True: a file
 that needs more is refused.
@@ -22,6 +23,7 @@ that needs more is refused.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,7 +143,12 @@ class Precomputed:
         instruction = self._instruction(row, caption, parts["mask_latents"])
         encoded = Encoded(**parts, diptych=instruction is not None)
         words = instruction or caption
-        return Sample(words, caption=caption, mask=encoded.mask, name=name, encoded=encoded)
+        weight = row.get("weight", 1.0)
+        if not isinstance(weight, (int, float)):
+            raise BrokenSample(name, f"weight is {weight!r}, not a number")
+        return Sample(
+            words, caption=caption, mask=encoded.mask, name=name, weight=float(weight), encoded=encoded
+        )
 
     def _instruction(self, row: dict, caption: str, mask: torch.Tensor) -> str | None:
         """What a diptych's caption asks for; None where the row is one image."""
@@ -151,6 +158,36 @@ class Precomputed:
         middle = mask.shape[-1] // 2
         halves = not mask[..., :middle].any() and bool((mask[..., middle:] == 1).all())
         return words if halves else None
+
+
+def write_row(folder: Path, file: str, parts: dict[str, torch.Tensor]) -> None:
+    """Write one row's tensors, by name as above, each as `file` in its own folder, never half a file."""
+    for part, tensor in parts.items():
+        path = folder / _PARTS[part][1] / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        torch.save(tensor.detach().cpu().contiguous().clone(), partial)
+        os.replace(partial, path)
+
+
+def is_written(folder: Path, file: str, targets: bool) -> bool:
+    """Whether all tensors of a row are there."""
+    return all((folder / _PARTS[part][1] / file).is_file() for part in _PARTS if targets or part != "latents")
+
+
+def index_row(caption: str, file: str, targets: bool) -> dict[str, str]:
+    """A row of the index whose tensors all have one file name."""
+    keys = [key for part, (key, _, _) in _PARTS.items() if targets or part != "latents"]
+    return {"caption": caption} | dict.fromkeys(keys, file)
+
+
+def write_index(folder: Path, rows: list[dict]) -> Path:
+    """`index.json` of these rows, replaced in one go."""
+    path = folder / "index.json"
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
 
 
 def _check(name: str, parts: dict[str, torch.Tensor]) -> None:

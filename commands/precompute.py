@@ -1,0 +1,53 @@
+"""`diptych precompute`: images to Flux Fill embeddings and latents on disk, for reward training."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from .train import TrainingBar
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "precompute",
+        help="encode images for FLUX Fill: what `precomputed:FOLDER/index.json` reads",
+        description="Encode prompts, masked images and masks with the encoders of a FLUX Fill model: one "
+        "file per row and kind of tensor, and an index.json. An interrupted run goes on where it was.",
+    )
+    add = parser.add_argument
+    add(
+        "data",
+        nargs="+",
+        metavar="KIND:LOCATION",
+        help="data sources as in a recipe, for example pairs:FOLDER",
+    )
+    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="FLUX Fill as diffusers folder or hub id")
+    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where index.json and tensors go")
+    add("--targets", action="store_true", help="the finished images' latents too, for supervised training")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="recipe options that shape a row: resolution, sizing, layout, mask_kinds, mask_variants, "
+        "max_sequence_length, cache_dtype, seed, ...",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training import config as configs
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    values = configs.overridden({"task": "fill"}, args.set)
+    config = configs.from_dict({**values, "model": args.model, "data": args.data})
+    from ..training.precompute import precompute
+
+    with TrainingBar(0) as bar:
+        index = precompute(config, args.output, targets=args.targets, progress=bar.wrap)
+    sys.stdout.write(f"{index}\n")
+    return 0

@@ -1,0 +1,143 @@
+"""Images to Flux Fill conditions on disk, in the format that `data/precomputed.py` reads.
+
+So reward training can run where neither the images nor the text encoders are. Masks are kept at latent size:
+a cell is repainted where any of its pixels is, and the masked image is encoded with that same mask.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.flux import default_device
+from ..models.packing import VAE_FACTOR
+from .arrange import Arranged
+from .config import TrainConfig
+from .data.broken import Broken, BrokenSample
+from .data.cache import fingerprint
+from .data.precomputed import index_row, is_written, write_index, write_row
+from .data.sample import Sample, stamp
+from .encode import PIXELS
+from .feed import Corpus, Progress, silent
+from .tasks import make_task
+
+logger = logging.getLogger(__name__)
+
+NOTE = "precompute.json"  # beside the index: what the folder was made of
+Row = tuple[str, Arranged]  # with its file name
+
+
+def precompute(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    targets: bool = False,
+    device: torch.device | str | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Encode every example of the configuration's data once; returns the index file.
+
+    targets: write the latents of the finished images too, for supervised training. What is there already is
+    kept, so an interrupted run goes on; however it ends, the index lists what is complete. Raises ValueError
+    for a configuration or data that cannot be written so, and for a folder that holds something else.
+    """
+    _check(config, folder)
+    task = make_task(config, device or default_device())
+    task.load_encoders()
+    corpus = Corpus(config, task.default_template)
+    dtype = getattr(torch, config.cache_dtype)
+    facts = (corpus.stamp, fingerprint(task.vae), task.text_fingerprint(), config.cache_dtype, targets)
+    _claim(folder, stamp(*facts))
+    listed: dict[str, dict[str, Any]] = {}
+    try:
+        for group in _groups(corpus, config, targets, folder, listed, progress):
+            encoded = _encode(task, [item for _, item in group], targets)
+            for (file, _), parts in zip(group, encoded, strict=True):
+                write_row(folder, file, {name: value.to(dtype) for name, value in parts.items()})
+    finally:
+        complete = [row for file, row in listed.items() if is_written(folder, file, targets)]
+        index = write_index(folder, complete) if complete else folder / "index.json"
+    return index
+
+
+def _check(config: TrainConfig, folder: Path) -> None:
+    if config.task != "fill":
+        raise ValueError(f"task is {config.task!r}: the precomputed format is FLUX Fill's, set task=fill")
+    if config.text_lengths or config.class_prompt or config.edit_loss_weight:
+        raise ValueError("text_lengths, class_prompt and edit_loss_weight need images: leave them out")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file: name a folder")
+    if (folder / "index.json").exists() and not (folder / NOTE).is_file():
+        raise ValueError(f"output {folder} holds an index.json of another origin: name an empty folder")
+
+
+def _claim(folder: Path, facts: str) -> None:
+    """Note in the folder what it is made of, or raise ValueError if that is something else."""
+    note = folder / NOTE
+    if note.is_file():
+        if json.loads(note.read_text(encoding="utf-8")).get("made_of") != facts:
+            raise ValueError(
+                f"output {folder} holds rows of other data, options or weights: name an empty folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"made_of": facts}) + "\n", encoding="utf-8")
+
+
+def _groups(
+    corpus: Corpus, config: TrainConfig, targets: bool, folder: Path, listed: dict, progress: Progress
+) -> Iterator[list[Row]]:
+    """Rows of one size that are not written yet; all of them are put into `listed`, in the data's order."""
+    places = sorted(set(corpus.places().values()))
+    broken, waiting = Broken(len(places)), {}
+    for index in progress(places, "encoding"):
+        try:
+            sample = corpus.source[index]
+            rows = corpus.arranged(sample)
+        except BrokenSample as error:
+            broken.record(error)
+            continue
+        if isinstance(rows, Sample) or sample.prior:
+            raise ValueError(f"{sample.name} is precomputed already, or a class picture: leave it out")
+        for variant, item in enumerate(rows):
+            file = f"fill_{index}_{variant}.pt" if variant else f"fill_{index}.pt"
+            listed[file] = index_row(sample.prompt, file, targets)
+            listed[file]["layout"] = "diptych" if item.diptych else "inpaint"
+            if item.weight != 1:
+                listed[file]["weight"] = item.weight
+            if is_written(folder, file, targets):
+                continue
+            group = waiting.setdefault(item.size, [])
+            group.append((file, item))
+            if len(group) >= min(config.encode_batch, max(1, PIXELS // math.prod(item.size))):
+                yield waiting.pop(item.size)
+    yield from waiting.values()
+    if message := broken.close():
+        logger.warning(message)
+
+
+@torch.no_grad()
+def _encode(task: Any, items: list[Arranged], targets: bool) -> list[dict[str, Tensor]]:
+    """One dictionary of the format's tensors per item."""
+    task.wake_text()
+    pixels = torch.stack([item.pixels for item in items])
+    cells = nn.functional.max_pool2d(torch.stack([item.mask for item in items]), VAE_FACTOR)
+    mask = cells.repeat_interleave(VAE_FACTOR, -2).repeat_interleave(VAE_FACTOR, -1)
+    text = task.encode_text([item.prompt for item in items])
+    columns = {
+        "prompt_embed": text["tokens"],
+        "pooled_prompt_embeds": text["pooled"],
+        "text_ids": torch.zeros(*text["tokens"].shape[:2], 3),
+        "masked_latents": task.latents(pixels * (1 - mask)),
+        "mask_latents": cells,
+    }
+    if targets:
+        columns["latents"] = task.latents(pixels)
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(items))]
