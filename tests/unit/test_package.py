@@ -16,7 +16,8 @@ HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "comfy"}
 
 
 def test_import_loads_no_heavy_library():
-    code = "import sys, comfyui_diptych; print(' '.join(sorted({m.split('.')[0] for m in sys.modules})))"
+    code = "import sys, comfyui_diptych, comfyui_diptych.models.multimodal; "
+    code += "print(' '.join(sorted({m.split('.')[0] for m in sys.modules})))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -1,0 +1,130 @@
+"""The folder of a multimodal model: config.json, model.safetensors, tokenizer/ and, if it differs,
+caption_tokenizer/. safetensors only; checkpoints of the system's first design are told apart and refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .presets import Architecture
+
+if TYPE_CHECKING:
+    from .model import GenerativeMultimodalModel
+
+FORMAT = "diptych-multimodal"
+VERSION = 1
+TIED = "text_decoder.gpt2.lm_head.weight"  # GPT-2's output layer is its word table
+
+
+def refuse_old_design(keys: Iterable[str], name: str) -> None:
+    """Raises ValueError if these are the keys of the first design, whose diffusion worked on embeddings."""
+    old = next((key for key in keys if key.removeprefix("module.").startswith("diffusion.")), None)
+    if old is not None:
+        raise ValueError(
+            f"{name} holds {old}: it is of the old design, whose diffusion ran on embeddings and never "
+            "saw the text; nothing of that fits latent_diffusion, so train the model again"
+        )
+
+
+def save(model: GenerativeMultimodalModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Writes the folder (weights in `dtype`, by default as they are) and returns it."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.to(dtype or value.dtype) for key, value in model.state_dict().items() if key != TIED}
+    content = {"format": FORMAT, "version": VERSION, "architecture": model.architecture.to_dict()}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _save_tokenizer(model.tokenizer, folder / "tokenizer")
+    if model.caption_tokenizer is not model.tokenizer:
+        _save_tokenizer(model.caption_tokenizer, folder / "caption_tokenizer")
+    state = {key: value.contiguous() for key, value in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """transformers 5 gives its general tokenizer class a name that transformers 4 does not know."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Raises FileNotFoundError or ValueError, with what to give instead."""
+    if folder.is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        _refuse_other_files(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} does not exist: give a folder that save_pretrained wrote")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} says format {content.get('format')!r}, version {content.get('version')!r} where "
+            f"{FORMAT!r}, {VERSION} is expected: give a folder that save_pretrained wrote"
+        )
+    return Architecture.from_dict(content["architecture"])
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Says what is wrong with a checkpoint that is no folder of ours."""
+    suffixes = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        if file.suffix in suffixes:
+            refuse_old_design(_keys(file), str(file))
+    raise ValueError(f"{path} has no config.json: give a folder that save_pretrained wrote")
+
+
+def _keys(file: Path) -> list[str]:
+    """Names of the tensors in a checkpoint, also if it nests them; nothing is unpickled but tensors."""
+    from safetensors import safe_open
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    try:
+        content = torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{file} cannot be read as a file of tensors ({type(error).__name__}): "
+            "give a folder that save_pretrained wrote"
+        ) from error
+    if not isinstance(content, dict):
+        return []
+    nested = [key for value in content.values() if isinstance(value, dict) for key in value]
+    return [key for key in (*content, *nested) if isinstance(key, str)]
+
+
+def load_weights(model: GenerativeMultimodalModel, folder: Path) -> None:
+    """Fills every parameter and buffer from the folder. Raises ValueError if some are missing or left."""
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no model.safetensors: copy the whole folder")
+    missing, unexpected = model.load_state_dict(load_file(path), strict=False)
+    wrong = sorted({*missing} - {TIED}) + sorted(unexpected)
+    if wrong:
+        raise ValueError(
+            f"{path} and config.json disagree on {len(wrong)} tensors ({wrong[0]}, ...): "
+            "copy the whole folder"
+        )
+
+
+def load_tokenizers(folder: Path) -> tuple[Any, Any]:
+    """(text encoder's, text decoder's), one object if the folder has one."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{folder} has no tokenizer folder: copy the whole folder")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+    own = folder / "caption_tokenizer"
+    return tokenizer, AutoTokenizer.from_pretrained(str(own)) if own.is_dir() else tokenizer
