@@ -61,7 +61,7 @@ def crop_context(
     spots = tuple(_around(hole, region, shape) for hole in holes)
     crops = torch.cat([item[None, at.rows, at.columns] for item, at in zip(image, spots, strict=True)])
     parts = torch.cat([item[None, at.rows, at.columns] for item, at in zip(mask, spots, strict=True)])
-    parts = pixels.cover_mask(parts, *map(min, crop_size, region))
+    parts = pixels.resize_mask(parts, *map(min, crop_size, region))
     parts = F.interpolate(parts[:, None], crop_size, mode="nearest-exact")[:, 0]
     whole = Box(0, 0, *shape)
     layout = CanvasLayout(

@@ -102,7 +102,7 @@ def _mask_of_canvas(mask: Tensor, layout: CanvasLayout) -> Tensor:
     part = mask[:, layout.part.rows, layout.part.columns]
     for item in range(count):
         spot = layout.spots[item % len(layout.spots)]
-        resized = pixels.resize_mask(part[item % len(part)][None], spot.height, spot.width)
+        resized = pixels.smooth_resize(part[item % len(part)][None], spot.height, spot.width)
         whole[item, spot.rows, spot.columns] = resized[0]
     return whole
 
