@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import model_index
 from .denoiser import Condition, TextEmbedding, as_sigma, model_pixels
 from .flux_text import FluxText
 from .packing import image_ids, pack_latents, unpack_latents
@@ -79,6 +80,15 @@ def check_folder(folder: str | Path, part: str, in_channels: int, what: str) -> 
             f"model folder {folder} has {found} input channels where {what} has {in_channels}: "
             "give that model's folder"
         )
+    model_index.check(read_config(path / "model_index.json"), str(folder), path)
+
+
+def check_pipeline(folder: str | Path) -> None:
+    """The same check of what a hub id's model_index.json names, which is fetched for it."""
+    if not Path(folder).exists():
+        from diffusers import DiffusionPipeline
+
+        model_index.check(DiffusionPipeline.load_config(str(folder)), str(folder))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -150,6 +160,7 @@ class FluxDenoiser:
         Other arguments go to the constructor. Raises ValueError or FileNotFoundError for a wrong folder.
         """
         check_folder(folder, "transformer", cls.in_channels, cls.name)
+        check_pipeline(folder)
         device = torch.device(device) if device is not None else default_device()
         pipeline = cls._pipeline_class().from_pretrained(str(folder), **dtype_argument(dtype))
         if offload and device.type != "cpu":

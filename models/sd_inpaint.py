@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .denoiser import Condition, TextEmbedding, hard_mask, model_pixels, same_batch
-from .flux import check_folder, default_device, dtype_argument
+from .flux import check_folder, check_pipeline, default_device, dtype_argument
 from .geometry import check_choice
 from .packing import VAE_FACTOR
 
@@ -82,6 +82,7 @@ class SDInpaint:
     ) -> SDInpaint:
         """Load a diffusers folder or hub id, frozen, in eval mode. Raises ValueError or FileNotFoundError."""
         check_folder(folder, "unet", IN_CHANNELS, "SD inpainting")
+        check_pipeline(folder)
         from diffusers import StableDiffusionInpaintPipeline
 
         device = torch.device(device) if device is not None else default_device()

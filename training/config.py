@@ -35,6 +35,36 @@ CHOICES = {
 }
 
 
+# What ICEdit's YAML and diffusers' DreamBooth scripts call an option.
+ELSEWHERE = {
+    "flux_path": "model",
+    "pretrained_model_name_or_path": "model",
+    "dtype": "base_dtype",
+    "condition_size": "resolution",
+    "target_size": "resolution",
+    "drop_text_prob": "prompt_drop",
+    "accumulate_grad_batches": "accumulation",
+    "gradient_accumulation_steps": "accumulation",
+    "train_batch_size": "batch_size",
+    "save_interval": "save_every",
+    "sample_interval": "sample_every",
+    "r": "rank",
+    "learning_rate": "lr",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "lr_warmup",
+    "max_train_steps": "max_steps",
+    "max_grad_norm": "grad_clip",
+    "use_8bit_adam": "optimizer=adamw8bit",
+    "use_ema": "ema",
+    "guidance_scale": "guidance (sample_guidance, rollout_guidance where images are made)",
+    "num_inference_steps": "sample_steps (rollout_steps of reward training)",
+    "instance_data_dir": "data=[images:FOLDER?prompt=WORDS]",
+    "instance_prompt": "data=[images:FOLDER?prompt=WORDS]",
+    "class_data_dir": "class_dir",
+    "with_prior_preservation": "class_prompt (prior preservation is on where it is set)",
+}
+
+
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its documentation; mutable defaults are copied."""
     if isinstance(default, list):
@@ -330,6 +360,8 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
         if key not in names:
             hint = difflib.get_close_matches(key, names, 1)
             remedy = f"did you mean {hint[0]!r}?" if hint else "see `diptych train --help-config`"
+            if key in ELSEWHERE:
+                remedy = f"it is {ELSEWHERE[key]} here"
             raise ValueError(f"unknown option {key!r} in the recipe: {remedy}")
         if value is False and kind.__dataclass_fields__[key].type in (str, "str"):
             value = "no"  # YAML reads a bare no as false

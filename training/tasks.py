@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models import model_index
 from ..models.flux import check_folder
 from ..models.lora.files import with_strength
 from . import adapters, losses, padding, starts
@@ -28,17 +29,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def component(model: str, name: str, dtype: torch.dtype | None = None, *, random: bool = False) -> Any:
-    """One part of a diffusers folder or hub id by its name in model_index.json. Raises ValueError if
-    absent."""
-    import importlib
+    """One part of a diffusers folder or hub id by its name in model_index.json.
 
+    Raises ValueError if it is absent, or no class of diffusers or transformers.
+    """
     from diffusers import DiffusionPipeline
 
-    index = DiffusionPipeline.load_config(model)
-    if index.get(name) is None or index[name][0] is None:
-        raise ValueError(f"model {model} has no {name}: pass a complete diffusers folder or hub id")
-    library, kind = index[name]
-    cls = getattr(importlib.import_module(library), kind)
+    cls = model_index.part_class(DiffusionPipeline.load_config(model), name, model)
     if random:
         return cls.from_config(cls.load_config(model, subfolder=name)).to(dtype)
     kwargs = {"torch_dtype": dtype} if dtype is not None else {}

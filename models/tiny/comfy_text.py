@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flux_text import T5_TOKENS
+from ..model_index import part_class
 
 Weighted = list[list[tuple]]  # batches of (token id, weight) or (token id, weight, word number)
 
@@ -36,13 +37,11 @@ def load_clip(folder: Path):
 
 def _load(folder: Path, part: str):
     """One transformers component, of the class that the pipeline's model_index.json names."""
-    import transformers
-
     path = folder / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if part not in index:
         raise ValueError(f"{path} names no {part}: pass a complete diffusers folder")
-    loaded = getattr(transformers, index[part][1]).from_pretrained(str(folder / part))
+    loaded = part_class(index, part, str(folder)).from_pretrained(str(folder / part))
     return loaded.float() if isinstance(loaded, nn.Module) else loaded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ class _Folder:
     """Images of one folder by what their names say: `NAME_source.png` and `NAME.txt` belong to NAME."""
 
     kind = ""
+    options: tuple[object, ...] = ()  # what else shapes its samples
 
     def __init__(self, folder: str | Path):
         """Raises FileNotFoundError without a folder."""
@@ -43,7 +45,9 @@ class _Folder:
     @cached_property
     def fingerprint(self) -> str:
         files = [(path.name, path.stat()) for path in self._files]
-        return stamp(self.kind, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+        return stamp(
+            self.kind, *self.options, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        )
 
     def name(self, index: int) -> str:
         return str(self.folder / self._names[index])
@@ -132,21 +136,28 @@ class Pairs(_Folder):
 class Images(_Folder):
     """`name.png` (or `name_source.png`) with `name.txt`: images and their captions, or instructions to come.
 
-    An image without words is a broken example.
+    An image without words is a broken example, unless `prompt` gives words to those that have none.
     """
 
     kind = "images"
 
-    def __init__(self, folder: str | Path, edit: str | bool = False):
-        """edit: the words are instructions and the image is source and target, for reward training.
+    def __init__(self, folder: str | Path, edit: str | bool = False, prompt: str = ""):
+        """edit: the words are instructions and the image is source and target, for reward training. prompt:
+        for images without a text file (DreamBooth's instance prompt).
 
         Raises FileNotFoundError without a folder, ValueError for one without images.
         """
         super().__init__(folder)
-        self.edit = str(edit).lower() in ("true", "1", "yes")
+        self.edit, self.prompt = str(edit).lower() in ("true", "1", "yes"), prompt.strip()
+        self.options = (self.edit, self.prompt)
         self._names = sorted({name for name, role in self._images if role in ("", "source")})
         if not self._names:
             raise ValueError(f"data folder {folder} holds no images: name the files NAME.png and NAME.txt")
+
+    def _prompt(self, index: int) -> str:
+        if self.prompt and self._names[index] not in self._texts:
+            return self.prompt
+        return super()._prompt(index)
 
     def _path(self, index: int) -> Path:
         path = self._image(index, "") or self._image(index, "source")
@@ -184,7 +195,18 @@ class JsonLines:
 
     @cached_property
     def fingerprint(self) -> str:
-        return stamp("jsonl", str(self.root), self.rows.lines)
+        """Of the rows and of the files they name: an image that was replaced is read anew."""
+        return stamp("jsonl", str(self.root), self.rows.lines, [self._files_of(i) for i in range(len(self))])
+
+    def _files_of(self, index: int) -> list[tuple[str, int, int]]:
+        """(key, size, time) of a row's files that are there."""
+        found = []
+        with contextlib.suppress(BrokenSample, OSError):
+            row = self.rows[index]
+            for key in ("image", "mask", "source"):
+                if path := self._file(row, key, index):
+                    found.append((key, path.stat().st_size, path.stat().st_mtime_ns))
+        return found
 
     @cached_property
     def root(self) -> Path:

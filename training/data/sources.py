@@ -188,6 +188,7 @@ def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) ->
         a list.
             pairs:FOLDER                        name_source.png, name_target.png, name.txt (and name_mask.png)
             images:FOLDER?edit=true             name.png and name.txt (edit: the words are instructions)
+            images:FOLDER?prompt=WORDS          images that share one prompt (where they have no name.txt)
             jsonl:FILE                          one {"prompt", "image", "mask"} per line, or a .csv table
             magicbrush:ID_OR_PATH?crop=false    columns source_img, target_img, instruction
             omniedit:ID_PATH_OR_GLOB?task=swap  columns src_img, edited_img, edited_prompt_list, task
