@@ -54,7 +54,7 @@ def crop_context(
     batch = max(len(image), len(mask))
     image, mask = pixels.repeat_batch(image, batch), pixels.repeat_batch(mask, batch)
 
-    holes = [_box_of(item > 0) for item in mask]
+    holes = [_box_of(item) for item in mask]
     shape = tuple(image.shape[1:3])
     seen = tuple(max(math.ceil(hole[axis] * context) for hole in holes) for axis in (2, 3))
     region, crop_size = _sizes(seen, shape, size, multiple)
@@ -78,7 +78,8 @@ def crop_context(
 
 
 def _box_of(hole: Tensor) -> Box:
-    rows, columns = (hole.any(dim=axis).nonzero().flatten() for axis in (1, 0))
+    """The smallest box around all of the mask [H,W] that is above 0."""
+    rows, columns = (hole.amax(dim=axis).nonzero().flatten() for axis in (1, 0))
     top, left = int(rows[0]), int(columns[0])
     return Box(top, left, int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left)
 

@@ -76,7 +76,7 @@ def picture_mask(mask: Tensor | None, layout: CanvasLayout) -> Tensor:
     if mask is None:
         if layout.mask is None:
             raise ValueError("mask is missing: connect the one that came with the layout.")
-        return layout.mask.clone()
+        return layout.mask
     mask = pixels.as_mask(mask)
     inputs.check_finite(mask, "mask")
     size = tuple(mask.shape[1:])
