@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -88,17 +89,24 @@ class TextDecoder(nn.Module):
         top_p 1 leave every token in. With a seed torch's own random state stays as it was. Raises
         ValueError for a number out of range.
         """
-        if num_captions < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
-            raise ValueError(
-                f"num_captions is {num_captions}, temperature {temperature}, top_k {top_k}, top_p {top_p}, "
-                f"repetition_penalty {repetition_penalty}: give at least 1, 0 and 0, a top_p above 0 and up "
-                "to 1, and a penalty above 0"
-            )
         from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         limit = self.max_tokens if max_new_tokens is None else max_new_tokens
-        if not 1 <= limit <= self.max_tokens:
-            raise ValueError(f"max_new_tokens is {limit}: give 1 to {self.max_tokens}")
+        for name, value, fits, allowed in (
+            ("num_captions", num_captions, num_captions >= 1, "at least 1"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "0 (the likeliest token) or more"),
+            ("top_k", top_k, top_k >= 0, "0 (every token) or more"),
+            ("top_p", top_p, 0 < top_p <= 1, "a number above 0, up to 1 (every token)"),
+            (
+                "repetition_penalty",
+                repetition_penalty,
+                0 < repetition_penalty < math.inf,
+                "above 0; 1 is none",
+            ),
+            ("max_new_tokens", limit, 1 <= limit <= self.max_tokens, f"1 to {self.max_tokens}"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {value}: give {allowed}")
         prefix = self.prefix(image_embeddings)
         options: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:

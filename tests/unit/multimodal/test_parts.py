@@ -154,9 +154,11 @@ def test_a_long_text_is_cut_with_a_warning(shared, caplog):
         (lambda m: m.generate_from_text("a", num_inference_steps=0), "num_inference_steps is 0"),
         (lambda m: m.generate_from_text("a", num_inference_steps=1001), "num_inference_steps is 1001"),
         (lambda m: m.generate_from_text("a", 0), "num_samples_per_prompt is 0"),
-        (lambda m: m.generate_from_image(torch.rand(1, 28, 28, 3), temperature=-1), "temperature -1"),
+        (lambda m: m.generate_from_image(torch.rand(1, 28, 28, 3), temperature=-1), "temperature is -1"),
         (lambda m: m.generate_from_image(torch.rand(1, 28, 28, 3), 0), "num_captions is 0"),
-        (lambda m: m.generate_from_image(torch.rand(1, 28, 28, 3), top_p=1.5), "top_p 1.5"),
+        (lambda m: m.generate_from_image(torch.rand(1, 28, 28, 3), top_p=1.5), "top_p is 1.5"),
+        (lambda m: m.generate_from_image(torch.rand(1, 28, 28, 3), top_k=-1), "top_k is -1"),
+        (lambda m: m.generate_text_from_image(torch.rand(1, 16), repetition_penalty=0), "penalty is 0"),
         (lambda m: m.generate_text_from_image(torch.rand(1, 16), max_new_tokens=99), "max_new_tokens is 99"),
         (
             lambda m: m.generate_image_from_text(torch.rand(1, 8)),
