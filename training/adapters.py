@@ -7,6 +7,7 @@ peft's adapter name, which is how files spell them.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..models.lora.moe import gate_weights
 from .losses import load_balance
 
+logger = logging.getLogger(__name__)
 ADAPTER = "default"
 TARGETS = {
     # ICEdit's 343 modules of FLUX: the image stream and the single blocks, not the text stream.
@@ -146,25 +148,17 @@ def add_lora(module: nn.Module, patterns: list[str], config) -> list[str]:
 
 
 def fuse(module: nn.Module, path: str, strength: float = 1.0) -> None:
-    """Merge a LoRA file into the module's weights.
+    """Merge a LoRA file of any format into the module's weights (bfloat16 or finer).
 
-    Raises ValueError where it does not fit, or depends on the token (MoE) and so has no weight change.
+    Raises ValueError where a part of it does not fit, or depends on the token (MoE) and so has no weight
+    change; the module is untouched then.
     """
-    from ..models.lora import LowRank, read
-    from ..models.lora.fit import check_applicable, fit_module
+    from ..models.lora import read
+    from ..models.lora.merge import merge
 
-    weights = read(path)
-    check_applicable(weights)
-    layers = dict(module.named_modules())
-    for name, change in weights.modules.items():
-        if name not in layers or not isinstance(change, LowRank):
-            raise ValueError(f"{path} cannot be merged at {name}: give a plain LoRA made for this model")
-    for name, change in weights.modules.items():
-        weight = layers[name].weight
-        fitted = fit_module(name, change, *weight.shape[:2], [])
-        with torch.no_grad():
-            added = strength * fitted.dense().to(weight.device)
-            weight.copy_((weight.float() + added).to(weight.dtype))
+    report = merge(module, read(path), strength)
+    if report.skipped:
+        logger.warning("merged %s", report)
 
 
 @contextmanager

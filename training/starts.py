@@ -52,26 +52,53 @@ def from_lora(module: nn.Module, path: str, config: Any) -> None:
     """Give new adapters the weights of a plain LoRA file, its leading singular directions where it has more.
 
     Experts of a MoE-LoRA all start from their module's LoRA, slightly apart; twice as strong with the trained
-    gate, which over several alike experts gives its first about one half. Raises ValueError where nothing
-    fits.
+    gate, which over several alike experts gives its first about one half. Raises ValueError where a part of
+    the file would be lost: it fits no adapter, or is no plain LoRA.
     """
-    from ..models.lora import LowRank, read
+    from ..models.lora import read
+    from ..models.lora.fit import fit_module
+
+    layers, scale, weights = dict(module.named_modules()), config.alpha / config.rank, read(path)
+    fitted = {}
+    for name, change in _plain(weights, path, layers).items():
+        base = layers[name].base_layer.weight
+        fitted[name] = fit_module(name, change, *base.shape[:2], [], kernel=tuple(base.shape[2:]))
+    for name, change in fitted.items():
+        _begin(layers[name], change, scale, config.rank)
+
+
+def _plain(weights: Any, path: str, layers: dict[str, nn.Module]) -> dict[str, Any]:
+    """The LoRA's modules, if all of it is plain pairs for adapters that are there."""
+    from ..models.lora import LowRank
+
+    has = {name for name, layer in layers.items() if hasattr(layer, "lora_A")}
+    if not has & set(weights.modules):
+        raise ValueError(f"init_lora {path} fits none of target_modules: give a plain LoRA of this model")
+    odd = [n for n, change in weights.modules.items() if not isinstance(change, LowRank)] + list(weights.full)
+    if odd:
+        raise ValueError(
+            f"init_lora {path} has more than plain LoRA factors ({odd[0]}): merge it with fuse_loras instead"
+        )
+    lost = [n for n in weights.modules if n not in has]
+    if lost:
+        raise ValueError(
+            f"init_lora {path} changes {len(lost)} layers that are not trained ({lost[0]}): add them to "
+            "target_modules, or merge it with fuse_loras instead"
+        )
+    return dict(weights.modules)
+
+
+def _begin(layer: nn.Module, change: Any, scale: float, rank: int) -> None:
     from ..models.lora.resize import cut
 
-    layers, scale, found = dict(module.named_modules()), config.alpha / config.rank, 0
-    for name, change in read(path).modules.items():
-        layer = layers.get(name)
-        if not hasattr(layer, "lora_A") or not isinstance(change, LowRank):
-            continue
-        down, up = cut(change.A.float(), change.B.float() * (change.scale / scale), config.rank)
-        rank, found = len(down), found + 1
-        if isinstance(layer, adapters.MoELoRALinear):
-            strength = 2.0 if layer.gate == "softmax_all" else 1.0
-            for expert in layer.lora_A:
-                layer.lora_A[expert].weight[:rank] = down + 0.1 * down.std() * torch.randn_like(down)
-                layer.lora_B[expert].weight[:, :rank] = strength * up
-        else:
-            layer.lora_A[adapters.ADAPTER].weight[:rank] = down
-            layer.lora_B[adapters.ADAPTER].weight[:, :rank] = up
-    if not found:
-        raise ValueError(f"init_lora {path} fits none of target_modules: give a plain LoRA of this model")
+    down, up = change.A.float().flatten(1), change.B.float().flatten(1) * (change.scale / scale)
+    down, up = cut(down, up, rank)
+    if isinstance(layer, adapters.MoELoRALinear):
+        strength = 2.0 if layer.gate == "softmax_all" else 1.0
+        for expert in layer.lora_A:
+            layer.lora_A[expert].weight[: len(down)] = down + 0.1 * down.std() * torch.randn_like(down)
+            layer.lora_B[expert].weight[:, : len(down)] = strength * up
+    else:
+        A, B = layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight
+        A[: len(down)] = down.reshape(-1, *A.shape[1:])
+        B[:, : len(down)] = up.reshape(len(up), -1, *B.shape[2:])

@@ -120,10 +120,10 @@ class Task:
         """The module to train: base weights in base_dtype, frozen, before any adapter."""
         random, source = self.config.init == "random", self.config.init_from or self.config.model
         module = component(source, self.denoiser_part, self.dtype, random=random)
+        for text in self.config.fuse_loras:  # before float8, whose steps are wider than a LoRA's change
+            adapters.fuse(module, *with_strength(text))
         if self.config.base_dtype == "float8_e4m3fn":
             module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-        for text in self.config.fuse_loras:
-            adapters.fuse(module, *with_strength(text))
         module = self.begin(module)
         self.module = module.requires_grad_(False).to(self.load_device)
         if self.config.gradient_checkpointing:

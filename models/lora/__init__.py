@@ -10,7 +10,17 @@ from .diffusers import apply_to_diffusers, from_peft
 from .extract import extract
 from .read import read
 from .save import save
-from .weights import Factored, FullTensor, LoraError, LoraInfo, LoraWeights, LowRank, MoeLowRank, Report
+from .weights import (
+    Based,
+    Factored,
+    FullTensor,
+    LoraError,
+    LoraInfo,
+    LoraWeights,
+    LowRank,
+    MoeLowRank,
+    Report,
+)
 
 
 def apply_to_comfy(model, weights: LoraWeights, strength: float = 1.0, **options):
@@ -21,6 +31,7 @@ def apply_to_comfy(model, weights: LoraWeights, strength: float = 1.0, **options
 
 
 __all__ = [
+    "Based",
     "Factored",
     "FullTensor",
     "LoraError",

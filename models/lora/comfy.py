@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import comfy.lora
 import comfy.model_management
@@ -24,11 +25,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor, nn
 
-from .delta import Delta, check_window, delta_for, in_window
-from .fit import NO_SUCH_LAYER, check_applicable, fit_module, refuse_if_nothing_fits
-from .weights import Factored, FullTensor, LoraError, LoraWeights, LowRank, Module, Report
+from .based import Based, Share, Swapped
+from .delta import BiasDelta, Delta, WeightDelta, check_window, delta_for, in_window
+from .fit import NO_SUCH_LAYER, base_notes, check_applicable, fit_module, refuse_if_nothing_fits
+from .kinds import map_tensors
+from .weights import Factored, FullTensor, LoraError, LoraWeights, LowRank, Module, MoeLowRank, Report
 
-MERGEABLE = (LowRank, Factored)
 # a weight's key, the rows of it (dim, start, length), a function on the change: as core's key map has it
 Target = tuple[str, tuple[int, int, int] | None, Callable[[Tensor], Tensor] | None]
 
@@ -45,41 +47,53 @@ def apply_to_comfy(
     window: active only for start >= sigma > end (1 = noise); "file" takes the one stored in the LoRA, None
     means always. Raises LoraError when the LoRA does not fit this model.
     """
-    check_applicable(weights)
+    check_applicable(weights, strength)
     window = check_window(weights.info.sigma_window if window == "file" else window)
     layers = _Layers(model)
     loaded: list[str] = []
     notes, skipped = list(weights.notes), list(weights.skipped)
-    patches: dict = {}
+    patches: list[tuple[object, object]] = []
     deltas: dict[str, tuple[str, Delta]] = {}
+    whole: set[int] = set()
     for path, module in weights.modules.items():
         if (found := layers.find(path)) is None:
             skipped.append((path, NO_SUCH_LAYER))
             continue
         target, layer = found
-        shape, mergeable = layers.shape(target, layer), window is None and isinstance(module, MERGEABLE)
-        module = fit_module(path, module, *shape, notes, may_grow=mergeable and layers.is_flux)
+        out, width, *kernel = layers.shape(target, layer)
+        mergeable = window is None and not isinstance(module, MoeLowRank)
+        grows = mergeable and layers.is_flux
+        module = fit_module(path, module, out, width, notes, kernel=tuple(kernel), may_grow=grows)
+        loaded.append(path)
+        if isinstance(module, Share):
+            if id(module.whole) in whole:
+                continue
+            whole.add(id(module.whole))
+            module, target = module.whole, layers.fused(module)
         if mergeable:
-            patches[_patch_key(target)] = _adapter(module, shape)
+            patches.append((_patch_key(target), _adapter(module, width)))
         else:
             deltas[path] = target[0].removesuffix(".weight"), _delta(module, target)
-        loaded.append(path)
     for path, tensor in weights.full.items():
-        key = layers.parameter(path)
-        if key is None:
+        target = layers.parameter(path)
+        if target is None:
             skipped.append((path, NO_SUCH_LAYER))
             continue
-        patches[key] = _whole(path, tensor, layers, key)
+        _check_whole(path, tensor, layers, target)
         loaded.append(path)
+        layer = layers.find(path.rpartition(".")[0])
+        if window is not None and layer is not None and hasattr(layer[1], "in_features"):
+            deltas[path] = target[0].rpartition(".")[0], _whole_delta(tensor, target)
+            continue
+        patches.append((_patch_key(target), _ChangeAdapter(tensor)))
         if window is not None:
-            notes.append(f"{path} is a whole tensor: it stays active outside the sigma window")
+            notes.append(f"{path} is no linear layer's: it stays active outside the sigma window")
     refuse_if_nothing_fits(weights, len(loaded), layers.model_name)
+    notes.extend(base_notes(weights.info, layers.inputs if layers.is_flux else None))
 
     clone = model.clone()
     if strength:
-        if len(accepted := clone.add_patches(patches, strength)) != len(patches):
-            lost = next(k for k in patches if k not in accepted)
-            raise LoraError(f"ComfyUI refused the patch of {lost}: use the loader the model itself came from")
+        _add_patches(clone, patches, strength)
         if deltas:
             _attach(clone, list(deltas.values()), strength, window)
     report = Report(
@@ -93,6 +107,25 @@ def apply_to_comfy(
         strength,
     )
     return clone, report
+
+
+def _add_patches(model, patches: list[tuple[object, object]], strength: float) -> None:
+    """All patches in order; core takes a dict, so two for one weight need two."""
+    while patches:
+        batch, rest = {}, []
+        for key, patch in patches:
+            if key in batch:
+                rest.append((key, patch))
+            else:
+                batch[key] = patch
+        accepted = set(model.add_patches(batch, strength))
+        if lost := [
+            k for k in batch if k not in accepted and (k if isinstance(k, str) else k[0]) not in accepted
+        ]:
+            raise LoraError(
+                f"ComfyUI refused the patch of {lost[0]}: use the loader the model itself came from"
+            )
+        patches = rest
 
 
 class _Layers:
@@ -117,8 +150,8 @@ class _Layers:
             self.found[path] = (target, layer) if layer is not None else None
         return self.found[path]
 
-    def parameter(self, path: str):
-        """The patch key of one parameter, rows and half-swap included."""
+    def parameter(self, path: str) -> Target | None:
+        """The target of one parameter, rows and half-swap included."""
         layer, _, leaf = path.rpartition(".")
         found = self.find(layer)
         if found is not None:
@@ -128,16 +161,38 @@ class _Layers:
         else:  # norms have no `.weight`: core maps them as whole names
             hit = _norm_key(path)
             target = None if hit is None else (hit, None, None)
-        return _patch_key(target) if target is not None and self._get(target[0]) is not None else None
+        return target if target is not None and self._get(target[0]) is not None else None
+
+    def fused(self, share: Share) -> Target:
+        """The rows of the live layer that a change of several diffusers layers covers together."""
+        found = [self.find(member) for member in share.members]
+        targets = [f[0] for f in found if f is not None]
+        starts = [t[1][1] if t[1] else None for t in targets]
+        sizes = [t[1][2] if t[1] else None for t in targets]
+        if (
+            len(targets) != len(share.members)
+            or tuple(sizes) != share.sizes
+            or len({t[0] for t in targets}) > 1
+        ):
+            raise LoraError(
+                f"the layers {', '.join(share.members)} are not one layer here: load a FLUX model"
+            )
+        return targets[0][0], (0, starts[0], sum(sizes)), None
 
     @staticmethod
-    def shape(target: Target, layer: nn.Module) -> tuple[int, int]:
-        """(outputs, inputs) of the target; from the layer, as a GGUF tensor's shape is that of its bytes."""
+    def shape(target: Target, layer: nn.Module) -> tuple[int, ...]:
+        """(outputs, inputs, kernel...) of the target, from the layer: a GGUF tensor's shape is its bytes'."""
         if hasattr(layer, "in_features"):
-            out, width = layer.out_features, layer.in_features
+            out, *rest = layer.out_features, layer.in_features
         else:
-            out, width = layer.weight.shape[0], layer.weight.shape[1]
-        return (out if target[1] is None else target[1][2]), width
+            out, *rest = layer.weight.shape
+        return (out if target[1] is None else target[1][2]), *(rest or [0])
+
+    @property
+    def inputs(self) -> int | None:
+        """Of the first layer: 64, 128 or 384 features of a token."""
+        found = self.find("x_embedder")
+        return None if found is None else self.shape(*found)[1]
 
     @property
     def is_flux(self) -> bool:
@@ -178,21 +233,22 @@ def _patch_key(target: Target):
     return key if rows is None else (key, rows)
 
 
-def _adapter(module: LowRank | Factored, shape: tuple[int, int]) -> WeightAdapterBase:
+def _adapter(module: Module, width: int) -> WeightAdapterBase:
     if isinstance(module, LowRank):
-        grown = list(module.shape) if module.shape[1] > shape[1] else None
+        grown = list(module.shape) if module.shape[1] > width and module.A.ndim == 2 else None
         # (up, down, alpha, mid, dora scale, reshape); core's strength is alpha / rank
         return LoRAAdapter(set(), (module.B, module.A, module.scale * module.rank, None, None, grown))
-    return _FactoredAdapter(module)
+    return _ChangeAdapter(module)
 
 
-class _FactoredAdapter(WeightAdapterBase):
-    """LoKr and LoHa, whose scale and rows are settled already."""
+class _ChangeAdapter(WeightAdapterBase):
+    """Any change that is a function of the weight: LyCORIS, DoRA, OFT, whole tensors."""
 
-    name = "diptych_factored"
+    name = "diptych"
 
-    def __init__(self, module: Factored) -> None:
-        self.module, self.loaded_keys, self.weights = module, set(), list(module.factors.values())
+    def __init__(self, module: Factored | Based | FullTensor) -> None:
+        self.module, self.loaded_keys, self.weights = module, set(), []
+        map_tensors(module, lambda tensor: self.weights.append(tensor) or tensor)
 
     def calculate_weight(
         self,
@@ -205,31 +261,42 @@ class _FactoredAdapter(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: object = None,
     ) -> Tensor:
-        m = self.module
-        factors = {k: t.to(weight.device) for k, t in m.factors.items()}
-        change = Factored(m.kind, factors, m.scale, rows=m.rows).dense().reshape(weight.shape)
-        weight += function((strength * change).to(weight.dtype))
+        module = map_tensors(self.module, lambda tensor: tensor.to(weight.device))
+        # the function exchanges two halves: the weight is read as diffusers has it, the change written back
+        change = module.change(function(weight.float()))
+        weight.copy_(weight.float() + function(strength * change))
         return weight
 
 
-def _whole(path: str, tensor: FullTensor, layers: _Layers, key) -> tuple:
-    name, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
-    live = comfy.utils.get_attr(layers.root, name).shape
-    live = live if rows is None else (rows[2], *live[1:])
+def _check_whole(path: str, tensor: FullTensor, layers: _Layers, target: Target) -> None:
+    live = comfy.utils.get_attr(layers.root, target[0]).shape
+    live = live if target[1] is None else (target[1][2], *live[1:])
     if tuple(live) != tuple(tensor.value.shape):
         raise LoraError(
             f"the LoRA's {path} is {list(tensor.value.shape)}, the model's is {list(live)}: "
             "it was trained on another base model, load that one"
         )
-    return (tensor.mode, (tensor.value,))
+
+
+def _whole_delta(tensor: FullTensor, target: Target) -> Delta:
+    key, rows, function = target
+    if function is not None:
+        tensor = replace(tensor, value=function(tensor.value))
+    rows = None if rows is None else (rows[1], rows[2])
+    return BiasDelta(tensor, rows) if key.endswith(".bias") else WeightDelta(tensor, rows)
 
 
 def _delta(module: Module, target: Target) -> Delta:
     _, rows, function = target
-    if function is not None:
-        if not isinstance(module, LowRank):
-            raise LoraError(f"{target[0]} changes its row order, which {type(module).__name__} cannot follow")
-        module = LowRank(module.A, function(module.B), module.scale, module.scale_from)
+    if function is not None:  # core's only one exchanges the halves of the final modulation
+        if isinstance(module, LowRank):
+            module = replace(module, B=function(module.B))
+        elif isinstance(module, MoeLowRank):
+            module = replace(module, B=torch.stack([function(expert) for expert in module.B]))
+        elif isinstance(module, Factored):
+            module = replace(module, swap=not module.swap)
+        else:
+            module = Swapped(module)
     return delta_for(module, None if rows is None else (rows[1], rows[2]))
 
 
@@ -240,7 +307,9 @@ def _attach(
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     for _, delta in deltas:
         delta.strength = strength
-        bank.append(delta.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else delta)
+        # what is multiplied out in float32 at each call keeps the file's type
+        narrow = dtype.is_floating_point and dtype.itemsize > 1 and not isinstance(delta, WeightDelta)
+        bank.append(delta.to(dtype) if narrow else delta)
     key = f"diptych_lora_{uuid.uuid4().hex}"
     patcher = comfy.model_patcher.ModelPatcher(bank, model.load_device, model.offload_device)
     model.set_additional_models(key, [patcher])

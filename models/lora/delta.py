@@ -1,10 +1,13 @@
-"""Low-rank changes computed while the model runs: `y += strength * change(x)`.
+"""Changes computed while the model runs: `y += strength * change(x)`.
 
-For what cannot be merged into a weight (experts routed per token, changes active only for some sigmas).
+For what cannot be merged into a weight (experts routed per token, changes active only for some sigmas,
+quantised weights).
 Host-neutral: `diffusers.py` and `comfy.py` decide which layers get one, and when.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moe
-from .weights import Factored, LowRank, Module, MoeLowRank
+from .based import Share
+from .errors import LoraError
+from .kinds import map_tensors
+from .weights import Based, Factored, FullTensor, LowRank, Module, MoeLowRank
 
 
 class Delta(nn.Module):
@@ -81,33 +87,118 @@ class MoeDelta(Delta):
         )
 
 
-class FactoredDelta(Delta):
-    """LoKr without building its product; LoHa (and a part of a fused LoKr) with it, one layer at a time."""
+class WeightDelta(Delta):
+    """A change computed as a float32 weight at each call: LyCORIS factors, whole weights, `based.py`.
 
-    def __init__(self, module: Factored, rows: tuple[int, int] | None = None) -> None:
+    members: the layers that a `Share` needs besides its own.
+    """
+
+    def __init__(
+        self,
+        module: Factored | Based | FullTensor,
+        rows: tuple[int, int] | None = None,
+        members: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__(rows)
         self.module = module
-        self.factors = nn.ParameterDict({k: _weight(t) for k, t in module.factors.items()})
+        self._members = tuple(members)  # a tuple: they are not ours to move
+        self.tensors = nn.ParameterList()
+        map_tensors(module, self._keep)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self.tensors.append(_weight(tensor))
+        return tensor
+
+    def _current(self) -> Factored | Based | FullTensor:
+        """The module with the tensors where the host has moved them to."""
+        tensors = iter(self.tensors)
+        return map_tensors(self.module, lambda _: next(tensors))
 
     def change(self, x: Tensor, layer: nn.Module) -> Tensor:
-        f = {k: t.to(x) for k, t in self.factors.items()}
-        m = self.module
-        if m.kind == "lokr" and m.rows is None and f["w2"].ndim == 2:
-            w1, w2 = f["w1"], f["w2"]
-            blocks = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
-            mixed = torch.einsum("ab,cd,...bd->...ac", w1, w2, blocks).flatten(-2)
-            return mixed * (m.scale * self.strength)
-        weight = Factored(m.kind, f, m.scale * self.strength, rows=m.rows).dense().to(x)
+        module = map_tensors(self._current(), lambda t: t.to(x.device))
+        if isinstance(module, Factored):
+            weight = self._factored(module, x)
+            if weight is None:
+                return _kron(module, x) * self.strength
+        elif isinstance(module, Share):
+            weight = module.change_among([layer_weight(m, x) for m in self._members])
+        else:
+            weight = layer_weight(layer, x)
+            weight = module.change(weight if self.rows is None else weight.narrow(0, *self.rows))
+        weight = (self.strength * weight).to(x)
         if isinstance(layer, nn.Conv2d):
             weight = weight.reshape(weight.shape[0], -1, *layer.kernel_size)
             return F.conv2d(x, weight, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
         return F.linear(x, weight.flatten(1))
 
+    @staticmethod
+    def _factored(module: Factored, x: Tensor) -> Tensor | None:
+        plain = module.rows is None and not module.swap and module.width is None
+        if (
+            module.kind == "lokr"
+            and plain
+            and len(module.whole_shape) == 2
+            and x.shape[-1] == module.shape[1]
+        ):
+            return None  # without building the product
+        return module.dense()
 
-def delta_for(module: Module, rows: tuple[int, int] | None = None) -> Delta:
+
+class BiasDelta(Delta):
+    """A whole bias: added, or put in the place of the layer's own."""
+
+    def __init__(self, tensor: FullTensor, rows: tuple[int, int] | None = None) -> None:
+        super().__init__(rows)
+        self.value, self.replaces = _weight(tensor.value), tensor.mode == "set"
+
+    def change(self, x: Tensor, layer: nn.Module) -> Tensor:
+        value = self.value.to(x.device, torch.float32)
+        if self.replaces and layer.bias is not None:
+            bias = layer.bias.to(x.device, torch.float32)
+            value = value - (bias if self.rows is None else bias.narrow(0, *self.rows))
+        return (self.strength * value).to(x.dtype)
+
+
+def _kron(module: Factored, x: Tensor) -> Tensor:
+    w1, w2 = (w.to(x) for w in module.kron_factors())
+    blocks = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
+    return torch.einsum("ab,cd,...bd->...ac", w1, w2, blocks).flatten(-2) * module.scale
+
+
+def layer_weight(layer: nn.Module, like: Tensor) -> Tensor:
+    """A layer's weight in float32 on like's device, however it is stored.
+
+    Where it is quantised, offloaded or patched on the way, it is what the layer answers to the identity.
+    """
+    weight = getattr(layer, "weight", None)
+    if _is_plain(layer, weight):
+        return weight.detach().to(like.device, torch.float32)
+    if not hasattr(layer, "in_features"):
+        raise LoraError(f"the weight of a {type(layer).__name__} is quantised: load the model unquantised")
+    probe = torch.zeros(layer.in_features + 1, layer.in_features, device=like.device, dtype=like.dtype)
+    probe[1:].fill_diagonal_(1)
+    answer = layer.forward(probe).float()
+    return (answer[1:] - answer[:1]).T
+
+
+def _is_plain(layer: nn.Module, weight: object) -> bool:
+    """Whether the stored weight is the one that the layer multiplies with."""
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        return False
+    if getattr(layer, "weight_function", None) or getattr(layer, "scale_weight", None) is not None:
+        return False  # ComfyUI: patches still to be applied, or scaled fp8
+    return weight.is_floating_point() and weight.ndim > 1
+
+
+def delta_for(
+    module: Module, rows: tuple[int, int] | None = None, members: Sequence[nn.Module] = ()
+) -> Delta:
     """The run-time form of a canonical module."""
-    kinds = {LowRank: PlainDelta, MoeLowRank: MoeDelta, Factored: FactoredDelta}
-    return kinds[type(module)](module, rows)
+    if isinstance(module, LowRank):
+        return PlainDelta(module, rows)
+    if isinstance(module, MoeLowRank):
+        return MoeDelta(module, rows)
+    return WeightDelta(module, rows, members)
 
 
 def in_window(sigma: float, window: tuple[float, float] | None) -> bool:

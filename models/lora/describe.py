@@ -7,6 +7,17 @@ from collections.abc import Mapping
 from .files import RawFile
 from .weights import FullTensor, Module
 
+_KINDS = {
+    "lokr": "LyCORIS LoKr",
+    "loha": "LyCORIS LoHa",
+    "glora": "GLoRA",
+    "boft": "BOFT",
+    "oft": "OFT",
+    "peft boft": "PEFT BOFT",
+    "peft oft": "PEFT OFT",
+    "dora": "DoRA",
+}
+
 
 def format_name(raw: RawFile, styles: set[str]) -> str:
     """Who writes such files; styles are the namings met while its keys were sorted."""
@@ -17,15 +28,16 @@ def format_name(raw: RawFile, styles: set[str]) -> str:
         return "ICEdit MoE-LoRA"
     if "xlabs" in styles:
         return "XLabs"
-    if "lokr" in styles or "loha" in styles:
-        return "LyCORIS LoKr" if "lokr" in styles else "LyCORIS LoHa"
+    for style, name in _KINDS.items():
+        if style in styles:
+            return name
     if any(key.endswith("query_norm.scale") for key in raw.tensors):
         return "BFL control"
     if "kohya" in styles or "underscored" in styles:
         return "kohya" if "kohya" in styles else "OneTrainer"
-    if raw.lora_config is not None:
+    if "lora_config.json" in raw.sidecars:
         return "DanceGRPO"
-    if raw.adapter_config is not None or first.startswith("base_model."):
+    if "adapter_config.json" in raw.sidecars or first.startswith("base_model."):
         return "PEFT, BFL names" if "bfl" in styles else "PEFT"
     if "diptych" in raw.header:
         return "Diptych"

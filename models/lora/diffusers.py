@@ -1,21 +1,25 @@
-"""A LoRA onto a diffusers module: plain parts through peft, experts and LyCORIS through forward hooks.
+"""A LoRA onto a diffusers module: plain parts through peft, experts and LyCORIS through forward hooks, whole
+tensors and changes that depend on the weight (DoRA, OFT, ...) by rewriting the weight (`overwrite.py`).
 
 `handle.unpatch()` takes all of it off again. Imports peft when first used. ComfyUI's side is `comfy.py`.
 """
 
 from __future__ import annotations
 
+import re
 import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import overwrite
+from .based import Share
 from .delta import Delta, check_window, delta_for, in_window
-from .fit import NO_SUCH_LAYER, check_applicable, fit_module, refuse_if_nothing_fits
-from .weights import FullTensor, LoraError, LoraInfo, LoraWeights, LowRank, Module, Report
+from .fit import NO_SUCH_LAYER, base_notes, check_applicable, fit_module, refuse_if_nothing_fits
+from .weights import Based, FullTensor, LoraError, LoraInfo, LoraWeights, LowRank, Module, Report
 
 
 @dataclass
@@ -30,11 +34,11 @@ class Applied:
     _plain: dict[str, float] = field(default_factory=dict)
     _deltas: list[Delta] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
-    _full: list = field(default_factory=list)
+    _written: list[tuple[str, overwrite.Writer]] = field(default_factory=list)
     _active: float = 0.0
 
     def set_strength(self, strength: float) -> None:
-        """Sets the strength; whole tensors are rewritten, the rest is one number per layer."""
+        """Sets the strength; rewritten weights are computed again, the rest is one number per layer."""
         self.strength = strength
         self._activate(strength)
 
@@ -47,7 +51,7 @@ class Applied:
         self._activate(0.0)
         while self._undo:
             self._undo.pop()()
-        self._plain, self._deltas, self._full = {}, [], []
+        self._plain, self._deltas, self._written = {}, [], []
 
     def _activate(self, strength: float) -> None:
         if strength == self._active:
@@ -56,9 +60,8 @@ class Applied:
             self.module.get_submodule(path).scaling[self.adapter] = scale * strength
         for delta in self._deltas:
             delta.strength = strength
-        for parameter, original, tensor in self._full:
-            with torch.no_grad():
-                parameter.copy_(_changed(original, tensor, strength))
+        for name, writer in self._written:
+            overwrite.set_strength(self.module, name, writer, strength)
         self._active = strength
 
     def __str__(self) -> str:
@@ -80,30 +83,22 @@ def apply_to_diffusers(
     only for the layers it wraps; requires_grad of all other parameters is left as it was).
     Raises LoraError before anything is touched when the LoRA does not fit.
     """
-    check_applicable(weights)
+    check_applicable(weights, strength)
     window = check_window(weights.info.sigma_window if window == "file" else window)
-    layers = dict(module.named_modules())
-    notes, skipped = list(weights.notes), list(weights.skipped)
-    fitting: dict[str, Module] = {}
-    for path, change in weights.modules.items():
-        layer = _base(layers.get(path))
-        if layer is None:
-            skipped.append((path, NO_SUCH_LAYER))
-            continue
-        fitting[path] = fit_module(path, change, *_shape(layer), notes)
-    parameters = {p.replace(".base_layer.", "."): t for p, t in module.named_parameters()}
-    full = _fitting_tensors(weights, parameters, skipped)
-    refuse_if_nothing_fits(weights, len(fitting) + len(full), type(module).__name__)
-
-    hooked = {p: c for p, c in fitting.items() if not isinstance(c, LowRank)}
+    fitting, full, notes, skipped = fit_all(module, weights)
+    parameters = _parameters(module)
     plain = {p: c for p, c in fitting.items() if isinstance(c, LowRank)}
+    written = {
+        p: c for p, c in fitting.items() if isinstance(c, Based) and _is_writable(parameters[f"{p}.weight"])
+    }
+    hooked = {p: c for p, c in fitting.items() if p not in plain and p not in written}
     report = Report(
         weights.name,
         weights.info,
         tuple([*fitting, *full]),
         tuple(hooked),
         tuple(skipped),
-        tuple(notes),
+        tuple(dict.fromkeys(notes)),
         window,
         strength,
     )
@@ -112,14 +107,78 @@ def apply_to_diffusers(
         if plain:
             _inject(handle, plain, trainable)
         for path, change in hooked.items():
-            _hook(handle, _base(module.get_submodule(path)), change)
+            members = change.members if isinstance(change, Share) else ()
+            layers = [_base(module.get_submodule(name)) for name in members]
+            _hook(handle, _base(module.get_submodule(path)), delta_for(change, members=layers))
+        for path, change in written.items():
+            _write(handle, f"{path}.weight", parameters, weight_change(change, module, parameters))
         for path, tensor in full.items():
-            handle._full.append((parameters[path], parameters[path].detach().clone(), tensor))
+            _write(handle, path, parameters, tensor.change)
         handle.set_strength(strength)
     except BaseException:
         handle.unpatch()
         raise
     return handle
+
+
+def fit_all(
+    module: nn.Module, weights: LoraWeights
+) -> tuple[dict[str, Module], dict[str, FullTensor], list[str], list[tuple[str, str]]]:
+    """(changes by path, whole tensors by path, notes, skipped): what of a LoRA this module takes.
+
+    Raises LoraError when it was made for another model.
+    """
+    layers, parameters = dict(module.named_modules()), _parameters(module)
+    notes, skipped = list(weights.notes), list(weights.skipped)
+    fitting: dict[str, Module] = {}
+    for path, change in weights.modules.items():
+        layer = _base(layers.get(path))
+        if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+            skipped.append((path, NO_SUCH_LAYER))
+        elif isinstance(change, Share) and not set(change.members) <= set(layers):
+            skipped.append((path, "the layers it shares its change with are not all there"))
+        else:
+            out, width, *kernel = _shape(layer)
+            fitting[path] = fit_module(path, change, out, width, notes, kernel=tuple(kernel))
+    full = _fitting_tensors(weights, parameters, skipped)
+    refuse_if_nothing_fits(weights, len(fitting) + len(full), type(module).__name__)
+    embedder = _base(layers.get("x_embedder"))
+    notes.extend(base_notes(weights.info, getattr(embedder, "in_features", None)))
+    return fitting, full, notes, skipped
+
+
+def weight_change(
+    change: Module, module: nn.Module, parameters: dict[str, Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """A function of a layer's weight: its float32 change; a `Share` reads the others' original weights."""
+    if not isinstance(change, Share):
+        return change.change
+    names = [f"{member}.weight" for member in change.members]
+
+    def among(weight: Tensor) -> Tensor:
+        weights = [overwrite.original(module, name, parameters[name]) for name in names]
+        weights[change.index] = weight
+        return change.change_among(weights)
+
+    return among
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {p.replace(".base_layer.", "."): t for p, t in module.named_parameters()}
+
+
+def _is_writable(parameter: Tensor) -> bool:
+    """Whether a weight holds plain numbers fine enough to be rewritten; else it is added to at run time."""
+    plain = parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not parameter.is_meta
+    return plain and type(parameter) is nn.Parameter
+
+
+def _write(
+    handle: Applied, name: str, parameters: dict[str, Tensor], change: Callable[[Tensor], Tensor]
+) -> None:
+    writer = overwrite.add(handle.module, name, parameters[name], change)
+    handle._written.append((name, writer))
+    handle._undo.append(lambda: overwrite.remove(handle.module, name, writer))
 
 
 def _inject(handle: Applied, plain: dict[str, LowRank], trainable: bool) -> None:
@@ -131,8 +190,9 @@ def _inject(handle: Applied, plain: dict[str, LowRank], trainable: bool) -> None
     config = LoraConfig(
         r=next(iter(plain.values())).rank,
         lora_alpha=1,
-        target_modules=list(plain),
-        rank_pattern={f"^{path}": c.rank for path, c in plain.items()},
+        # a text is matched whole; names in a list also match the tails of longer ones
+        target_modules="|".join(re.escape(path) for path in plain),
+        rank_pattern={f"^{re.escape(path)}": c.rank for path, c in plain.items()},
         init_lora_weights=False,
     )
     with warnings.catch_warnings():
@@ -182,8 +242,8 @@ def _eject(module: nn.Module, name: str, paths: list[str], had_config: bool) -> 
             del module.peft_config
 
 
-def _hook(handle: Applied, layer: nn.Module, change: Module) -> None:
-    delta = delta_for(change).requires_grad_(False)
+def _hook(handle: Applied, layer: nn.Module, delta: Delta) -> None:
+    delta.requires_grad_(False)
     delta.strength = 0.0
 
     def add(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -212,21 +272,14 @@ def _fitting_tensors(weights: LoraWeights, parameters: dict, skipped: list) -> d
     return full
 
 
-def _changed(original: torch.Tensor, tensor: FullTensor, strength: float) -> torch.Tensor:
-    value = tensor.value.to(original.device, torch.float32)
-    if tensor.mode == "set":
-        value = value - original.float()
-    return (original.float() + strength * value).to(original.dtype) if strength else original
-
-
 def _base(layer: nn.Module | None) -> nn.Module | None:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def _shape(layer: nn.Module) -> tuple[int, ...]:
     if hasattr(layer, "in_features"):
         return layer.out_features, layer.in_features
-    return layer.weight.shape[0], layer.weight.shape[1]
+    return tuple(layer.weight.shape) if layer.weight.ndim > 1 else (layer.weight.shape[0], 0)
 
 
 def from_peft(module: nn.Module, adapter: str = "default", info: LoraInfo | None = None) -> LoraWeights:

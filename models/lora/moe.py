@@ -34,7 +34,9 @@ def stack(A: Tensor, B: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
 
     n is a multiple of 32: matrix units of CPUs and GPUs take odd sizes a third slower.
     """
-    down = torch.cat([A.flatten(0, 1), router.to(A.dtype)])
+    # the router decides: it is not rounded to the experts' type
+    dtype = torch.promote_types(*(torch.bfloat16 if t.dtype.itemsize < 2 else t.dtype for t in (A, router)))
+    down = torch.cat([A.flatten(0, 1).to(dtype), router.to(dtype)])
     down = F.pad(down, (0, 0, 0, -down.shape[0] % 32))
     return down, B.permute(1, 0, 2).flatten(1).contiguous()
 

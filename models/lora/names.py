@@ -20,8 +20,9 @@ _PREFIXES = (
     "unet.",
 )
 _WRAPPERS = re.compile("(?:" + "|".join(map(re.escape, _PREFIXES)) + ")*")
-_FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
+_FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_", "oft_unet_")
 _TEXT_PREFIXES = ("lora_te", "text_encoder", "text_model.", "lora_prior_te", "te1.", "te2.", "conditioner.")
+_TEXT_PREFIXES += ("clip_l.", "clip_g.", "t5xxl.", "cond_stage_model.")
 
 # Every dotted segment that itself may contain an underscore or stand in an underscored name.
 _SEGMENTS = """

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .weights import LoraError
+from .errors import LoraError
 
 _AB = re.compile(
     r"^(?P<layer>.+?)\.lora_(?P<role>A|B|route)(?P<mid>(?:\.[\w-]+)*?)(?:\.(?P<leaf>weight|bias))?$"
@@ -17,14 +17,19 @@ _AB = re.compile(
 _UP_DOWN = re.compile(
     r"^(?P<layer>.+?)(?:\.lora_linear_layer\.|\.lora_|_lora\.|\.lora\.|\.)(?P<role>down|up|mid)\.weight$"
 )
-_LYCORIS = re.compile(r"^(?P<layer>.+)\.(?P<role>(?:lokr|hada)_\w+)$")
+_NAMED = re.compile(
+    r"^(?P<layer>.+)\.(?P<role>(?:lokr|hada)_\w+|oft_(?:blocks|diag|R)|boft_[Rs]|lora_magnitude_vector)"
+    r"(?P<mid>(?:\.[\w-]+)*?)(?:\.weight)?$"
+)
 _PLAIN = re.compile(
-    r"^(?P<layer>.+)\.(?P<role>alpha|diff|diff_b|set_weight|w_norm|b_norm|reshape_weight|dora_scale)$"
+    r"^(?P<layer>.+)\.(?P<role>alpha|diff|diff_b|set_weight|w_norm|b_norm|reshape_weight|dora_scale|rescale"
+    r"|scalar|wd_for_diff|[ab][12]\.weight|bm\.weight)$"
 )
-_DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector)(\.|$)")
 _OTHER_KINDS = re.compile(
-    r"\.(oft_|boft_|ia3_|on_input|vera_|a1\.weight|b1\.weight|hada_t\d|lokr_t\d|lora_embedding_)"
+    r"\.(?:(ia3_\w*|on_input)|(vera_\w*)|(oft_[rs])|(lora_embedding_[AB])|(glora_\w*)|(hra_u|ether_\w*)"
+    r"|(fourierft_\w*)|(waveft_\w*)|(randlora_\w*)|(c3a_\w*)|(miss_\w*|bone_\w*))(?:\.|$)"
 )
+LONGEST_KEY = 512  # layers' names are a tenth of it; the patterns here are quadratic in the worst case
 _QUANTISED = re.compile(
     r"(\.qweight|\.wscales|\.wzeros|\.smooth(_orig|_factor)?|\.proj_down|\.proj_up|svdq|\.SCB|\.absmax"
     r"|\.quant_state|\.lora_down|\.lora_up|\.qzeros)$"
@@ -34,8 +39,21 @@ _ROLES = {"down": "A", "up": "B", "route": "router"}
 _USUAL = {"A.weight": "A", "B.weight": "B", "down.weight": "A", "up.weight": "B"}
 
 
+# The kind of adapter that a role (or its beginning) gives away.
+STYLES = {
+    "lokr": "lokr",
+    "hada": "loha",
+    "oft": "oft",
+    "oft_R": "peft oft",
+    "boft": "peft boft",
+    "dora": "dora",
+    "lora_magnitude_vector": "dora",
+    "a1": "glora",
+}
+
+
 class Part(NamedTuple):
-    """layer as written in the file; role A, B, mid, alpha, router, diff, ...; expert number or None."""
+    """layer as written in the file; role A, B, mid, alpha, router, diff, ...; number of expert or part."""
 
     layer: str
     role: str
@@ -46,38 +64,38 @@ class Part(NamedTuple):
 def refuse_unsupported(name: str, keys: Iterable[str]) -> None:
     """One sentence for files that hold something no honest low-rank reading exists for."""
     for key in keys:
-        if key.partition(".lora_")[2] in _USUAL:
+        if key.partition(".lora_")[2] in _USUAL or len(key) > LONGEST_KEY:
             continue
         if _QUANTISED.search(key):
             raise LoraError(
                 f"{name} is quantised ({key}; Nunchaku/SVDQuant or bitsandbytes): "
                 "use the original LoRA here, or Nunchaku's own loader for this file"
             )
-        if _DORA.search(key):
-            raise LoraError(
-                f"{name} is a DoRA ({key}), which is not supported: merge it with peft and extract a LoRA"
-            )
         if _OTHER_KINDS.search(key):
             raise LoraError(
-                f"{name} holds {key}: this adapter kind is not supported, use core's Load LoRA for it"
+                f"{name} holds {key}, an adapter kind that is neither a LoRA, LoHa, LoKr, DoRA, GLoRA, OFT "
+                "nor BOFT of today: merge it with the library that trained it"
             )
 
 
 def classify(key: str) -> Part | None:
     """The part a key is, or None for a plain parameter (`...weight`, `...bias`)."""
     layer, _, rest = key.partition(".lora_")
-    if rest in _USUAL:
+    if rest in _USUAL and layer:
         return Part(layer, _USUAL[rest])
+    if len(key) > LONGEST_KEY:
+        return None
     if (match := _AB.match(key)) is not None:
         expert, adapter = _expert(match["mid"])
         role = _ROLES.get(match["role"], match["role"])
         return Part(match["layer"], f"{role}_bias" if match["leaf"] == "bias" else role, expert, adapter)
-    if key.endswith(".weight"):
-        if (match := _UP_DOWN.match(key)) is not None:
-            return Part(match["layer"], _ROLES.get(match["role"], match["role"]))
-        return None
-    if (match := _PLAIN.match(key) or _LYCORIS.match(key)) is not None:
-        return Part(match["layer"], match["role"])
+    if (match := _NAMED.match(key)) is not None:
+        number, adapter = _expert(match["mid"])
+        return Part(match["layer"], match["role"], number, adapter)
+    if (match := _PLAIN.match(key)) is not None:
+        return Part(match["layer"], match["role"].removesuffix(".weight"))
+    if (match := _UP_DOWN.match(key)) is not None:
+        return Part(match["layer"], _ROLES.get(match["role"], match["role"]))
     return None
 
 
@@ -86,7 +104,7 @@ def _expert(mid: str) -> tuple[int | None, str]:
     expert, adapter = None, []
     for word in mid.strip(".").split("."):
         number = word.removeprefix("expert_")
-        if number.isdigit():
+        if number.isascii() and number.isdecimal() and len(number) <= 4:
             expert = int(number)
         elif word:
             adapter.append(word)

@@ -1,25 +1,38 @@
 """`read(path_or_folder) -> LoraWeights`: any LoRA file in use, in one canonical form, checked.
 
 Order of work: load (`files.py`), refuse what cannot be read honestly, sort keys into layers (`parse.py`,
-`names.py`), settle each layer's scale (`scale.py`), split fused layers, check for NaN. Every key ends up in
-`modules`, `full` or `skipped`.
+`names.py`), build each layer's change (`build.py`), check for NaN. Every key ends up in `modules`, `full` or
+`skipped`.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import describe, files, names, parse
-from .scale import ScaleRule, parse_json, scale_rule
-from .weights import Factored, FullTensor, LoraError, LoraInfo, LoraWeights, LowRank, MoeLowRank
+from . import about, files, names, parse
+from .build import Layer, build
+from .errors import LoraError
+from .finite import check_finite
+from .kinds import FullTensor, LowRank, swap_halves
+from .scale import ScaleRule, number, parse_json, scale_rule
+from .weights import LoraWeights, Module
 
 _TEXT = "text encoder weights: this loader changes the MODEL only, use core's Load LoRA for CLIP"
 _FULL_CHECKPOINT_MIN = 20  # plain tensors without one LoRA key among them
+_SATELLITES = frozenset(
+    {"alpha", "scale", "dora_scale", "lora_magnitude_vector", "rescale", "reshape_weight"}
+)
+_WHOLE = (
+    ("diff", "weight", "diff"),
+    ("w_norm", "weight", "diff"),
+    ("set_weight", "weight", "set"),
+    ("diff_b", "bias", "diff"),
+    ("b_norm", "bias", "diff"),
+)
 
 
 def read(path: str | Path, *, scale: float | None = None, top_k: int | None = None) -> LoraWeights:
@@ -35,21 +48,22 @@ def read(path: str | Path, *, scale: float | None = None, top_k: int | None = No
 def canonical(raw: files.RawFile, *, scale: float | None = None, top_k: int | None = None) -> LoraWeights:
     """The canonical form of tensors already in memory."""
     parse.refuse_unsupported(raw.name, raw.tensors)
-    rule = scale_rule(raw.header, raw.adapter_config, raw.lora_config, scale)
-    return _Reader(raw, rule, top_k).result()
+    return _Reader(raw, scale, top_k).result()
 
 
 class _Reader:
     """The tables that fill up while a file is sorted; lives only as long as one `canonical` call."""
 
-    def __init__(self, raw: files.RawFile, rule: ScaleRule, top_k: int | None) -> None:
-        self.raw, self.rule = raw, rule
+    def __init__(self, raw: files.RawFile, scale: float | None, top_k: int | None) -> None:
+        self.raw, self.override = raw, scale
         self.ours = parse_json(raw.header.get("diptych")) or {}
-        self.top_k = top_k if top_k is not None else self.ours.get("moe_top_k")
-        self.gate = self.ours.get("moe_gate", "softmax_topk")
-        self.layers: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        self.top_k, self.gate = (
+            _top_k(top_k, self.ours, raw.name),
+            str(self.ours.get("moe_gate", "softmax_topk")),
+        )
+        self.layers: dict[str, dict[str, Tensor]] = {}
         self.plain: dict[str, Tensor] = {}
-        self.modules: dict = {}
+        self.modules: dict[str, Module] = {}
         self.full: dict[str, FullTensor] = {}
         self.skipped: list[tuple[str, str]] = []
         self.notes: list[str] = []
@@ -58,14 +72,30 @@ class _Reader:
 
     def result(self) -> LoraWeights:
         self._sort()
-        for (layer, flat), parts in self.layers.items():
-            self._layer(layer, flat, parts)
+        ranks = {t.shape[0] for p in self.layers.values() for r, t in p.items() if r[0] == "A" and t.ndim > 1}
+        rule = scale_rule(self.raw.header, self.raw.sidecars, ranks, self.override)
+        self.notes.extend(rule.notes)
+        if "dora" not in self.styles and (says := [c.source for c in rule.configs if c.dora]):
+            raise LoraError(
+                f"{says[0]} says use_dora, but {self.raw.name} has no lora_magnitude_vector: "
+                "the file is incomplete"
+            )
+        for layer, parts in self.layers.items():
+            self._layer(layer, parts, rule)
         self._plain_tensors()
         if not self.modules and not self.full:
             raise LoraError(self._nothing_found())
-        info = self._info()
+        info = about.info(self.raw, self.ours, self.modules, self.full, self.styles, self.notes)
+        if self.override is None and any("assumed" in m.scale_from for m in self.modules.values()):
+            self.notes.append(
+                "no alpha is stored with this file: scale 1 assumed, set the scale if it looks weak"
+            )
+        if "moe" in self.styles:
+            self.notes.append(
+                f"mixture of experts: gate {self.gate}, top_k {1 if self.top_k is None else self.top_k}"
+            )
         if info.format != "full checkpoint":
-            files.check_finite(self.raw.name, self.used)
+            check_finite(self.raw.name, self.used)
         return LoraWeights(
             self.modules, self.full, info, tuple(self.skipped), tuple(self.notes), self.raw.name
         )
@@ -77,176 +107,128 @@ class _Reader:
         adapter = self._adapter({part.adapter for part in sorted_keys.values() if part is not None})
         for key, tensor in self.raw.tensors.items():
             if key not in sorted_keys:
-                self.skipped.append((key, _TEXT))
+                self._skip(key, _TEXT)
                 continue
             part = sorted_keys[key]
             if part is None:
                 self.plain[key] = tensor
             elif part.adapter and part.adapter != adapter:
-                self.skipped.append((key, f"belongs to adapter {part.adapter!r}, not {adapter!r}"))
+                self._skip(key, f"belongs to adapter {part.adapter!r}, not {adapter!r}")
             else:
-                layer, flat = names.strip(part.layer)
-                self._note_style(layer, flat, part, key)
+                self._note_style(part, key, tensor)
                 role = part.role if part.expert is None else f"{part.role}.{part.expert}"
-                self.layers.setdefault((layer, flat), {})[role] = tensor
+                roles = self.layers.setdefault(part.layer, {})
+                if role in roles and not torch.equal(roles[role], tensor):
+                    raise LoraError(
+                        f"{self.raw.name} has two different {role} of {part.layer}: the file is damaged"
+                    )
+                roles[role] = tensor
+        for key in [k for k in self.plain if k.endswith(".scale") and self.plain[k].numel() == 1]:
+            if (layer := key.removesuffix(".scale")) in self.layers:
+                self.layers[layer]["scale"] = self.plain.pop(key)
+        self._join_satellites()
+
+    def _join_satellites(self) -> None:
+        """An alpha or magnitude under another naming than its factors goes to them."""
+        owners: dict[tuple, list[str]] = {}
+        lonely = []
+        for layer, parts in self.layers.items():
+            if set(parts) <= _SATELLITES:
+                lonely.append(layer)
+            else:
+                owners.setdefault(names.targets(*names.strip(layer)), []).append(layer)
+        for layer in lonely:
+            found = owners.get(names.targets(*names.strip(layer)), [])
+            if len(found) == 1 and not set(self.layers[layer]) & set(self.layers[found[0]]):
+                self.layers[found[0]] |= self.layers.pop(layer)
 
     def _adapter(self, found: set[str]) -> str:
         found.discard("")
         if len(found) > 1 and "default" not in found:
             raise LoraError(
-                f"{self.raw.name} holds several adapters ({', '.join(sorted(found))}), none named default: "
-                "save the one you want to a file of its own"
+                f"{self.raw.name} holds several adapters ({', '.join(sorted(found)[:9])}), none named "
+                "default: save the one you want to a file of its own"
             )
         return "default" if "default" in found else next(iter(found), "")
 
-    def _note_style(self, layer: str, flat: bool, part: parse.Part, key: str) -> None:
+    def _note_style(self, part: parse.Part, key: str, tensor: Tensor) -> None:
+        layer, flat = names.strip(part.layer)
         if part.role.startswith("router"):
             self.styles.add("moe")
         elif ".processor.qkv" in layer or ".processor.proj" in layer:
             self.styles.add("xlabs")
         elif flat:
-            self.styles.add("kohya" if key.startswith("lora_unet") else "underscored")
+            self.styles.add("kohya" if key.startswith(("lora_unet", "oft_unet")) else "underscored")
         elif layer.startswith(("double_blocks.", "single_blocks.")):
             self.styles.add("bfl")
-        if part.role.startswith("lokr"):
-            self.styles.add("lokr")
-        elif part.role.startswith("hada"):
-            self.styles.add("loha")
+        style = parse.STYLES.get(part.role) or parse.STYLES.get(part.role.partition("_")[0])
+        if style is not None:
+            self.styles.add("boft" if style == "oft" and tensor.ndim == 4 else style)
 
     # -- one layer ------------------------------------------------------------------------------------
 
-    def _layer(self, layer: str, flat: bool, parts: dict[str, Tensor]) -> None:
-        where = names.targets(layer, flat)
+    def _layer(self, name: str, parts: dict[str, Tensor], rule: ScaleRule) -> None:
+        bare, flat = names.strip(name)
+        where = names.targets(bare, flat) if bare else ()
         if not where:
-            self.skipped.extend((f"{layer}.{role}", "no known layer has this name") for role in parts)
+            for role in parts:
+                self._skip(f"{bare}.{role}", "no known layer has this name")
             return
-        self.used.update({f"{layer}.{role}": t for role, t in parts.items()})
-        alpha = parts.pop("alpha", None)
-        alpha = None if alpha is None else float(alpha)
-        parts.pop("reshape_weight", None)  # says the layer grows; the factors' own shape says it too
-        if any("." in role for role in parts) or "router" in parts:
-            self._experts(layer, where, parts, alpha)
-        elif "A" in parts or "B" in parts:
-            self._low_rank(layer, where, parts, alpha)
-        elif any(role.startswith(("lokr_", "hada_")) for role in parts):
-            self._factored(layer, where, parts, alpha)
-        for role, param, mode in (
-            ("diff", "weight", "diff"),
-            ("w_norm", "weight", "diff"),
-            ("set_weight", "weight", "set"),
-            ("diff_b", "bias", "diff"),
-            ("b_norm", "bias", "diff"),
-        ):
-            if role in parts:
-                self._whole(where, param, FullTensor(parts[role], mode))
-
-    def _low_rank(self, layer: str, where, parts: dict[str, Tensor], alpha: float | None) -> None:
-        if "A" not in parts or "B" not in parts:
-            here, missing = ("A", "B") if "A" in parts else ("B", "A")
-            raise LoraError(
-                f"{self.raw.name}: {layer} has a lora_{here} but no lora_{missing}: the file is incomplete"
-            )
-        A, B = parts["A"], parts["B"]
-        if "mid" in parts:  # Tucker form of a convolution: the middle kernel folds into A
-            A = torch.einsum("o s h w, s i -> o i h w", parts["mid"].float(), A.float().flatten(1)).to(
-                A.dtype
-            )
-        rank = A.shape[0]
-        if A.ndim not in (2, 4) or B.ndim < 2 or B.shape[1] != rank:
-            raise LoraError(
-                f"{self.raw.name}: {layer} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, "
-                "whose ranks do not meet: the file is damaged"
-            )
-        blocks = self._split_blocks(where, B)
-        scale, source = self.rule.of((layer, where[0].path), rank // blocks, alpha)
-        for target in where:
-            a, b = A, _rows(B, target, A.shape[1])
-            if blocks > 1:
-                i, n = target.part
-                a, b = A[i * rank // n : (i + 1) * rank // n], b[:, i * rank // n : (i + 1) * rank // n]
-            self.modules[target.path] = LowRank(a, b, scale, source)
-        if "B_bias" in parts:
-            self._whole(where, "bias", FullTensor(parts["B_bias"].float() * scale, "diff"))
-
-    def _split_blocks(self, where, B: Tensor) -> int:
-        """kohya's `split_qkv` trains one LoRA per part and stores them block-sparse, alpha unchanged:
-        the trained scale is alpha over one block's rank. Only believed if header and zeros agree."""
-        n = len(where)
-        if n == 1 or not self.rule.split_qkv or B.shape[1] % n:
-            return 1
-        r = B.shape[1] // n
-        for i, target in enumerate(where):
-            block = _rows(B, target, B.shape[0] // 7 if n == 4 else None)
-            if block[:, : i * r].any() or block[:, (i + 1) * r :].any():
-                return 1
-        return n
-
-    def _experts(self, layer: str, where, parts: dict[str, Tensor], alpha: float | None) -> None:
-        numbers = sorted({int(role.split(".")[1]) for role in parts if "." in role})
-        lists = {ab: [parts.get(f"{ab}.{i}") for i in numbers] for ab in "AB"}
-        if numbers != list(range(len(numbers))) or any(t is None for ts in lists.values() for t in ts):
-            raise LoraError(
-                f"{self.raw.name}: the experts of {layer} are incomplete ({numbers}): the file is damaged"
-            )
-        if "router" not in parts or len(where) != 1:
-            raise LoraError(f"{self.raw.name}: {layer} has experts but no lora_route: the file is incomplete")
-        A, B, router = torch.stack(lists["A"]), torch.stack(lists["B"]), parts["router"]
-        top_k = 1 if self.top_k is None else int(self.top_k)
-        if not 1 <= top_k <= len(numbers):
-            raise LoraError(
-                f"top_k is {top_k} but {self.raw.name} has {len(numbers)} experts: choose 1 to {len(numbers)}"
-            )
-        if router.shape != (len(numbers), A.shape[2]) or B.shape[2] != A.shape[1]:
-            raise LoraError(
-                f"{self.raw.name}: {layer} has router {list(router.shape)}, lora_A {list(A.shape)}, "
-                f"lora_B {list(B.shape)}, which do not fit each other: the file is damaged"
-            )
-        scale, source = self.rule.of((layer, where[0].path), A.shape[1], alpha)
-        self.modules[where[0].path] = MoeLowRank(A, B, router, scale, source, self.gate, top_k)
-
-    def _factored(self, layer: str, where, parts: dict[str, Tensor], alpha: float | None) -> None:
-        kind = "lokr" if any(role.startswith("lokr_") for role in parts) else "loha"
-        roles = {
-            role.partition("_")[2]: t for role, t in parts.items() if role.startswith(("lokr_", "hada_"))
-        }
-        rank = None
-        if kind == "lokr":
-            factors = {}
-            for w in ("w1", "w2"):
-                if w in roles:
-                    factors[w] = roles[w]
-                elif f"{w}_a" in roles and f"{w}_b" in roles:
-                    rank = roles[f"{w}_b"].shape[0]
-                    factors[w] = (roles[f"{w}_a"].float() @ roles[f"{w}_b"].float().flatten(1)).to(
-                        roles[f"{w}_a"].dtype
-                    )
-        else:
-            factors = {w: roles[w] for w in ("w1_a", "w1_b", "w2_a", "w2_b") if w in roles}
-            rank = roles["w1_b"].shape[0] if "w1_b" in roles else None
-        if len(factors) != (2 if kind == "lokr" else 4):
-            raise LoraError(
-                f"{self.raw.name}: {layer} has only {', '.join(sorted(roles))} of a {kind}: "
-                "the file is incomplete"
-            )
-        # LyCORIS scales by alpha / rank only where a factor was itself decomposed.
-        scale, source = (
-            (1.0, "lokr with whole factors: 1") if rank is None else self.rule.of((layer,), rank, alpha)
+        self.used.update({f"{name}.{role}": t for role, t in parts.items()})
+        layer = Layer(
+            self.raw.name,
+            bare,
+            where,
+            dict(parts),
+            rule,
+            self.top_k,
+            self.gate,
+            self.raw.sidecars.get("adapter_config.json"),
+            constraint_per_output=flat,
         )
-        if self.rule.override is not None:
-            scale, source = self.rule.override, "override"
-        whole = Factored(kind, factors, scale, source)
-        for target in where:
-            if target.swap:
-                self.skipped.append((layer, f"{kind} on the final modulation is not supported"))
-                continue
-            rows = None if target.part is None else names.part_rows(target.part, *whole.shape)
-            self.modules[target.path] = Factored(kind, factors, scale, source, rows)
+        for role, param, mode in _WHOLE:
+            if role in layer.parts:
+                self._whole(where, param, FullTensor(layer.take(role), mode))
+        bias = layer.take("B_bias", 1)
+        made = build(layer)
+        for path, module in made.items():
+            self._put(path, module)
+        if bias is not None:
+            scale = next(iter(made.values())).scale if made else 1.0
+            self._whole(where, "bias", FullTensor(bias.float() * scale, "diff"))
+        for role in layer.parts:
+            self._skip(f"{name}.{role}", "means nothing beside the rest of this layer's tensors")
+
+    def _put(self, path: str, module: Module) -> None:
+        """Two namings of one layer may meet in a file: the same change counts once, others add up."""
+        before = self.modules.get(path)
+        if before is None:
+            self.modules[path] = module
+        elif not isinstance(before, LowRank) or not isinstance(module, LowRank):
+            raise LoraError(
+                f"{self.raw.name} holds two changes of {path} that cannot be added up: save one of them alone"
+            )
+        elif _same(before, module):
+            self.notes.append("some layers are stored twice, under two namings: each counts once")
+        elif before.A.shape[1:].numel() != module.A.shape[1:].numel() or len(before.B) != len(module.B):
+            raise LoraError(
+                f"{self.raw.name} holds two changes of {path} of different sizes: the file is damaged"
+            )
+        else:
+            self.modules[path] = _added(before, module)
+            self.notes.append("some layers have two changes, under two namings: they are added up")
 
     def _whole(self, where, param: str, tensor: FullTensor) -> None:
+        width = tensor.value.shape[1] if tensor.value.ndim > 1 else None
         for target in where:
-            width = tensor.value.shape[1] if tensor.value.ndim > 1 else None
-            value = _rows(tensor.value, target, width)
-            self.full[f"{target.path}.{param}"] = FullTensor(value, tensor.mode)
+            value = _rows(tensor.value, target, width) if tensor.value.ndim else tensor.value
+            path, new = f"{target.path}.{param}", FullTensor(value, tensor.mode)
+            old = self.full.get(path)
+            if old is not None and not (old.mode == new.mode and torch.equal(old.value, new.value)):
+                if old.value.shape != value.shape or "set" in (old.mode, new.mode):
+                    raise LoraError(f"{self.raw.name} holds two different {path}: save one of them alone")
+                new = FullTensor(old.value.float() + value.float(), "diff")
+            self.full[path] = new
 
     # -- plain parameters -----------------------------------------------------------------------------
 
@@ -255,77 +237,53 @@ class _Reader:
         if is_checkpoint:
             self.styles.add("full checkpoint")
         for key, tensor in self.plain.items():
-            name, flat = names.strip(key)
+            name, flat = names.strip(key) if len(key) <= parse.LONGEST_KEY else ("", False)
             name = name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")
             if ".base_layer." in name and not is_checkpoint:
-                self.skipped.append((key, "the base model's own weights, stored beside the LoRA"))
+                self._skip(key, "the base model's own weights, stored beside the LoRA")
                 continue
             layer, _, param = name.replace(".base_layer.", ".").rpartition(".")
-            where = names.targets(layer, flat) if param in ("weight", "bias", "scale") else ()
-            if not where or not (self.modules or is_checkpoint):
-                self.skipped.append((key, "not a LoRA tensor of any known format"))
+            where = names.targets(layer, flat) if layer and param in ("weight", "bias", "scale") else ()
+            if not where or not tensor.is_floating_point() or not (self.modules or is_checkpoint):
+                self._skip(key, "not a LoRA tensor of any known format")
                 continue
             if not is_checkpoint:
                 self.used[key] = tensor
             self._whole(where, "weight" if param == "scale" else param, FullTensor(tensor, "set"))
 
-    # -- what the file says about itself --------------------------------------------------------------
-
-    def _info(self) -> LoraInfo:
-        ranks = Counter(m.rank for m in self.modules.values())
-        sources = Counter(m.scale_from for m in self.modules.values())
-        rank = ranks.most_common(1)[0][0] if ranks else None
-        scales = Counter(m.scale for m in self.modules.values())
-        alpha = scales.most_common(1)[0][0] * rank if rank else None
-        alpha = self.ours.get("alpha", alpha)
-        window = self.ours.get("sigma_window")
-        if len(ranks) > 1:
-            self.notes.append(
-                "ranks: " + ", ".join(f"{n} modules of rank {r}" for r, n in sorted(ranks.items()))
-            )
-        if self.rule.override is None and any("assumed" in s for s in sources):
-            self.notes.append(
-                "no alpha is stored with this file: scale 1 assumed, set the scale if it looks weak"
-            )
-        if self.is_moe():
-            self.notes.append(
-                f"mixture of experts: gate {self.gate}, top_k {1 if self.top_k is None else self.top_k}"
-            )
-        return LoraInfo(
-            format=describe.format_name(self.raw, self.styles),
-            base=self.ours.get("base") or describe.guess_base(self.modules, self.full),
-            rank=rank,
-            alpha=alpha,
-            alpha_from=", ".join(sources),
-            algorithm=self.ours.get("algorithm"),
-            reward=_text(self.ours.get("reward")),
-            step=self.ours.get("step", (self.raw.lora_config or {}).get("step", self.raw.step)),
-            sigma_window=None if window is None else (float(window[0]), float(window[1])),
-            curve=_curve(self.ours.get("curve")),
-        )
-
-    def is_moe(self) -> bool:
-        return "moe" in self.styles
+    def _skip(self, key: str, why: str) -> None:
+        self.skipped.append((key if len(key) <= 200 else key[:200] + "...", why))
 
     def _nothing_found(self) -> str:
         keys = list(self.raw.tensors)
         if keys and all(names.is_text_encoder(k) for k in keys):
             return f"{self.raw.name} holds text encoder weights only: use core's Load LoRA for CLIP"
-        shown = ", ".join(keys[:2]) if keys else "nothing"
+        shown = ", ".join(k[:80] for k in keys[:2]) if keys else "nothing"
         return f"{self.raw.name} holds no LoRA known here (its keys: {shown}): check that it is a LoRA file"
 
 
-def _curve(stored: object) -> tuple[tuple[int, float], ...]:
-    """[[step, value], ...] of a header; what is not of that form is no curve."""
-    if not isinstance(stored, list):
-        return ()
-    numbers = (int, float)
-    pairs = [
-        (int(pair[0]), float(pair[1]))
-        for pair in stored
-        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, numbers) for n in pair)
-    ]
-    return tuple(pairs)
+def _top_k(asked: int | None, ours: dict, name: str) -> int | None:
+    stored = ours.get("moe_top_k") if asked is None else asked
+    value = number(stored, f"moe_top_k in the header of {name}")
+    if value is not None and value != int(value):
+        raise LoraError(f"top_k is {value:g} but must be a whole number of experts")
+    return None if value is None else int(value)
+
+
+def _same(a: LowRank, b: LowRank) -> bool:
+    return a.scale == b.scale and all(
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in ((a.A, b.A), (a.B, b.B))
+    )
+
+
+def _added(a: LowRank, b: LowRank) -> LowRank:
+    """The sum of two changes: their ranks side by side, each with its own scale."""
+    down = torch.cat([a.A.float().flatten(1), b.A.float().flatten(1)])
+    up = torch.cat([a.scale * a.B.float().flatten(1), b.scale * b.B.float().flatten(1)], dim=1)
+    shape = max(a.A.shape[1:], b.A.shape[1:], key=len)
+    up = up.reshape(*up.shape, *(1,) * (len(shape) - 1))
+    source = a.scale_from if a.scale_from == b.scale_from else f"{a.scale_from}; {b.scale_from}"
+    return replace(a, A=down.reshape(-1, *shape), B=up, scale=1.0, scale_from=source)
 
 
 def _rows(tensor: Tensor, target: names.Target, width: int | None) -> Tensor:
@@ -333,8 +291,4 @@ def _rows(tensor: Tensor, target: names.Target, width: int | None) -> Tensor:
     if target.part is not None:
         start, stop = names.part_rows(target.part, tensor.shape[0], width)
         return tensor[start:stop]
-    return torch.cat(tensor.chunk(2)[::-1]) if target.swap else tensor
-
-
-def _text(value: object) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value)
+    return swap_halves(tensor) if target.swap else tensor

@@ -1,38 +1,53 @@
 """How strong a LoRA was trained to be: which of the many places that may state alpha is believed.
 
-Precedence: an override > the module's `.alpha` tensor > the safetensors header (`lora_adapter_metadata`) >
-`adapter_config.json` > `lora_config.json` (DanceGRPO) > kohya's `ss_network_alpha` > 1.0, said aloud.
+Precedence: an override > the module's `.scale` or `.alpha` tensor > the safetensors header (peft's fields,
+any of the usual names) > `adapter_config.json` (peft) > `lora_config.json` (DanceGRPO) > `<name>.json` >
+kohya's `ss_network_alpha` > 1.0, said aloud.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from .weights import LoraError
+from .errors import LoraError
+from .patterns import Patterns
 
 ASSUMED = "not stored, scale 1 assumed"
+WHOLE = "lokr with whole factors: 1"
+_METADATA = "lora_adapter_metadata"
+_COMPONENTS = ("transformer.", "unet.", "lora.", "network.")
+_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
+_RANKS = ("r", "lora_rank", "rank", "network_dim", "lora_dim")
+_LONGEST_BLOCK = 1_000_000
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields of a peft LoraConfig that decide a module's scale."""
+    """What one place says of alpha: peft's fields, which other trainers copy."""
 
     source: str
-    r: int | None = None
+    r: float | None = None
     alpha: float | None = None
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    patterns: Patterns | None = field(default=None, repr=False)
+    pattern_ranks: frozenset[float] = frozenset()
     rslora: bool = False
+    kind: str = ""
+    dora: bool = False
 
     def alpha_of(self, names: tuple[str, ...]) -> float | None:
-        # peft's own rule: a pattern matches a whole module name or its tail after a dot.
-        for pattern, alpha in self.alpha_pattern.items():
-            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-                return float(alpha)
-        return None if self.alpha is None else float(self.alpha)
+        if self.patterns is not None:
+            for name in names:
+                if (value := self.patterns.value(name)) is not None:
+                    return value
+        return self.alpha
+
+    def describes(self, ranks: set[int]) -> bool:
+        """False when it speaks of ranks that this file does not have: it belongs to another."""
+        return self.r is None or not ranks or bool(ranks & {self.r, *self.pattern_ranks})
 
 
 @dataclass(frozen=True)
@@ -43,74 +58,155 @@ class ScaleRule:
     configs: tuple[PeftConfig, ...] = ()
     kohya_alpha: float | None = None
     split_qkv: bool = False
+    notes: tuple[str, ...] = ()
 
-    def of(self, names: tuple[str, ...], rank: int, alpha: float | None) -> tuple[float, str]:
-        """The scale of a module of this rank and where it came from; alpha is its own tensor's value."""
+    def of(self, names: tuple[str, ...], rank: int | None, alpha: float | None) -> tuple[float, str]:
+        """The scale of a module of this rank and where it came from; alpha is its own tensor's value.
+
+        rank None: LoKr with whole factors, which only peft scales (by its config's r).
+        """
         if self.override is not None:
             return self.override, "override"
+        if rank is None:
+            for config in self.configs:
+                if config.kind == "LOKR" and config.r and (value := config.alpha_of(names)) is not None:
+                    return value / config.r, config.source
+            return 1.0, WHOLE
+        root = any(config.rslora for config in self.configs)
         if alpha is not None:
-            return alpha / rank, ".alpha in the file"
+            return alpha / (math.sqrt(rank) if root else rank), ".alpha in the file"
         for config in self.configs:
             value = config.alpha_of(names)
             if value is not None:
-                return value / (math.sqrt(rank) if config.rslora else rank), config.source
+                return value / (math.sqrt(rank) if root else rank), config.source
         if self.kohya_alpha is not None:
             return self.kohya_alpha / rank, "ss_network_alpha in the header"
         return 1.0, ASSUMED
 
 
 def scale_rule(
-    header: Mapping[str, str], adapter: dict | None, dance: dict | None, override: float | None = None
+    header: Mapping[str, str],
+    sidecars: Mapping[str, dict],
+    ranks: set[int],
+    override: float | None = None,
 ) -> ScaleRule:
-    """Collects the rule from the safetensors header and the JSON files lying beside the weights.
+    """Collects the rule from the safetensors header and the JSON files that belong to the weights.
 
-    Raises LoraError for what would change the weights in a way this reader does not carry (DoRA).
+    sidecars: file name -> its object; ranks: those of the file's factors.
+    Raises LoraError for a number that is none.
     """
-    configs = []
-    if (stored := parse_json(header.get("lora_adapter_metadata"))) is not None:
-        # diffusers prefixes each field with the component it belongs to
-        fields = {re.sub(r"^(transformer|unet)\.", "", k): v for k, v in stored.items()}
-        configs.append(_peft_config(fields, "lora_adapter_metadata in the header"))
-    if adapter is not None:
-        configs.append(_peft_config(adapter, "adapter_config.json"))
-    params = (dance or {}).get("lora_params", {})
-    if params.get("lora_alpha") is not None:
-        configs.append(PeftConfig("lora_config.json", params.get("lora_rank"), float(params["lora_alpha"])))
-    kohya = header.get("ss_network_alpha")
-    network_args = parse_json(header.get("ss_network_args")) or {}
+    if override is not None and not math.isfinite(override):
+        raise LoraError(f"scale is {override}: it must be a finite number")
+    configs, notes = _header_configs(header), []
+    for name, content in sidecars.items():
+        params = content.get("lora_params")
+        if params is not None and not isinstance(params, dict):
+            raise LoraError(
+                f"{name}: lora_params is {_short(params)}, not an object: repair it, or remove it"
+            )
+        config = _config(content if params is None else params, name)
+        if config.describes(ranks):
+            configs.append(config)
+        else:
+            notes.append(f"{name} speaks of rank {config.r:g}, which this file has nowhere: not used")
+    args = parse_json(header.get("ss_network_args")) or {}
     return ScaleRule(
         override=override,
         configs=tuple(configs),
-        kohya_alpha=_number(kohya),
-        split_qkv=str(network_args.get("split_qkv", "")).lower() == "true",
+        kohya_alpha=_loose(header.get("ss_network_alpha"), "ss_network_alpha in the header"),
+        split_qkv=str(args.get("split_qkv", "")).lower() == "true",
+        notes=tuple(notes),
     )
 
 
-def _peft_config(fields: Mapping, source: str) -> PeftConfig:
-    if fields.get("use_dora"):
-        raise LoraError(
-            f"{source} says use_dora: DoRA is not supported, merge it with peft and extract a LoRA"
-        )
+def _header_configs(header: Mapping[str, str]) -> list[PeftConfig]:
+    """peft's fields as one JSON block (diffusers, OneTrainer, ...) or as entries of their own."""
+    configs = []
+    for key in sorted(header, key=lambda k: (k != _METADATA, k)):
+        if key == "diptych":  # ours: its factors already hold alpha
+            continue
+        text = header[key]
+        if key == _METADATA or (text[:1] == "{" and "lora_alpha" in text):
+            block = parse_json(text)
+            if block is not None and (key == _METADATA or "lora_alpha" in _plain(block)):
+                configs.append(_config(_plain(block), f"{key} in the header"))
+    flat = _plain(header)
+    for name in _ALPHAS:
+        if name in flat and (value := _loose(flat[name], f"{name} in the header")) is not None:
+            rslora = str(flat.get("use_rslora", "")).lower() in ("true", "1")
+            configs.append(PeftConfig(f"{name} in the header", alpha=value, rslora=rslora))
+            break
+    return configs
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without the component that diffusers writes before each (`transformer.lora_alpha`)."""
+    out: dict[str, Any] = {}
+    for key, value in fields.items():
+        prefix = next((p for p in _COMPONENTS if key.startswith(p)), "")
+        out.setdefault(key.removeprefix(prefix), value)
+    return out
+
+
+def _config(fields: Mapping[str, Any], source: str) -> PeftConfig:
+    kind = str(fields.get("peft_type") or "").rpartition(".")[2].upper()
+    alpha = next((fields[n] for n in _ALPHAS if fields.get(n) is not None), None)
+    rank = next((fields[n] for n in _RANKS if fields.get(n) is not None), None)
+    alphas, ranks = (_numbers(fields.get(n), f"{n} of {source}") for n in ("alpha_pattern", "rank_pattern"))
     return PeftConfig(
         source=source,
-        r=fields.get("r"),
-        alpha=fields.get("lora_alpha"),
-        alpha_pattern=fields.get("alpha_pattern") or {},
-        rslora=bool(fields.get("use_rslora")),
+        r=number(rank, f"the rank of {source}"),
+        alpha=number(alpha, f"lora_alpha of {source}"),
+        patterns=Patterns(alphas, f"alpha_pattern of {source}") if alphas else None,
+        pattern_ranks=frozenset(ranks.values()),
+        rslora=fields.get("use_rslora") is True,
+        kind=kind,
+        dora=fields.get("use_dora") is True,
     )
+
+
+def _numbers(value: object, where: str) -> dict[str, float]:
+    if value is None or value == {}:
+        return {}
+    if not isinstance(value, dict):
+        raise LoraError(f"{where} is {_short(value)}, not an object of numbers: repair it, or remove it")
+    return {str(k): number(v, where) or 0.0 for k, v in value.items()}
+
+
+def number(value: object, where: str) -> float | None:
+    """A finite number, or None for None. Raises LoraError naming the place."""
+    if value is None:
+        return None
+    try:
+        result = (
+            float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        )
+    except (ValueError, OverflowError):
+        result = None
+    if result is None or not math.isfinite(result):
+        raise LoraError(
+            f"{where} is {_short(value)}, not a finite number: repair it, or set the scale yourself"
+        )
+    return result
+
+
+def _loose(value: object, where: str) -> float | None:
+    """The number of a header entry that may hold anything; None where it is no number."""
+    try:
+        result = float(str(value))
+    except ValueError:
+        return None
+    return number(result, where)
 
 
 def parse_json(text: str | None) -> dict | None:
     """A JSON object, or None when there is none to be had (a header may hold anything)."""
     try:
-        value = json.loads(text) if text else None
-    except ValueError:
+        value = json.loads(text) if text and len(text) <= _LONGEST_BLOCK else None
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None or text == "None" else float(text)
-    except ValueError:
-        return None
+def _short(value: object) -> str:
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"

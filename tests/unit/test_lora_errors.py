@@ -81,21 +81,25 @@ def nunchaku(folder):
     return saved(folder, {"transformer_blocks.0.qkv_proj.lora_down": A, "transformer_blocks.0.smooth": B})
 
 
-def dora(folder):
-    return saved(folder, plain(**{f"{KEY}.lora_magnitude_vector": torch.ones(4)}))
-
-
-def dora_config(folder):
+def dora_without_its_magnitudes(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "use_dora": True}))
-    return saved(folder, plain())
+    return saved(folder, plain(), name="adapter_model.safetensors")
+
+
+def dora_of_another_size(folder):
+    return saved(folder, plain(**{f"{KEY}.lora_magnitude_vector": torch.ones(5)}))
 
 
 def broken_config(folder):
     (folder / "adapter_config.json").write_text("{")
-    return saved(folder, plain())
+    return saved(folder, plain(), name="adapter_model.safetensors")
 
 
-def oft(folder):
+def old_oft(folder):
+    return saved(folder, {f"base_model.model.{KEY}.oft_r": A})
+
+
+def oft_without_blocks(folder):
     return saved(folder, {"lora_unet_double_blocks_0_img_attn_proj.oft_blocks": A})
 
 
@@ -146,10 +150,11 @@ CASES = {
     without_b: "lora_A but no lora_B",
     ranks_apart: "ranks do not meet",
     nunchaku: "quantised",
-    dora: "DoRA",
-    dora_config: "use_dora",
+    dora_without_its_magnitudes: "use_dora",
+    dora_of_another_size: "DoRA scale",
     broken_config: "not readable JSON",
-    oft: "not supported",
+    old_oft: "adapter kind",
+    oft_without_blocks: "oft_blocks of shape",
     no_lora: "holds no LoRA",
     text_encoder_only: "text encoder weights only",
     two_adapters: "several adapters",

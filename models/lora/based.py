@@ -1,0 +1,200 @@
+"""Changes that are functions of the weight they change: DoRA, GLoRA, and the rotations of `rotations.py`.
+
+Each answers `change(weight)`, the float32 change at strength 1; a strength s adds s times it, so 0 is off.
+shape is (outputs, inputs) with None where the file does not say. A file's fused layer (qkv, linear1) is cut
+with `cut` where its rows are independent; where they are not, each part is a `Share` of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .kinds import Factored, LowRank, map_tensors, swap_halves
+
+NO_SCALE = "none needed"
+
+
+class Based:
+    """What all of them share: no scale of their own, and how they are cut."""
+
+    scale = 1.0
+    scale_from = NO_SCALE
+    rank: int
+    shape: tuple[int | None, int | None]
+
+    @property
+    def columns(self) -> int | None:
+        return self.shape[1]
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in] or [out, in, kh, kw], in its shape."""
+        raise NotImplementedError
+
+    def cut(self, start: int, stop: int) -> Based | None:
+        """The change of these rows alone; None where it depends on the other rows."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Dora(Based):
+    """DoRA: `m * (W + dW) / norm(W + dW)`, the norm of each output's row, or of each input's column.
+
+    magnitude: [out] or [in]. Source: arXiv 2402.09353, eq. 5; peft takes rows, LyCORIS either. (Core
+    ComfyUI divides rows by the norm of W instead of W + dW.)
+    """
+
+    inner: LowRank | Factored
+    magnitude: Tensor = field(repr=False)
+    by_output: bool = True
+
+    @property
+    def scale(self) -> float:
+        return self.inner.scale
+
+    @property
+    def scale_from(self) -> str:
+        return self.inner.scale_from
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    @property
+    def columns(self) -> int:
+        return self.inner.columns
+
+    def change(self, weight: Tensor) -> Tensor:
+        weight = weight.float()
+        merged = weight + map_tensors(self.inner, lambda t: t.to(weight.device)).change(weight)
+        axes = [i for i in range(weight.ndim) if i != (0 if self.by_output else 1)]
+        norm = torch.linalg.vector_norm(merged, dim=axes, keepdim=True)
+        magnitude = self.magnitude.to(weight.device).float().reshape(norm.shape)
+        tiny = torch.finfo(torch.float32).tiny
+        return merged * (magnitude / norm.clamp_min(tiny)) - weight
+
+    def cut(self, start: int, stop: int) -> Dora | None:
+        if not self.by_output:
+            return None
+        inner = self.inner
+        if isinstance(inner, LowRank):
+            inner = replace(inner, B=inner.B[start:stop])
+        else:
+            inner = replace(inner, rows=(start, stop))
+        return Dora(inner, self.magnitude[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Glora(Based):
+    """GLoRA: `scale * (W A_left A_right + B_left B_right)`.
+
+    A_left [in, rank], A_right [rank, in], B_left [out, rank], B_right [rank, in(, kh, kw)].
+    Source: LyCORIS `glora.py`, arXiv 2306.07967.
+    """
+
+    A_left: Tensor = field(repr=False)
+    A_right: Tensor = field(repr=False)
+    B_left: Tensor = field(repr=False)
+    B_right: Tensor = field(repr=False)
+    scale: float = 1.0
+    scale_from: str = "given"
+
+    @property
+    def rank(self) -> int:
+        return self.A_right.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B_left.shape[0], self.A_left.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.B_right.shape[1:].numel()
+
+    def change(self, weight: Tensor) -> Tensor:
+        weight = weight.float()
+        left, right, up, down = (
+            t.to(weight.device).float().flatten(1)
+            for t in (self.A_left, self.A_right, self.B_left, self.B_right)
+        )
+        along = torch.einsum("o i ..., i r, r j -> o j ...", weight, left, right)
+        return self.scale * (along + (up @ down).reshape(weight.shape))
+
+    def cut(self, start: int, stop: int) -> Glora:
+        return replace(self, B_left=self.B_left[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Swapped(Based):
+    """A change written for a layer whose two row halves stand the other way round."""
+
+    inner: Based
+
+    @property
+    def scale(self) -> float:
+        return self.inner.scale
+
+    @property
+    def scale_from(self) -> str:
+        return self.inner.scale_from
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def shape(self) -> tuple[int | None, int | None]:
+        return self.inner.shape
+
+    @property
+    def columns(self) -> int | None:
+        return self.inner.columns
+
+    def change(self, weight: Tensor) -> Tensor:
+        return swap_halves(self.inner.change(swap_halves(weight)))
+
+
+@dataclass(frozen=True, eq=False)
+class Share(Based):
+    """One layer's rows of a change that only the fused layer as a whole defines.
+
+    members: the diffusers layers whose weights, one under the other, are the fused weight; index: which of
+    them this is; sizes: their rows.
+    """
+
+    whole: Based
+    members: tuple[str, ...]
+    index: int
+    sizes: tuple[int, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.whole.scale
+
+    @property
+    def scale_from(self) -> str:
+        return self.whole.scale_from
+
+    @property
+    def rank(self) -> int:
+        return self.whole.rank
+
+    @property
+    def shape(self) -> tuple[int, int | None]:
+        return self.sizes[self.index], self.whole.shape[1]
+
+    @property
+    def columns(self) -> int | None:
+        return self.whole.columns
+
+    def change_among(self, weights: list[Tensor]) -> Tensor:
+        """The change of this member, given the weights of all members in order."""
+        device = weights[self.index].device
+        fused = torch.cat([w.to(device, torch.float32) for w in weights])
+        return self.whole.change(fused).split(list(self.sizes))[self.index]
