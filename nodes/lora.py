@@ -19,7 +19,8 @@ class DiptychGRPOLoraLoader:
     DESCRIPTION = (
         "Loads a LoRA of any format at its trained strength and says what it did: diffusers, ICEdit and its "
         "mixture of experts, PEFT and DanceGRPO folders (alpha read from their JSON), kohya, ai-toolkit, "
-        "XLabs, BFL. Can confine it to a range of noise levels, where reward tuning helps most."
+        "XLabs, BFL, LyCORIS, DoRA, OFT. Can confine it to a range of noise levels, where reward tuning "
+        "helps most."
     )
     CATEGORY = "diptych"
     RETURN_TYPES = ("MODEL", "STRING", "IMAGE")
@@ -174,7 +175,10 @@ def lora_path(name: object) -> Path | None:
         import folder_paths
     except ImportError:
         return None
-    marker = _folders(_listed()).get(name)
+    listed = _listed()
+    marker = _folders(listed).get(name)
+    if marker is None and name not in listed:
+        return None
     found = folder_paths.get_full_path("loras", name if marker is None else marker)
     if found is None:
         return None
@@ -206,11 +210,10 @@ def _bundled() -> list[Path]:
 
 
 def _fingerprint(path: Path) -> str:
-    from ..models.lora.files import SIDECARS, WEIGHT_FILES
+    from ..models.lora.files import WEIGHT_FILES, sidecar_files
 
-    folder = path if path.is_dir() else path.parent
-    files = [p for p in folder.iterdir() if p.name in WEIGHT_FILES] if path.is_dir() else [path]
-    files += [folder / name for name in SIDECARS]
+    weights = [p for p in path.iterdir() if p.name in WEIGHT_FILES] if path.is_dir() else [path]
+    files = [*weights, *(sidecar for file in weights for sidecar in sidecar_files(file))]
     stats = [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(files) if p.is_file()]
     return repr(stats)
 

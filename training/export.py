@@ -69,6 +69,8 @@ def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any, dtype
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    from ..models.lora.save import sort_header
+
     with safe_open(path, framework="pt") as file:
         header, flat = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     for name, tensor in tensors.items():
@@ -80,6 +82,7 @@ def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any, dtype
         flat[f"{key}.alpha"] = torch.tensor(float(config.alpha))
     partial = path.with_name(path.name + ".part")
     save_file(flat, partial, metadata=header)
+    sort_header(partial)
     os.replace(partial, path)
 
 

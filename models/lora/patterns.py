@@ -30,12 +30,13 @@ class Patterns:
     """First match wins, as in peft: a pattern is a module's whole name or its tail after a dot."""
 
     def __init__(self, values: Mapping[str, float], source: str) -> None:
-        self.names: dict[str, tuple[int, float]] = {}
+        self.names: dict[str, tuple[int, float]] = {}  # tails too
+        self.wholes: dict[str, tuple[int, float]] = {}
         self.others: list[tuple[int, bool, list[list[_Token]], float]] = []
         for i, (pattern, value) in enumerate(values.items()):
             plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-            if plain == pattern and all(c.isalnum() or c in "_.-" for c in plain):
-                self.names.setdefault(plain, (i, value))
+            if all(c.isalnum() or c in "_.-" for c in plain):
+                (self.wholes if pattern.startswith("^") else self.names).setdefault(plain, (i, value))
             elif len(self.others) < _MOST and len(pattern) <= _LONGEST:
                 self.others.append((i, pattern.startswith("^"), _parse(pattern, source), value))
             else:
@@ -44,7 +45,8 @@ class Patterns:
     def value(self, name: str) -> float | None:
         """The value of the first pattern that matches, or None."""
         tails = [name, *(name[i + 1 :] for i, c in enumerate(name) if c == ".")]
-        found = min((self.names[t] for t in tails if t in self.names), default=None)
+        literal = [self.names[t] for t in tails if t in self.names]
+        found = min(literal + ([self.wholes[name]] if name in self.wholes else []), default=None)
         for i, whole, branches, value in self.others:
             if found is not None and found[0] < i:
                 break

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,14 +61,14 @@ def save(
     # contiguous copies: safetensors refuses views that share storage (the parts of a fused layer)
     alphas = {k for k in tensors if k.endswith(".alpha")}
     tensors = {
-        k: t.detach().to("cpu", t.dtype if k in alphas or dtype is None else dtype)
-        for k, t in tensors.items()
+        k: t.detach().to("cpu", t.dtype if k in alphas or dtype is None else dtype).contiguous().clone()
+        for k, t in sorted(tensors.items())
     }
-    tensors = {k: t.contiguous().clone() for k, t in tensors.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     save_file(tensors, str(partial), metadata=header(weights, metadata, folded=naming == "diffusers"))
+    sort_header(partial)
     os.replace(partial, path)
     return path
 
@@ -91,7 +91,7 @@ def header(
     ranks = {name: m.rank for name, m in weights.modules.items() if isinstance(m, LowRank)}
     if folded and ranks:
         rank = Counter(ranks.values()).most_common(1)[0][0]
-        pattern = {name: r for name, r in ranks.items() if r != rank}
+        pattern = {_anchored(name, ranks): r for name, r in ranks.items() if r != rank}
         fields = {
             "r": rank,
             "lora_alpha": rank,  # the scale is folded into the factors
@@ -103,6 +103,11 @@ def header(
     return out
 
 
+def _anchored(name: str, names: Iterable[str]) -> str:
+    """The name as a peft pattern, which without `^` also means every longer name that ends in it."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
 def fold(module: LowRank | MoeLowRank) -> LowRank | MoeLowRank:
     """The same change at scale 1: sqrt(|scale|) goes into either factor, the sign into B.
 
@@ -111,9 +116,30 @@ def fold(module: LowRank | MoeLowRank) -> LowRank | MoeLowRank:
     if module.scale == 1.0:
         return module
     root = math.sqrt(abs(module.scale))
-    A = (module.A.float() * root).to(module.A.dtype)
-    B = (module.B.float() * math.copysign(root, module.scale)).to(module.B.dtype)
+    A, B = _times(module.A, root), _times(module.B, math.copysign(root, module.scale))
     return replace(module, A=A, B=B, scale=1.0, scale_from="folded into A and B")
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """The product in the tensor's own type where that loses nothing (a power of two), else in float32."""
+    product = tensor.float() * factor
+    narrow = product.to(tensor.dtype)
+    return narrow if torch.equal(narrow.float(), product) else product
+
+
+def sort_header(path: Path) -> None:
+    """Puts a safetensors file's own facts in alphabetical order, in place.
+
+    The library writes them in another order each time, and equal runs should leave equal files.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries.get("__metadata__", {}).items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the same characters in another order: always so
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _diffusers(name: str, module: LowRank) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .based import Based
-from .errors import LoraError
+from .errors import LoraError, printable
 from .kinds import Factored, FullTensor, LowRank, MoeLowRank
 
 Module = LowRank | MoeLowRank | Factored | Based
@@ -90,15 +90,19 @@ class Report:
         if self.window is not None:
             lines.append(f"active for {self.window[0]:g} >= sigma > {self.window[1]:g}")
         lines.extend(self.notes)
-        if not self.skipped:
-            lines.append("skipped nothing")
+        lines.extend(self.left_out() or ["skipped nothing"])
+        return "\n".join(printable(line) for line in lines)
+
+    def left_out(self) -> list[str]:
+        """A line for each reason that something was skipped."""
         by_reason: dict[str, list[str]] = {}
         for key, why in self.skipped:
             by_reason.setdefault(why, []).append(key)
+        lines = []
         for why, keys in by_reason.items():
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             lines.append(f"skipped {len(keys)}: {', '.join(keys[:3])}{more}: {why}")
-        return "\n".join(lines)
+        return lines
 
 
 def _or(value: object) -> object:
