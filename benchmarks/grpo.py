@@ -82,10 +82,10 @@ def trainer_of(options: argparse.Namespace, folder: Path):
 
 def held_out(trainer) -> float:
     """Mean reward of the held-out rows: 12 ODE steps from fixed noise, as the weights are, not averaged."""
-    from comfyui_diptych.training import screening
+    from comfyui_diptych.training import held_out as rows_of
 
     rows = list(range(len(trainer.sample_batches.entries)))
-    scores = screening.try_rows(trainer, trainer.sample_batches, rows, steps=12)
+    scores = rows_of.try_rows(trainer, trainer.sample_batches, rows, steps=12)
     return float(scores["shapes"].nanmean())
 
 

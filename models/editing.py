@@ -52,8 +52,9 @@ class Sampling:
     seed: of the CPU generator that draws the initial noise in float32; the noise of an SDE rule comes from a
     second one, seeded by `sde_seed`. The same seed gives the same noise in ComfyUI and here.
     posterior: "mode" of the VAE encoding, or "sample" with the first generator in FluxFillPipeline's order.
-    callback: called once per step with a dict. at_sigma: called before each prediction, for LoRAs that work
-    in a part of the schedule only. best_of: for one picture at a time, with posterior "mode".
+    callback: called once per step with a dict. at_sigma: called before each prediction with the noise level
+    (a flow's sigma, or `ddim.noise_level`), for LoRAs that work in a part of the schedule only. best_of: for
+    one picture at a time, with posterior "mode".
     """
 
     steps: int = 28
@@ -306,8 +307,14 @@ def inpaint_sd(
         mask_resize=mask_resize,
         generator=sampling.encoder_generator(generator),
     )
+
+    def epsilon(x: Tensor, timestep: Tensor) -> Tensor:
+        if sampling.at_sigma is not None:
+            sampling.at_sigma(ddim.noise_level(int(timestep), denoiser.scheduler_config))
+        return denoiser.epsilon(x, timestep, condition)
+
     latents = ddim.sample(
-        lambda x, t: denoiser.epsilon(x, t, condition),
+        epsilon,
         noise.to(denoiser.device),
         ddim.schedule(sampling.steps, denoiser.scheduler_config),
         eta=sampling.eta or 0.0,

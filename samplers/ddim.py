@@ -26,7 +26,18 @@ from .gaussian import (
     work_dtype,
 )
 
-__all__ = ["SD15", "Schedule", "Step", "Transition", "log_prob", "sample", "schedule", "step"]
+__all__ = [
+    "SD15",
+    "Schedule",
+    "Step",
+    "Transition",
+    "level_of_noise",
+    "log_prob",
+    "noise_level",
+    "sample",
+    "schedule",
+    "step",
+]
 
 # Keys and meanings are those of a diffusers `scheduler_config.json`.
 SD15: Mapping[str, Any] = {
@@ -79,6 +90,22 @@ def schedule(steps: int, config: Mapping[str, Any] | None = None) -> Schedule:
     timesteps = timesteps.clamp(max=train_steps - 1)
     final = torch.ones(1) if config["set_alpha_to_one"] else alphas[:1]
     return Schedule(timesteps, torch.cat([alphas[timesteps], final]), config["prediction_type"])
+
+
+def noise_level(timestep: int, config: Mapping[str, Any] | None = None) -> float:
+    """Where a timestep stands between data (0) and noise (1): its share of the training timesteps.
+
+    The unit of a LoRA's window; a flow model's is sigma, which is its timestep / 1000 as well.
+    """
+    return timestep / (config or {}).get("num_train_timesteps", SD15["num_train_timesteps"])
+
+
+def level_of_noise(amount: float, config: Mapping[str, Any] | None = None) -> float:
+    """The noise level at which noise has the weight sqrt(1 - alpha) = `amount` in x_t, of the nearest
+    timestep."""
+    config = {**SD15, **(config or {})}
+    weights = (1.0 - torch.cumprod(1.0 - _betas(config), dim=0)).sqrt()
+    return noise_level(int((weights - amount).abs().argmin()), config)
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

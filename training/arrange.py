@@ -15,13 +15,15 @@ from .data.sample import Sample, fit
 @dataclass(frozen=True)
 class Arranged:
     """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None;
-    touched [1,H,W], where the edit is, if the loss asks for it; the prompt; whether it is [source | edit]."""
+    touched [1,H,W], where the edit is, if the loss asks for it; edited [h,w], the row's own mask at the size
+    of one panel, of which nothing is encoded; the prompt; whether it is [source | edit]."""
 
     pixels: Tensor
     prompt: str
     mask: Tensor | None = None
     reference: Tensor | None = None
     touched: Tensor | None = None
+    edited: Tensor | None = None
     weight: float = 1.0
     prior: bool = False
     diptych: bool = False
@@ -107,6 +109,7 @@ class Arranger:
             mask,
             reference,
             touched,
+            sample.mask,
             sample.weight,
             sample.prior,
             self.is_diptych(sample),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import pictures, session
 from .feed import latents_like
-from .judging import Judge, is_diptych
+from .judging import Judge, judged
 from .losses import row_noise
 
 SHOWN = 4
@@ -35,18 +35,22 @@ def before_after(trainer: Any) -> Tensor:
     module = trainer.parts[task.denoiser_part]
     task.make_host(module)
     module.eval()
-    judge = Judge(trainer.rewards, batches, c.use_targets)
+    judge = trainer.judge_of(batches)
     count = min(TRIED if session.is_small(c.model) else SHOWN, len(batches.entries))
     rows = [_row(trainer, batches, judge, number) for number in range(count)]
     gains = [after - before for _, _, before, after in rows]
     shown = [
-        (panels, f"{before:.2f} -> {after:.2f}: {prompt}")
+        (panels, f"{_said(before)} -> {_said(after)}: {prompt}")
         for panels, prompt, before, after in (rows[place] for place in most_changed(gains, SHOWN))
     ]
     headings = ["given", "before", "after", "wanted"][: 3 + judge.targets]
     if len(shown[0][0]) < len(headings):
         headings = headings[1:]  # nothing is given where all is painted
     return pictures.as_image(pictures.contact_sheet(shown, headings, side=128, columns=1))
+
+
+def _said(reward: float) -> str:
+    return "not judged" if math.isnan(reward) else f"{reward:.2f}"
 
 
 def most_changed(gains: Sequence[float], count: int) -> list[int]:
@@ -69,13 +73,13 @@ def _row(trainer: Any, batches: Any, judge: Judge, number: int) -> tuple[list[Te
     with trainer.untrained():
         made = [task.sample(batch, noise)]
     made.append(task.sample(batch, noise))
-    rewards = [float(trainer.rewards.worth(judge(picture, [number]))) for picture in made]
+    rewards = [trainer.rewards.worth(judged(judge(picture, [number]))) for picture in made]
     if judge.targets:
         made.append(task.host.decode(batch["latents"]))
     given = batch.get("masked_latents", batch.get("references"))
     shown = [task.host.decode(given)] if given is not None else []
     panels = [picture.float().cpu()[0] for picture in (*shown, *made)]
-    if is_diptych(batches, number):
+    if judge.row(number).diptych:
         middle = panels[0].shape[1] // 2
         panels = [panels[0][:, :middle], *(panel[:, middle:] for panel in panels[1:])]
     prompt = batches.corpus.source[batches.entries[number].index].prompt

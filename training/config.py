@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -75,6 +75,8 @@ def option(default: Any, help: str) -> Any:
 @dataclass
 class TrainConfig:
     """What to train, on what, how. The defaults are ICEdit's where ICEdit has one."""
+
+    gone: ClassVar[dict[str, str]] = {}  # options of earlier versions, and what to do instead
 
     # what
     task: str = option("fill", "fill | kontext | sd_inpaint: which model family and training target.")
@@ -278,6 +280,11 @@ class TrainConfig:
         return True
 
     @property
+    def held_out_rows(self) -> int:
+        """Rows of `sample_data` that are prepared."""
+        return self.sample_count
+
+    @property
     def alpha(self) -> float:
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
 
@@ -357,6 +364,8 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
     argv: list[str] = []
     empty: list[str] = []
     for key, value in values.items():
+        if key in kind.gone:
+            raise ValueError(f"option {key} is gone: {kind.gone[key]}")
         if key not in names:
             hint = difflib.get_close_matches(key, names, 1)
             remedy = f"did you mean {hint[0]!r}?" if hint else "see `diptych train --help-config`"

@@ -34,7 +34,7 @@ def prepare(trainer: Any) -> None:
     c, task = trainer.config, trainer.task
     corpus = sample_corpus = Corpus(c, task.default_template)
     if c.sample_data:
-        sample_corpus = Corpus(c, task.default_template, c.sample_data, c.sample_count)
+        sample_corpus = Corpus(c, task.default_template, c.sample_data, c.held_out_rows)
     trainer.template = corpus.arranger.template
     trainer.latents = None
     if c.cache:
@@ -56,7 +56,7 @@ def prepare(trainer: Any) -> None:
         entries = list_corpus(corpus)
         samples = entries if sample_corpus is corpus else list_corpus(sample_corpus)
     trainer.batches = Batches(entries, task, trainer.latents, corpus)
-    trainer.sample_batches = Batches(samples[: c.sample_count], task, trainer.latents, sample_corpus)
+    trainer.sample_batches = Batches(samples[: c.held_out_rows], task, trainer.latents, sample_corpus)
     order = (c.batch_size, c.seed, trainer.rank, trainer.world)
     trainer.sampler = trainer.batches.sampler(*order, prior=False)
     trainer.class_sampler = trainer.batches.sampler(*order, prior=True)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..samplers.gaussian import velocity_kl
-from . import adapters, checkpoint, feed, gradients, nft, optim, policy, screening, states, winners
+from . import adapters, checkpoint, feed, gradients, held_out, nft, optim, policy, states, winners
+from .checkpoint import TrainingError
 from .grpo_config import GRPOConfig
-from .judging import Judge, make_rewards
+from .judging import Judge, judged, make_rewards
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
 from .sft import Trainer
 from .tasks import DTYPES
@@ -28,33 +29,50 @@ from .windows import window as window_of
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 5  # evaluations in a row with a falling reward that end the run; the best weights are kept
+UNJUDGED = 3  # updates in a row of which no picture could be judged that end the run
+
 
 class GRPOTrainer(Trainer):
     """One reward-training run; the faces are `Trainer`'s. A step is one collection and its updates."""
 
     config: GRPOConfig
 
+    def check(self) -> None:
+        """Refuse sharded weights, and load the rewards: before data are cached or a model is loaded."""
+        if self.sharded:
+            kind = self.accelerator.distributed_type.value
+            raise ValueError(
+                f"reward training under {kind} is not possible, since processes make different numbers of "
+                "backward passes: launch it without (DDP), where the base does not fit with base_dtype: "
+                "float8_e4m3fn"
+            )
+        self.rewards = make_rewards(self.config.rewards, self.config.reward_options)
+
     def prepare(self) -> None:
-        c = self.config
-        self.rewards = make_rewards(c.rewards, c.reward_options)
         self.measures: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] | None = None
+        self.best_scores: dict[str, float] | None = None
         self.old: nft.OldPolicy | None = None
-        self.screened = screening.Screened(self) if c.screen < 1 else None
+        self.judges: dict[int, Judge] = {}
+        self.unjudged, self.any_judged = 0, False
         super().prepare()
-        if self.screened is not None:
-            self.order = self.screened
+        self.lora_window = self._lora_window()
+        self.task.lora_window = self.lora_window  # of the sample pictures
         if self.config.data_rows:
             sampler = self.batches.sampler(
                 self.config.data_rows, self.config.seed + 1, self.rank, self.world, prior=False
             )
             self.data_order = iter(sampler.start_at(self.step))
-        self.judge = Judge(self.rewards, self.batches, c.use_targets)
+
+    def judge_of(self, batches: feed.Batches) -> Judge:
+        """The judge of these rows, which remembers those it has read."""
+        return self.judges.setdefault(id(batches), Judge(self.rewards, batches, self.config.use_targets))
 
     def _prepare_model(self) -> None:
-        if self.sharded and self.config.group_clip:
-            raise ValueError("group_clip needs whole gradients: set group_clip: 0 where weights are sharded")
+        for batches in (self.batches, self.sample_batches) if self.config.eval_rows else (self.batches,):
+            self.judge_of(batches).check()
         super()._prepare_model()
         for part in self.parts.values():
             part.eval()  # rollout and replay must be the same function, so no dropout in either
@@ -87,7 +105,6 @@ class GRPOTrainer(Trainer):
                 sampling=self.sampling,
                 window=self.window,
                 seed=c.seed,
-                targets=c.nft_targets,
                 states=c.winner_states,
             )
         worth = self._advantages(rollouts, rows, first)
@@ -95,10 +112,10 @@ class GRPOTrainer(Trainer):
             rollouts = winners.aimed(rollouts, worth, c.group_size)
         loss, norm = torch.zeros((), device=self.accelerator.device), 0.0
         size = -(-len(rollouts) // c.inner_updates)
-        for start in range(0, len(rollouts), size):
-            part = slice(start, start + size)
-            partial, norm = self._update(rollouts[part], worth[part], data)
-            loss += partial / c.inner_updates
+        parts = [slice(start, start + size) for start in range(0, len(rollouts), size)]
+        for part in parts:
+            partial, norm = self._update(rollouts[part], worth[part], data, len(parts))
+            loss += partial / len(parts)
         self.step += 1
         if self.average is not None:
             self.average.update(self.names)
@@ -143,31 +160,42 @@ class GRPOTrainer(Trainer):
         numbers = [row for row in rows for _ in range(count)]
         groups = torch.tensor([first + index for index in range(len(rows)) for _ in range(count)])
         pictures = torch.cat([self.task.host.decode(r.latents).float().cpu() for r in rollouts])
-        raw = self.judge(pictures, numbers)
+        raw = self.judge_of(self.batches)(pictures, numbers)
         names = list(raw)
-        table = torch.stack([groups.double(), *(raw[name].double() for name in names)], dim=1)
-        everyone = self.accelerator.gather(table.to(self.accelerator.device)).cpu()
-        scores = {name: everyone[:, 1 + i].float() for i, name in enumerate(names)}
-        worth = policy.advantages(
-            scores,
-            everyone[:, 0].long(),
-            self.rewards.weights,
-            scale=c.advantage_scale,
-            clamp=c.advantage_clamp,
-        )
+        # float32 and integers: some devices know no float64
+        table = torch.stack([raw[name] for name in names], dim=1).to(self.accelerator.device)
+        everyone = self.accelerator.gather(table).cpu()
+        groups = self.accelerator.gather(groups.to(self.accelerator.device)).cpu()
+        scores = {name: everyone[:, i] for i, name in enumerate(names)}
+        worth = policy.advantages(scores, groups, self.rewards.weights, scale=c.advantage_scale)
         self._kept = int(worth.keep.sum())
-        tries = torch.arange(len(everyone)) % count < count - c.nft_targets
-        self.measures = {f"reward/{name}": float(values[tries].nanmean()) for name, values in scores.items()}
+        self.measures = {f"reward/{name}": mean for name, mean in judged(scores).items()}
         self.measures |= {f"failed/{n}": int(v.isnan().sum()) for n, v in scores.items() if v.isnan().any()}
         self.measures["kept"] = self._kept / len(everyone)
+        self._refuse_unjudged(everyone)
         mine = slice(self.rank * len(numbers), (self.rank + 1) * len(numbers))
         sizes = [len(rollout.latents) for rollout in rollouts]
         return list(zip(worth.values[mine].split(sizes), worth.keep[mine].split(sizes), strict=True))
 
+    def _refuse_unjudged(self, scores: Tensor) -> None:
+        """scores [N,R] of all processes. Raise TrainingError where none judges any more, or ever did."""
+        if not scores.isnan().all():
+            self.unjudged, self.any_judged = 0, True
+            return
+        self.unjudged += 1
+        logger.warning(
+            "no reward could judge any of the %d pictures of update %d", len(scores), self.step + 1
+        )
+        if self.unjudged >= UNJUDGED or (self.step + 1 == self.config.max_steps and not self.any_judged):
+            raise TrainingError(
+                f"no reward could judge a picture of the last {self.unjudged} updates, so nothing is learnt: "
+                f"see the warnings above for {', '.join(self.rewards.weights)}; {self._last_good()}"
+            )
+
     def _update(
-        self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]], data: list[int]
+        self, rollouts: list[Rollout], worth: list[tuple[Tensor, Tensor]], data: list[int], updates: int = 1
     ) -> tuple[Tensor, float]:
-        """One optimiser step on these micro-batches and, supervised, on the rows `data`.
+        """One of `updates` optimiser steps, on these micro-batches and, supervised, on the rows `data`.
 
         Groups that teach nothing are not even computed.
         """
@@ -177,7 +205,7 @@ class GRPOTrainer(Trainer):
         if self.old is not None:
             rollouts, worth = self._compacted(rollouts, worth)
         # The mean over all kept samples of all processes; DDP averages over processes.
-        scale = self.world * c.inner_updates / max(1, self._kept)
+        scale = self.world * updates / max(1, self._kept)
         pieces = [
             gradients.Piece(rollout, term, advantage.to(device), keep.to(device))
             for rollout, (advantage, keep) in zip(rollouts, worth, strict=True)
@@ -188,9 +216,7 @@ class GRPOTrainer(Trainer):
         total, log = (gradients.limited if c.group_clip else gradients.summed)(self, pieces, scale)
         log |= supervised
         norm = self.accelerator.clip_grad_norm_(list(self.names.values()), c.grad_clip or float("inf"))
-        norm = float(norm)
-        if not torch.isfinite(torch.tensor(norm)):
-            raise self._not_finite(float(total))
+        norm = self._finite(norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad()
         joined = {name: torch.cat(values).float() for name, values in log.items()}
@@ -232,8 +258,6 @@ class GRPOTrainer(Trainer):
         prediction = self.policy.predict(step.x, step.time, rollout.batch, c.rollout_guidance)
         replayed = step.replay(prediction)
         log_ratio = step.log_ratio(replayed.mean)
-        if c.ratio_norm:
-            log_ratio = policy.ratio_norm(log_ratio, replayed.mean, step.mean, step.std)
         result = policy.clipped_loss(log_ratio, advantage, c.clip)
         loss, measures = result.loss, {"ratio": result.ratio, "clipped": result.clipped.float()}
         if reference is not None:
@@ -274,19 +298,31 @@ class GRPOTrainer(Trainer):
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Held-out rows by the plain ODE from fixed noise; keeps the best weights, stops a collapse."""
-        numbers = list(range(len(self.sample_batches.entries)))[self.rank :: self.world]
+        count = min(self.config.eval_rows, len(self.sample_batches.entries))
+        numbers = list(range(count))[self.rank :: self.world]
         with self.averaged():
-            rows = screening.try_rows(self, self.sample_batches, numbers)
-        scores = {}
-        for name, values in rows.items():
-            scores[name] = float(screening.gathered(self.accelerator, values).nanmean())
+            rows = held_out.try_rows(self, self.sample_batches, numbers, lora_window=self.lora_window)
+        scores = judged({n: held_out.gathered(self.accelerator, values) for n, values in rows.items()})
+        if not scores:
+            self._refuse_blind()
+            return
         value = self.rewards.worth(scores)
-        self.history.append({"step": self.step, "value": value, **scores})
+        self.history.append({"step": self.step, "value": value, "scores": scores})
         logger.info("held-out reward after %d updates: %.4f", self.step, value)
         self.measures |= {f"held_out/{name}": score for name, score in scores.items()}
-        if value >= max(entry["value"] for entry in self.history):
+        if self.best_scores is None or self.rewards.better(scores, self.best_scores):
+            self.best_scores = scores
             source = self.average.values if self.average is not None else self.names
             self.best = {name: tensor.detach().float().clone() for name, tensor in source.items()}
+
+    def _refuse_blind(self) -> None:
+        """Raise TrainingError where no held-out picture was ever judged; one evaluation may go without."""
+        if not self.history:
+            raise TrainingError(
+                f"no reward could judge any of the {self.config.eval_rows} held-out pictures: see "
+                f"the warnings above for {', '.join(self.rewards.weights)}, or set eval_rows: 0"
+            )
+        logger.warning("no reward could judge the held-out pictures after %d updates", self.step)
 
     def _steps(self) -> bool:
         if self.config.eval_rows and not self.history:
@@ -294,14 +330,14 @@ class GRPOTrainer(Trainer):
         return super()._steps()
 
     def _collapsed(self) -> bool:
-        values = [entry["value"] for entry in self.history[-self.config.patience - 1 :]]
-        return len(values) > self.config.patience and all(
-            b < a for a, b in zip(values, values[1:], strict=False)
+        scores = [entry["scores"] for entry in self.history[-PATIENCE - 1 :]]
+        return len(scores) > PATIENCE and all(
+            not self.rewards.better(b, a) for a, b in zip(scores, scores[1:], strict=False)
         )
 
     def _stopping(self) -> bool:
         if self.config.eval_rows and self._collapsed():
-            logger.warning("stopped: the held-out reward fell %d times in a row", self.config.patience)
+            logger.warning("stopped: the held-out reward fell %d times in a row", PATIENCE)
             return True
         return super()._stopping()
 
@@ -323,12 +359,11 @@ class GRPOTrainer(Trainer):
         return out
 
     def extra_state(self) -> dict[str, Any]:
-        return {"history": self.history, "screened": self.screened.state() if self.screened else None}
+        return {"history": self.history, "best_scores": self.best_scores, "any_judged": self.any_judged}
 
     def load_extra(self, folder: Path, state: dict[str, Any]) -> None:
-        self.history = state.get("history", [])
-        if self.screened is not None and state.get("screened"):
-            self.screened.load(state["screened"])
+        self.history, self.best_scores = state["history"], state["best_scores"]
+        self.any_judged = state["any_judged"]
         for name in ("best", "old"):
             if not (folder / f"{name}.safetensors").is_file():
                 continue
@@ -347,12 +382,20 @@ class GRPOTrainer(Trainer):
             "curve": self._curve(),
         }
         if c.algorithm == "grpo":
-            last = c.window_first + c.window_size if c.window == "fixed" else c.window_bounds["last"]
-            reach = (c.window_first, last)
-            cells = feed.latents_like(self.batches([0], [False])).shape[-2:]
-            out["sigma_window"] = self.policy.sigma_range(self.sampling, reach, *cells)
+            out["sigma_window"] = list(self.lora_window)
             out["rule"] = c.rule
         return out
+
+    def _lora_window(self) -> tuple[float, float] | None:
+        """(start, end] of the trained noise levels, over all picture sizes; None for DiffusionNFT."""
+        c = self.config
+        if c.algorithm != "grpo":
+            return None
+        last = c.window_first + c.window_size if c.window == "fixed" else c.window_bounds["last"]
+        firsts = {entry.size: number for number, entry in enumerate(self.batches.entries)}
+        cells = [feed.latents_like(self.batches([number], [False])).shape[-2:] for number in firsts.values()]
+        ranges = [self.policy.level_range(self.sampling, (c.window_first, last), *size) for size in cells]
+        return max(start for start, _ in ranges), min(end for _, end in ranges)
 
     def _curve(self) -> list[list[float]]:
         """[[step, reward], ...] of the held-out rows; without such rows, of the rollouts (200 at most)."""
@@ -381,14 +424,15 @@ class GRPOTrainer(Trainer):
 
 
 def rollout_rewards(folder: Path) -> tuple[list[int], list[float]]:
-    """(updates, mean over the rewards of the rollouts) as logged in a run's folder."""
+    """(updates, mean over the rewards of the rollouts) as logged in a run's folder, where any was judged."""
     entries = [
         json.loads(line) for line in (folder / "rewards.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     means = {}
     for entry in entries:  # a resumed run logs a step again
         scores = [value for key, value in entry.items() if key.startswith("reward/")]
-        means[entry["step"]] = sum(scores) / len(scores)
+        if scores:
+            means[entry["step"]] = sum(scores) / len(scores)
     return list(means), list(means.values())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .config import TrainConfig, option
 
@@ -15,9 +17,23 @@ CHOICES = {
 }
 
 
+GONE = {
+    **dict.fromkeys(
+        ("screen", "screen_rows", "screen_steps"), "learn on more rows: give a larger data source"
+    ),
+    "data_states": "use winner_states, which needs no wanted pictures, or data_rows for supervised rows",
+    "nft_targets": "use data_rows for supervised rows beside the reward",
+    "ratio_norm": "leave it out; where too many samples are clipped set a wider clip or inner_updates: 1",
+    "advantage_clamp": "leave it out: advantages are clamped to 5; a lower lr bounds the step",
+    "patience": "leave it out: a held-out reward that falls 5 times in a row ends the run",
+}
+
+
 @dataclass
 class GRPOConfig(TrainConfig):
     """What to reinforce and how. `max_steps` counts updates: each collects rollouts and learns from them."""
+
+    gone: ClassVar[dict[str, str]] = GONE
 
     algorithm: str = option("grpo", "grpo: clipped policy gradient; nft: DiffusionNFT, no log-probabilities.")
 
@@ -37,13 +53,6 @@ class GRPOConfig(TrainConfig):
         12,
         "Samples per forward pass, rolling out and learning: part of a group, or several whole groups.",
     )
-    screen: float = option(
-        1.0,
-        "Learn on this share of the rows at most, those that came out worst in one trial each (and none that "
-        "came out as well as the best); 1 = on all.",
-    )
-    screen_rows: int = option(1000, "Rows tried in a round of screening.")
-    screen_steps: int = option(0, "Sampling steps of such a trial; 0 = rollout_steps.")
     shared_noise: bool = option(False, "Start all samples of a group from one noise.")
     shared_prefix: bool = option(
         False, "Run the steps before the window once per group (implies shared noise)."
@@ -60,9 +69,7 @@ class GRPOConfig(TrainConfig):
     use_targets: bool = option(True, "Rewards may see the finished images, where the data has them.")
     inner_updates: int = option(1, "Optimiser steps per rollout collection.")
     clip: float = option(1e-4, "Clip range of the ratio of mean log-probabilities (a tenth of it for cps).")
-    advantage_clamp: float = option(5.0, "Largest advantage.")
     advantage_scale: str = option("global", "global | group: whose standard deviation divides.")
-    ratio_norm: bool = option(False, "GRPO-Guard's correction of the ratio's mean and scale.")
     group_clip: float = option(
         0.0,
         "nft: largest gradient norm of one group (see group_norm in rewards.jsonl), so that a few rows do "
@@ -79,20 +86,9 @@ class GRPOConfig(TrainConfig):
         "so that learning on some rows does not harm the others; 0 = none.",
     )
     data_weight: float = option(1.0, "Weight of that loss.")
-    data_states: int = option(
-        0,
-        "Learn those rows at so many states each of the model's own sampling in sample_steps steps, aimed at "
-        "the wanted picture (DAgger, arXiv 1011.0686), so that it comes back from where it drifts to; "
-        "0 = at the wanted picture noised.",
-    )
     nft_beta: float = option(1.0, "nft: strength of the implicit positive and negative policies.")
     nft_times: int = option(2, "nft: noise levels per rollout and inner update.")
     nft_shared_noise: bool = option(False, "nft: noise all samples of a group alike: less noisy gradients.")
-    nft_targets: bool = option(
-        False,
-        "nft: the wanted picture takes the place of each group's last sample and is judged like it "
-        "(LUFFY, arXiv 2504.14945), so that rows which always fail teach too.",
-    )
     winner_states: int = option(
         0,
         "nft: learn every try that is worse than its group's best at so many states that it came through, "
@@ -106,15 +102,10 @@ class GRPOConfig(TrainConfig):
     # stopping
     eval_rows: int = option(0, "Rows of `sample_data` sampled (plain ODE) at every evaluation; 0 = none.")
     eval_every: int = option(10, "Updates between evaluations.")
-    patience: int = option(
-        5, "Evaluations in a row with a falling reward that end the run; the best is kept."
-    )
 
     def __post_init__(self) -> None:
-        self.batch_size, self.accumulation, self.prompt_drop = self.groups_per_update, 1, 0.0
-        if self.eval_rows:
-            self.sample_count = self.eval_rows
         super().__post_init__()
+        self._own_batch()
         if self.method != "lora":
             raise ValueError(f"method is {self.method!r}: reward training trains a LoRA")
         for name, allowed in CHOICES.items():
@@ -128,41 +119,53 @@ class GRPOConfig(TrainConfig):
             "inner_updates",
             "rollout_steps",
             "eval_every",
-            "screen_rows",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         if self.nft_times < 1 and not self.winner_states:
             raise ValueError(f"nft_times is {self.nft_times}: it may be 0 with winner_states only")
-        if self.winner_states and (self.algorithm != "nft" or self.nft_targets or self.rollout_steps < 2):
+        if self.winner_states and (self.algorithm != "nft" or self.rollout_steps < 2):
             raise ValueError(
-                "winner_states is for algorithm nft with rollout_steps above 1 and without nft_targets: "
-                "the best try takes the place of the wanted picture"
+                "winner_states is for algorithm nft with rollout_steps above 1: set both, or winner_states: 0"
             )
-        if not 0 < self.screen <= 1:
-            raise ValueError(f"screen is {self.screen:g}: it is a share above 0, at most 1")
         if self.algorithm == "grpo":
             from .windows import window
 
             window(self.window, 0, self.rollout_steps, size=self.window_size, **self.window_bounds)
         if self.group_clip and self.algorithm != "nft":
             raise ValueError("group_clip is for algorithm nft: set it to 0, grpo replays whole micro-batches")
-        if self.nft_targets and self.algorithm != "nft":
-            raise ValueError("nft_targets is for algorithm nft: a wanted picture has no recorded steps")
-        for name in ("nft_targets", "data_rows"):
-            if getattr(self, name) and not self.use_targets:
-                raise ValueError(
-                    f"{name} learns the wanted pictures, but use_targets is false: set one of them"
-                )
-        if self.data_states and not (self.data_rows and self.sample_steps > 1):
-            raise ValueError("data_states needs data_rows above 0 and sample_steps above 1: set both")
+        if self.data_rows and not self.use_targets:
+            raise ValueError(
+                "data_rows learns the wanted pictures, but use_targets is false: set one of them"
+            )
         if self.shared_prefix and self.task == "sd_inpaint":
             raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
+
+    def _own_batch(self) -> None:
+        """The trainer's words for an update's rows. Raises ValueError where a recipe says otherwise."""
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+        instead = {
+            "batch_size": (self.groups_per_update, "rows of an update are groups_per_update"),
+            "accumulation": (1, "more rows before a step are a larger groups_per_update"),
+            "prompt_drop": (0.0, "rewards judge what the prompt asks for, so none is dropped"),
+        }
+        for name, (value, why) in instead.items():
+            given = getattr(self, name)
+            if given not in (value, defaults[name]):
+                raise ValueError(
+                    f"{name} is {given:g}, which reward training does not use ({why}): leave it out"
+                )
+            setattr(self, name, value)
+
+    @property
+    def held_out_rows(self) -> int:
+        """Rows of `sample_data` that are prepared: those of evaluations, or of sample pictures if more."""
+        return max(self.sample_count, self.eval_rows)
 
     @property
     def needs_targets(self) -> bool:
         """Whether rows without a finished image are of no use: only where supervised rows are learnt too."""
-        return bool(self.nft_targets or self.data_rows)
+        return bool(self.data_rows)
 
     @property
     def window_bounds(self) -> dict[str, int]:

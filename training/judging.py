@@ -2,52 +2,82 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import metrics
 from .data.sample import Sample
 from .feed import Batches, Entry
-from .rewards import Composite, from_recipe
+from .rewards import Composite, Reward, from_recipe
+from .rewards.base import check_weight
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 256 << 20  # of rows that a judge remembers: their pictures are float32, 7 MB each at 512 pixels
+LOOKED_AT = 64  # rows that `Judge.check` reads at most
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a reward may see of one data row; pictures [H,W,3] in 0..1, mask [H,W], 1 = edited."""
+    """What a reward may see of one data row; pictures [H,W,3] in 0..1, mask [H,W], 1 = edited.
+
+    source, mask: None where the row has none. diptych: the model paints [source | edit].
+    """
 
     prompt: str
-    source: Tensor
     target: Tensor | None
-    mask: Tensor
+    source: Tensor | None = None
+    mask: Tensor | None = None
+    diptych: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(
+            t.numel() * t.element_size() for t in (self.target, self.source, self.mask) if t is not None
+        )
+
+    @property
+    def kind(self) -> tuple:
+        """Rows of one kind can be judged together."""
+        shown = self.source if self.target is None else self.target
+        return self.diptych, self.source is None, self.mask is None, tuple(shown.shape)
 
 
-def read_row(batches: Batches, number: int) -> Row:
+def read_row(batches: Batches, number: int, targets: bool = True) -> Row:
     """Row `number` as its pictures were arranged for the model: one panel of a diptych, not both.
 
-    Where a picture is filled instead of edited, source and target are the picture itself.
+    Where a picture is filled instead of edited, source and target are the picture itself and the mask is
+    the hole. An edit's mask is the row's own or, if the wanted picture may be seen (`targets`), where that
+    differs from the source.
     """
     entry = batches.entries[number]
     sample = batches.corpus.source[entry.index]
     if sample.encoded is not None:
-        return _decoded_row(batches, entry, sample)
-    arranged = batches.corpus.read(entry.index)[entry.variant]
-    pixels = ((arranged.pixels + 1) / 2).movedim(0, -1)
-    mask = None if arranged.mask is None else arranged.mask[0]
-    source = None if arranged.reference is None else ((arranged.reference + 1) / 2).movedim(0, -1)
-    if is_diptych(batches, number):
-        width = pixels.shape[1] // 2
-        source, pixels, mask = pixels[:, :width], pixels[:, width:], mask[:, width:]
-    if source is not None and sample.mask is not None:
-        # The panel's mask covers all of it; the row's own says what the instruction touches.
-        mask = _at_size(sample.mask, pixels.shape[0], pixels.shape[1])
-    mask = torch.ones(pixels.shape[:2]) if mask is None else mask
-    return Row(sample.prompt, pixels if source is None else source, pixels, mask)
+        return _decoded_row(batches, entry, sample, targets)
+    arranged = batches.corpus.arranged(sample)[entry.variant]
+    target = ((arranged.pixels + 1) / 2).movedim(0, -1)
+    if not entry.diptych and arranged.reference is None:
+        hole = None if arranged.mask is None else arranged.mask[0]
+        return Row(sample.prompt, target, None if hole is None else target, hole)
+    if entry.diptych:
+        width = target.shape[1] // 2
+        source, target = target[:, :width], target[:, width:]
+    else:
+        source = ((arranged.reference + 1) / 2).movedim(0, -1)
+    mask = arranged.edited
+    if mask is None and targets:
+        mask = metrics.changed_region(source[None], target[None])[0]
+    return Row(sample.prompt, target, source, mask, entry.diptych)
 
 
 @torch.no_grad()
-def _decoded_row(batches: Batches, entry: Entry, sample: Sample) -> Row:
+def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) -> Row:
     """A precomputed row: the source is what the VAE makes of the masked picture, grey where its hole is."""
     tensors, host = batches.latents.picture(entry.key), batches.task.host
     pictures = {
@@ -60,16 +90,10 @@ def _decoded_row(batches: Batches, entry: Entry, sample: Sample) -> Row:
         width = source.shape[1] // 2
         source, mask = source[:, :width], mask[:, width:]
         target = None if target is None else target[:, width:]
-    return Row(sample.prompt, source, target, mask)
-
-
-def is_diptych(batches: Batches, number: int) -> bool:
-    """Whether the row's picture is [source | edit]."""
-    return batches.entries[number].diptych
-
-
-def _at_size(mask: Tensor, height: int, width: int) -> Tensor:
-    return torch.nn.functional.interpolate(mask[None, None].float(), (height, width), mode="nearest")[0, 0]
+        if mask.min() >= 0.5:  # of the whole panel: it does not say what the instruction touches
+            known = targets and target is not None
+            mask = metrics.changed_region(source[None], target[None])[0] if known else None
+    return Row(sample.prompt, target, source, mask, entry.diptych)
 
 
 def make_rewards(entries: Sequence[str], options: Sequence[str]) -> Composite:
@@ -83,7 +107,9 @@ def make_rewards(entries: Sequence[str], options: Sequence[str]) -> Composite:
     weights: dict[str, float] = {}
     for entry in entries:
         name, _, weight = entry.partition("=") if not entry.startswith("http") else (entry, "", "")
-        chosen[name], weights[name] = {"name": name}, float(weight or 1)
+        if name in chosen:
+            raise ValueError(f"rewards names {name} twice: raise its weight instead")
+        chosen[name], weights[name] = {"name": name}, check_weight(name, weight or 1)
     for option in options:
         key, _, value = option.partition("=")
         name, _, key = key.rpartition(".")
@@ -104,34 +130,93 @@ def _number(text: str) -> object:
 
 
 class Judge:
-    """Scores finished pictures of data rows with a composite; remembers the rows it has read."""
+    """Scores finished pictures of data rows with a composite; remembers the last rows it has read."""
 
     def __init__(self, rewards: Composite, batches: Batches, targets: bool = True):
-        """targets: whether rewards may see the finished images, where all rows have one.
-
-        Raises ValueError if a reward needs what the data has not.
-        """
+        """targets: whether rewards may see the target images, where all rows have one."""
         self.rewards, self.batches, self.targets = rewards, batches, targets and batches.targets
-        given = {"prompts", "sources", "masks", *(["targets"] if self.targets else [])}
-        if lacking := rewards.missing(given):
-            raise ValueError(f"{lacking}, which the data has not: choose other rewards or other data")
-        self._rows: dict[int, Row] = {}
+        self._rows: OrderedDict[int, Row] = OrderedDict()
+        self._bytes = 0
+        self._said: set[str] = set()
 
     def row(self, number: int) -> Row:
-        if number not in self._rows:
-            self._rows[number] = read_row(self.batches, number)
-        return self._rows[number]
+        """Row `number` of the data; the least recently used are forgotten beyond `KEPT_BYTES`."""
+        if number in self._rows:
+            self._rows.move_to_end(number)
+            return self._rows[number]
+        row = self._rows[number] = read_row(self.batches, number, self.targets)
+        self._bytes += row.bytes
+        while self._bytes > KEPT_BYTES and len(self._rows) > 1:
+            self._bytes -= self._rows.popitem(last=False)[1].bytes
+        return row
+
+    def check(self) -> None:
+        """Raise ValueError for a reward that can judge none of the first rows, for lack of what it needs."""
+        lacking = {reward.name: "" for reward in self.rewards.rewards}
+        for number in range(min(LOOKED_AT, len(self.batches.entries))):
+            sample = self.batches.corpus.source[self.batches.entries[number].index]
+            if sample.encoded is not None:  # not to be decoded before the model is there
+                given = {"prompts", "sources", "masks"} | ({"targets"} if self.targets else set())
+            else:
+                given = self._given(self.row(number))
+            lacking = {r.name: r.missing(given) for r in self.rewards.rewards if r.name in lacking}
+            lacking = {name: what for name, what in lacking.items() if what}
+            if not lacking:
+                return
+        name, what = next(iter(lacking.items()))
+        raise ValueError(
+            f"reward {name} needs {what}, which the data has not: choose other rewards or other data (masks "
+            "of a folder of pairs are NAME_mask.png)"
+        )
 
     def __call__(self, pictures: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """pictures [N,H,W,3], both panels of a diptych, and the row of each -> raw scores [N] by reward."""
+        """pictures [N,H,W,3], both panels of a diptych, and the row of each -> raw scores [N] by reward.
+
+        NaN where a reward lacks what it needs, has nothing to judge or failed.
+        """
         pictures = pictures.float().cpu()
-        if is_diptych(self.batches, numbers[0]):
-            pictures = pictures[:, :, pictures.shape[2] // 2 :]
         rows = [self.row(number) for number in numbers]
-        beside = {
-            "prompts": [row.prompt for row in rows],
-            "sources": torch.stack([row.source for row in rows]),
-            "masks": torch.stack([row.mask for row in rows]),
-            "targets": torch.stack([row.target for row in rows]) if self.targets else None,
-        }
-        return self.rewards.score(pictures, **beside).raw
+        out = {reward.name: torch.full((len(rows),), torch.nan) for reward in self.rewards.rewards}
+        for kind in dict.fromkeys(row.kind for row in rows):
+            places = [place for place, row in enumerate(rows) if row.kind == kind]
+            some = [rows[place] for place in places]
+            shown = pictures[places]
+            if some[0].diptych:
+                shown = shown[:, :, shown.shape[2] // 2 :]
+            for reward in self.rewards.rewards:
+                out[reward.name][places] = self._scores(reward, shown, some)
+        return out
+
+    def _scores(self, reward: Reward, shown: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Of pictures of rows of one kind, [n]."""
+        given = self._given(rows[0])
+        if lacking := reward.missing(given):
+            self._say(f"reward {reward.name} needs {lacking}: rows without are not judged by it")
+            return torch.full((len(rows),), torch.nan)
+        scores = reward.score(
+            shown,
+            [row.prompt for row in rows],
+            torch.stack([row.source for row in rows]) if "sources" in given else None,
+            torch.stack([row.mask for row in rows]) if "masks" in given else None,
+            torch.stack([row.target for row in rows]) if "targets" in given else None,
+        )
+        if "masks" in reward.needs and any(row.mask.min() >= 0.5 for row in rows):
+            self._say(f"reward {reward.name}: rows whose mask covers all of the picture have nothing to keep")
+        return scores
+
+    def _given(self, row: Row) -> set[str]:
+        given = {"prompts"} | ({"targets"} if self.targets else set())
+        given |= {"sources"} if row.source is not None else set()
+        return given | ({"masks"} if row.mask is not None else set())
+
+    def _say(self, sentence: str) -> None:
+        """Log it once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            logger.warning(sentence)
+
+
+def judged(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Mean by reward over what it judged; rewards that judged nothing are left out."""
+    means = {name: float(values.nanmean()) for name, values in scores.items()}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}

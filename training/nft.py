@@ -17,14 +17,14 @@ from ..samplers.gaussian import velocity_kl
 from . import winners
 from .losses import row_noise, row_uniform, sigma_from_uniform
 from .optim import MovingAverage
+from .policy import ADVANTAGE_MAX
 
 NORM_FLOOR = 1e-5
-LOSS_SCALE = 5.0
 
 
-def preference(advantage: Tensor, clamp: float) -> Tensor:
-    """Advantage in -clamp..clamp -> optimality probability in 0..1."""
-    return (advantage / clamp / 2 + 0.5).clamp(0, 1)
+def preference(advantage: Tensor) -> Tensor:
+    """Advantage [B] in -`ADVANTAGE_MAX`..`ADVANTAGE_MAX` -> optimality probability [B] in 0..1."""
+    return (advantage / ADVANTAGE_MAX / 2 + 0.5).clamp(0, 1)
 
 
 def nft_loss(data: Tensor, data_old: Tensor, x0: Tensor, wanted: Tensor, beta: float) -> Tensor:
@@ -33,8 +33,8 @@ def nft_loss(data: Tensor, data_old: Tensor, x0: Tensor, wanted: Tensor, beta: f
     data, data_old [B,...]: the clean latents that the present and the old weights predict (for a velocity:
     x - sigma v); wanted [B] in 0..1. The mixtures v+ = beta v + (1-beta) v_old and v- = (1+beta) v_old -
     beta v are taken of these, in which they are linear too: so it serves velocity and epsilon models alike.
-    Each is compared with x0; its squared error is divided by its own mean absolute error (detached), as in
-    the authors' code.
+    Each is compared with x0; its squared error is divided by its own mean absolute error (detached) and
+    multiplied by the largest advantage, which `preference` divides by, as in the authors' code.
     """
     losses = []
     for mixed in (beta * data + (1 - beta) * data_old, (1 + beta) * data_old - beta * data):
@@ -42,7 +42,7 @@ def nft_loss(data: Tensor, data_old: Tensor, x0: Tensor, wanted: Tensor, beta: f
         weight = error.detach().abs().flatten(1).mean(1).clamp_min(NORM_FLOOR)
         losses.append((error**2).flatten(1).mean(1) / weight)
     positive, negative = losses
-    return LOSS_SCALE * (wanted * positive / beta + (1 - wanted) * negative / beta)
+    return ADVANTAGE_MAX * (wanted * positive / beta + (1 - wanted) * negative / beta)
 
 
 class OldPolicy:
@@ -101,7 +101,7 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     prediction = trainer.policy.predict(x, time, rollout.batch, c.rollout_guidance)
     old = prediction.detach() if same else old
     data, data_old = (trainer.policy.data(x, time, p.float()) for p in (prediction, old))
-    wanted = preference(advantage, c.advantage_clamp)
+    wanted = preference(advantage)
     loss = nft_loss(data, data_old, x0, wanted, c.nft_beta) * trainer.policy.data_weight(time)
     measures = {"nft": loss}
     if reference is not None:

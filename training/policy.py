@@ -1,4 +1,4 @@
-"""The policy-gradient objective on recorded transitions: advantages, clipped ratio, RatioNorm, velocity KL.
+"""The policy-gradient objective on recorded transitions: group-relative advantages and the clipped ratio.
 
 Pure functions on tensors; the loop that calls them is `grpo.py`.
 """
@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..samplers.gaussian import kl
 from .rewards.composite import combine
+
+# Largest advantage: DanceGRPO's clamp. DiffusionNFT divides by it and multiplies its loss by it (`nft.py`),
+# so it sets the scale of that objective too, and every measured figure rests on it.
+ADVANTAGE_MAX = 5.0
 
 
 @dataclass(frozen=True)
@@ -24,27 +27,28 @@ class Advantages:
 
 
 def advantages(
-    raw: Mapping[str, Tensor],
-    groups: Tensor,
-    weights: Mapping[str, float],
-    *,
-    scale: str = "global",
-    clamp: float = 5.0,
+    raw: Mapping[str, Tensor], groups: Tensor, weights: Mapping[str, float], *, scale: str = "global"
 ) -> Advantages:
-    """Group-relative advantages: normalised per reward, weighted, summed, clamped.
+    """Group-relative advantages [N]: normalised per reward, weighted, summed, clamped to `ADVANTAGE_MAX`.
 
-    raw: scores [N] by reward; groups: [N]. A group whose advantages are all zero (every sample equally good)
-    is filtered: it has no gradient but would dilute the mean. Source: Flow-GRPO's per-prompt statistics with
-    the epoch's std; DanceGRPO's clamp of 5.
+    raw: scores [N] by reward; groups: [N]. A group in which no reward tells two samples apart, by the raw
+    scores, is filtered: it has no gradient but would dilute the mean. So is one whose rewards cancel.
+    Source: Flow-GRPO's per-prompt statistics with the epoch's std; DanceGRPO's clamp.
     """
     values = combine(raw, weights, groups, scale)
     keep = values.isfinite()
-    values = torch.where(keep, values.clamp(-clamp, clamp), 0.0)
+    values = torch.where(keep, values.clamp(-ADVANTAGE_MAX, ADVANTAGE_MAX), 0.0)
     for label in groups.unique():
         members = groups == label
-        if (values[members].abs() < 1e-8).all():
+        if values[members].abs().max() < 1e-8 or not any(_differ(scores[members]) for scores in raw.values()):
             keep = keep & ~members
-    return Advantages(values, keep)
+    return Advantages(torch.where(keep, values, 0.0), keep)
+
+
+def _differ(scores: Tensor) -> bool:
+    """Whether the judged ones of these scores [n] are not all equal."""
+    known = scores[scores.isfinite()]
+    return len(known) > 1 and bool(known.min() < known.max())
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,3 @@ def clipped_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> PolicyLos
     gain = torch.minimum(ratio * advantage, bounded * advantage)
     clipped = (ratio.detach() - 1).abs() > clip
     return PolicyLoss(-gain, ratio.detach(), clipped)
-
-
-def ratio_norm(log_ratio: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor) -> Tensor:
-    """GRPO-Guard's correction: (log r + mean (mu - mu_old)^2 / (2 std^2)) * std, [B].
-
-    Without it E[log r] = -(mu - mu_old)^2 / (2 std^2) < 0, worst at low noise, so that the upper clip hardly
-    ever fires. Source: Pref-GRPO, `train_flux1_kontext_edit.py`.
-    """
-    scale = std.expand(len(mean), *std.shape[1:]).flatten(1).mean(1) if std.ndim else std
-    return (log_ratio + kl(mean, mean_old, std)) * scale

@@ -20,7 +20,7 @@ from .losses import row_noise
 def contact_sheet(task: Any, batches: Any, seed: int, to_device: Callable) -> Tensor:
     """[H,W,3] float32 in 0..1 on the CPU; the same noise at every call. Samples are made one by one."""
     rows = []
-    for position in range(len(batches.entries)):
+    for position in range(min(task.config.sample_count, len(batches.entries))):
         batch = to_device(batches([position], [False]))
         batch = task.guided(batch, batches.text, task.config.sample_guidance)
         like = latents_like(batch)

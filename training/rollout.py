@@ -6,15 +6,19 @@ ratio on unchanged weights is not 1. What the pictures are worth and what is lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..models.lora.delta import in_window
 from ..samplers import ddim, flow_match, schedule
 from ..samplers.gaussian import Step, per_sample, sde_seed
+from .adapters import switched_off
 from .feed import latents_like
 from .losses import diffused, noised, row_noise, row_uniform
 
@@ -53,7 +57,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How rollouts are made. window: half-open steps of the SDE rule; eta None is the rule's own default."""
+    """How pictures are sampled. eta None is the rule's own default; lora_window: (start, end] in noise levels
+    outside of which the LoRA is off."""
 
     steps: int
     guidance: float
@@ -62,6 +67,15 @@ class Sampling:
     storage_dtype: torch.dtype = torch.float32
     shared_noise: bool = False
     shared_prefix: bool = False
+    lora_window: tuple[float, float] | None = None
+
+
+@contextmanager
+def _lora_at(task: Any, level: float, window: tuple[float, float] | None) -> Iterator[None]:
+    """The task's model as loaders run its LoRA at this noise level: outside the window without it."""
+    outside = contextlib.nullcontext() if in_window(level, window) else switched_off(task.module)
+    with outside:
+        yield
 
 
 class FlowPolicy:
@@ -108,8 +122,13 @@ class FlowPolicy:
         start, end = steps or (0, sampling.steps)
         condition = self.task.condition(batch, sampling.guidance)
         inner = None if window is None else (window[0] - start, window[1] - start)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            with _lora_at(self.task, float(sigma), sampling.lora_window):
+                return self.task.host.velocity(x, sigma, condition)
+
         return flow_match.sample(
-            lambda x, sigma: self.task.host.velocity(x, sigma, condition),
+            velocity,
             noise,
             sigmas[start : end + 1],
             rule="ode" if window is None else sampling.rule,
@@ -121,12 +140,12 @@ class FlowPolicy:
             storage_dtype=sampling.storage_dtype,
         )
 
-    def sigma_range(
+    def level_range(
         self, sampling: Sampling, window: tuple[int, int], height: int, width: int
-    ) -> list[float]:
-        """[sigma at the window's start, sigma at its end], latent cells height x width."""
+    ) -> tuple[float, float]:
+        """Noise levels, here sigmas, at the window's start and end; latent cells height x width."""
         sigmas = schedule.sigmas(sampling.steps, seq_len=schedule.token_count(height, width))
-        return [float(sigmas[window[0]]), float(sigmas[window[1]])]
+        return float(sigmas[window[0]]), float(sigmas[window[1]])
 
 
 class EpsilonPolicy:
@@ -168,8 +187,14 @@ class EpsilonPolicy:
         if steps not in (None, (0, sampling.steps)):
             raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint.")
         condition = self.task.condition(batch, sampling.guidance)
+
+        def epsilon(x: Tensor, t: Tensor) -> Tensor:
+            level = ddim.noise_level(int(t), self.task.scheduler_config)
+            with _lora_at(self.task, level, sampling.lora_window):
+                return self.task.host.epsilon(x, t, condition)
+
         return ddim.sample(
-            lambda x, t: self.task.host.epsilon(x, t, condition),
+            epsilon,
             noise,
             ddim.schedule(sampling.steps, self.task.scheduler_config),
             eta=0.0 if window is None else (1.0 if sampling.eta is None else sampling.eta),
@@ -180,10 +205,12 @@ class EpsilonPolicy:
             storage_dtype=sampling.storage_dtype,
         )
 
-    def sigma_range(self, sampling, window, height, width):
-        """Noise share sqrt(1 - alpha_bar) at the window's ends."""
-        alphas = ddim.schedule(sampling.steps, self.task.scheduler_config).alphas
-        return [float((1 - alphas[index]).sqrt()) for index in window]
+    def level_range(self, sampling, window, height, width):
+        """Noise levels, here shares of the training timesteps, at the window's start and end."""
+        config = self.task.scheduler_config
+        timesteps = ddim.schedule(sampling.steps, config).timesteps.tolist()
+        start, end = (ddim.noise_level(timesteps[index], config) for index in window)
+        return start, end
 
 
 def make_policy(task) -> FlowPolicy | EpsilonPolicy:
@@ -203,14 +230,12 @@ def collect(
     sampling: Sampling,
     window: tuple[int, int] | None,
     seed: int,
-    targets: bool = False,
     states: int = 0,
 ) -> list[Rollout]:
     """`group_size` samples of each row, in micro-batches of part of a row's group or of several whole groups.
 
     rows: entry numbers; groups: a number per row, unique over processes and updates, that alone fixes its
     noise (so any split over processes makes the same pictures). window None records nothing (DiffusionNFT).
-    With `targets` (window None only) the last of each group is the wanted picture instead of a try.
     states: of each try to keep, at random steps (but the first, which is noise).
     """
     rollouts = []
@@ -234,15 +259,8 @@ def collect(
                 noise = prefix.repeat_interleave(len(numbers), 0)
                 steps = (window[0], sampling.steps)
             notes = Visited(states, sampling.steps, seed, part) if states else None
-            if targets:
-                tried = torch.tensor([place for place, m in enumerate(part) if (m + 1) % group_size])
-                latents, transitions = batch["latents"].float().clone(), ()
-                if len(tried):
-                    made, _ = policy.run(picked(batch, tried), noise[tried], sampling, None, None)
-                    latents[tried] = made.to(latents)
-            else:
-                generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
-                latents, transitions = policy.run(batch, noise, sampling, window, generators, steps, notes)
+            generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
+            latents, transitions = policy.run(batch, noise, sampling, window, generators, steps, notes)
             rollouts.append(Rollout(part, batch, latents, transitions, notes and notes.joined()))
     return rollouts
 

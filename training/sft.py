@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,9 +89,10 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.bar = self.progress if self.main else feed.silent
-        self.output.mkdir(parents=True, exist_ok=True)
         prior.check(c)
         optim.check(c)
+        self.check()
+        self.output.mkdir(parents=True, exist_ok=True)
         self.task = make_task(c, self.accelerator.device)
         if self.sharded:  # a model that needs sharding fits no single device
             self.task.load_device = torch.device("cpu")
@@ -108,6 +110,9 @@ class Trainer:
         self.order = iter(self.sampler.start_at(self.micro))
         if self.class_sampler is not None:
             self.class_order = iter(self.class_sampler.start_at(self.micro))
+
+    def check(self) -> None:
+        """What another kind of training refuses before anything is loaded."""
 
     def _prepare_model(self) -> None:
         c = self.config
@@ -205,9 +210,7 @@ class Trainer:
                     norm = self.accelerator.clip_grad_norm_(
                         list(self.names.values()), c.grad_clip or float("inf")
                     )
-                    norm = float(norm) if norm is not None else 0.0
-                    if c.mixed_precision != "fp16" and not torch.isfinite(torch.tensor(norm)):
-                        raise self._not_finite(float(total))
+                    norm = self._finite(0.0 if norm is None else norm, total)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.step += 1
@@ -221,11 +224,19 @@ class Trainer:
             f"the last good checkpoint {complete[-1]} is intact" if complete else "there is no checkpoint yet"
         )
 
-    def _not_finite(self, loss: float) -> TrainingError:
-        return TrainingError(
-            f"loss is {loss} and its gradient is not finite at step {self.step + 1}: lower lr or grad_clip, "
-            f"or look for broken pictures; {self._last_good()}"
-        )
+    def _finite(self, norm: float | Tensor, loss: Tensor) -> float:
+        """The gradient's norm as a number. Raises TrainingError if it is not finite.
+
+        But in fp16, where the loss scale overflows now and then: the scaler skips that step and lowers the
+        scale, and only a scale that has come down to nothing shows that the gradient itself is broken.
+        """
+        norm, scaler = float(norm), self.accelerator.scaler
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            raise TrainingError(
+                f"loss is {float(loss)} and its gradient is not finite at step {self.step + 1}: lower lr or "
+                f"grad_clip, or look for broken pictures; {self._last_good()}"
+            )
+        return norm
 
     def run(self) -> Path:
         """Prepare, train, save.

@@ -70,6 +70,9 @@ class Task:
         check_folder(config.model, self.denoiser_part, channels, what)
         starts.check_loras(config)
         self.config, self.device = config, torch.device(device)
+        self.lora_window: tuple[float, float] | None = (
+            None  # noise levels outside of which samples go without
+        )
         self.load_device = self.device  # of the denoiser; the CPU where it is to be sharded
         self.dtype = DTYPES.get(config.base_dtype, torch.bfloat16)
         self.vae: Any = None
@@ -208,7 +211,8 @@ class Task:
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
         """Pictures [B,H,W,3] in 0..1 made by the plain ODE from the batch's condition (`guided` at
         sample_guidance)."""
-        sampling = Sampling(self.config.sample_steps, self.config.sample_guidance)
+        c = self.config
+        sampling = Sampling(c.sample_steps, c.sample_guidance, lora_window=self.lora_window)
         return self.host.decode(make_policy(self).run(batch, noise, sampling, None, None)[0])
 
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
+from ...samplers.ddim import level_of_noise
 from . import describe
 from .delta import check_window
 from .errors import printable
@@ -36,17 +37,20 @@ def info(
         notes.append("ranks: " + ", ".join(f"{n} modules of rank {r}" for r, n in sorted(ranks.items())))
     if 0.0 in scales:
         notes.append(f"{scales[0.0]} modules have an alpha of 0: they change nothing")
-    stated = _text(ours.get("base")) or _stated(raw)
+    stated, family = _text(ours.get("base")) or _stated(raw), describe.guess_base(modules, full)
+    window = _window(ours.get("sigma_window"), notes)
+    if window is not None and family == describe.UNET and _of_first_version(ours):
+        window = level_of_noise(window[0]), level_of_noise(window[1])
     return LoraInfo(
         format=describe.format_name(raw, styles),
-        base=_text(ours.get("base")) or describe.guess_base(modules, full),
+        base=_text(ours.get("base")) or family,
         rank=rank,
         alpha=alpha,
         alpha_from=", ".join(Counter(m.scale_from for m in modules.values())),
         algorithm=_text(ours.get("algorithm")),
         reward=_text(ours.get("reward")),
         step=_step(ours.get("step"), raw),
-        sigma_window=_window(ours.get("sigma_window"), notes),
+        sigma_window=window,
         curve=_curve(ours.get("curve")),
         stated_base=stated,
     )
@@ -67,6 +71,11 @@ def _window(stored: object, notes: list[str]) -> tuple[float, float] | None:
         notes.append(f"the sigma window in its header is {printable(stored)[:60]}, which is none: not used")
         return None
     return start, end
+
+
+def _of_first_version(ours: Mapping) -> bool:
+    """It stored the weight of the noise, sqrt(1 - alpha), for reward-trained Stable Diffusion."""
+    return ours.get("version", 1) == 1 and ours.get("algorithm") == "grpo"
 
 
 def _step(stored: object, raw: RawFile) -> int | None:

@@ -25,6 +25,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor, nn
 
+from ...samplers import ddim
 from .based import Based, Share, Swapped
 from .delta import BiasDelta, Delta, WeightDelta, check_window, delta_for, in_window
 from .fit import NO_SUCH_LAYER, base_notes, check_applicable, fit_module, refuse_if_nothing_fits
@@ -345,8 +346,10 @@ def _adding(delta: Delta):
 
 
 def _sigma(base, t: Tensor) -> float:
-    """1 = noise, 0 = data, whatever the model counts in: a flow's sigma, or an epsilon model's t / 1000."""
+    """The noise level, 1 = noise, 0 = data, whatever the model counts in: a flow's sigma, or
+    `ddim.noise_level` of an epsilon model's timestep."""
     sampling = base.model_sampling
     if isinstance(sampling, comfy.model_sampling.CONST):
         return float(t.flatten()[0])
-    return float(sampling.timestep(t.flatten()[:1])) / 1000.0
+    timesteps = {"num_train_timesteps": getattr(sampling, "num_timesteps", 1000)}
+    return ddim.noise_level(float(sampling.timestep(t.flatten()[:1])), timesteps)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .files import RawFile
 from .weights import FullTensor, Module
 
+UNET = "Stable Diffusion UNet"
 _KINDS = {
     "lokr": "LyCORIS LoKr",
     "loha": "LyCORIS LoHa",
@@ -50,7 +51,7 @@ def guess_base(modules: Mapping[str, Module], full: Mapping[str, FullTensor]) ->
     """The model family a LoRA was trained on, from layer names and sizes."""
     paths = [*modules, *full]
     if any(p.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for p in paths):
-        return "Stable Diffusion UNet"
+        return UNET
     widths = {m.shape[1] for p, m in modules.items() if p.endswith((".to_q", ".to_k", "norm1.linear"))}
     is_flux = any(p.startswith("single_transformer_blocks.") for p in paths) or 3072 in widths
     if not is_flux:

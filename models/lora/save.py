@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .weights import LoraError, LoraWeights, LowRank, MoeLowRank
 
-VERSION = 1
+VERSION = 2  # what differed in 1: `about.py`
 
 
 def save(

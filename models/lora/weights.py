@@ -18,9 +18,11 @@ Module = LowRank | MoeLowRank | Factored | Based
 
 @dataclass(frozen=True)
 class LoraInfo:
-    """What a file says about itself; None where it says nothing. sigma_window is (start, end], 1 = noise.
+    """What a file says about itself; None where it says nothing.
 
     stated_base: the model its header names, in the trainer's own words; base: the family, from its layers.
+    sigma_window: noise levels start >= level > end, 1 = noise; a flow's sigma, or an epsilon model's timestep
+    by its training timesteps.
     curve: (step, reward) of a reward-trained file, in order; empty for others.
     """
 

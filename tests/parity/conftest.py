@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import toys`
 
 CLIP_TOKENS = 16
 T5_TOKENS = 24
@@ -161,6 +166,26 @@ def sd_inpaint_pipeline():
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, fill_pipeline, kontext_pipeline, sd_inpaint_pipeline):
+    """A folder with the pipelines' folders by task, and modules with rewards, which are importable."""
+    root = tmp_path_factory.mktemp("toys")
+    pipelines = {"fill": fill_pipeline, "kontext": kontext_pipeline, "sd_inpaint": sd_inpaint_pipeline}
+    for name, pipeline in pipelines.items():
+        pipeline.save_pretrained(root / name)
+    (root / "toy_judge.py").write_text(
+        "def brightness(images, prompts, sources, masks):\n"
+        "    return images.mean((1, 2, 3))\n\n\n"
+        "def nothing(images, prompts, sources, masks):\n"
+        "    return images.mean((1, 2, 3)) * float('nan')\n\n\n"
+        "def one_fails(images, prompts, sources, masks):\n"
+        "    scores = images.mean((1, 2, 3))\n    scores[0] = float('nan')\n    return scores\n"
+    )
+    sys.path.insert(0, str(root))
+    yield root
+    sys.path.remove(str(root))
 
 
 @pytest.fixture

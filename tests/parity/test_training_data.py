@@ -7,37 +7,20 @@ import json
 import pytest
 import torch
 from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
-from comfyui_diptych.training import config, sft
+from comfyui_diptych.training import sft
 from PIL import Image
+from toys import train_config
 
-BASE = {
-    "resolution": 32,
-    "rank": 2,
-    "batch_size": 2,
-    "max_steps": 2,
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "mixed_precision": "no",
-    "base_dtype": "float32",
-    "cache_dtype": "float32",
-    "max_sequence_length": 24,
-    "gradient_checkpointing": False,
-    "log_with": ["none"],
-    "sample_every": 0,
-    "prompt_drop": 0.0,
-}
+BASE = {"rank": 2, "max_steps": 2, "prompt_drop": 0.0}
 
 
 @pytest.fixture(scope="session")
-def fill_folder(tmp_path_factory, fill_pipeline):
-    folder = tmp_path_factory.mktemp("toy") / "fill"
-    fill_pipeline.save_pretrained(folder)
-    return folder
+def fill_folder(folders):
+    return folders / "fill"
 
 
 def prepared(folder, output, **options):
-    c = config.from_dict({**BASE, "model": str(folder), "output_dir": str(output), **options})
-    trainer = sft.Trainer(c)
+    trainer = sft.Trainer(train_config(folder.parent, output, folder.name, **{**BASE, **options}))
     trainer.prepare()
     return trainer
 
@@ -172,10 +155,7 @@ def test_tensorboard_gets_loss_and_sample_pictures(fill_folder, tmp_path):
 
     data = [pairs(tmp_path / "p", [(32, 32)] * 2)]
     options = {"log_with": ["tensorboard"], "log_every": 1, "sample_every": 2, "sample_steps": 1}
-    c = config.from_dict(
-        {**BASE, "model": str(fill_folder), "output_dir": str(tmp_path / "o"), "data": data, **options}
-    )
-    sft.Trainer(c).run()
+    sft.Trainer(train_config(fill_folder.parent, tmp_path / "o", data=data, **BASE, **options)).run()
     events = EventAccumulator(str(next((tmp_path / "o" / "logs").rglob("events*")).parent))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2]

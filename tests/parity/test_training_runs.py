@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,36 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_diptych.models import tiny
-from comfyui_diptych.training import checkpoint, config, sft
+from comfyui_diptych.training import checkpoint, sft
 from safetensors.torch import load_file
-
-TOY = {
-    "data": ["shapes:24?size=32"],
-    "resolution": 32,
-    "rank": 4,
-    "batch_size": 2,
-    "max_steps": 4,
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "mixed_precision": "no",
-    "base_dtype": "float32",
-    "cache_dtype": "float32",
-    "max_sequence_length": 24,
-    "gradient_checkpointing": False,
-    "log_with": ["none"],
-    "log_every": 1,
-    "sample_every": 0,
-    "threads": 1,
-}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory, fill_pipeline, kontext_pipeline, sd_inpaint_pipeline):
-    root = tmp_path_factory.mktemp("toys")
-    pipelines = {"fill": fill_pipeline, "kontext": kontext_pipeline, "sd_inpaint": sd_inpaint_pipeline}
-    for name, pipeline in pipelines.items():
-        pipeline.save_pretrained(root / name)
-    return root
+from toys import train_config as toy
+from toys import two_processes, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +24,6 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def toy(folders, output, task="fill", **options):
-    values = {**TOY, "task": task, "model": str(folders / task), "output_dir": str(output)}
-    return config.from_dict({**values, **options})
 
 
 def run(c, **callbacks):
@@ -72,11 +40,6 @@ def die(report):
 c = config.load(sys.argv[1])
 sft.Trainer(c, on_report=die).run()
 """
-
-
-def write_recipe(c, path):
-    path.write_text(json.dumps({k: v for k, v in vars(c).items() if v is not None}), encoding="utf-8")
-    return path
 
 
 def test_20_steps_equal_9_then_kill_then_11_bit_for_bit(folders, tmp_path):
@@ -141,23 +104,14 @@ def zero(stage):
     }
 
 
-def two_processes(recipe, *arguments, script="", environment=None):
-    """`diptych train`, or a script that comes to the same, in two processes over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def in_two_processes(recipe, *arguments, script="", environment=None):
+    """`diptych train`, or a script that comes to the same."""
     if script:
         file = recipe.with_suffix(".py")
         file.write_text(script)
-        command += [str(file), str(recipe), *arguments]
+        two_processes(file, recipe, *arguments, environment=environment)
     else:
-        command += ["-m", "comfyui_diptych", "train", str(recipe), *arguments]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        **(environment or {}),
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+        two_processes("-m", "comfyui_diptych", "train", recipe, *arguments, environment=environment)
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
@@ -166,7 +120,7 @@ def test_two_processes_equal_one_with_twice_the_batch(folders, tmp_path, fsdp):
     _, path = run(toy(folders, tmp_path / "one", batch_size=4, **cache))
     c = toy(folders, tmp_path / "two", batch_size=2, **cache)
     recipe = write_recipe(c, tmp_path / "two.yaml")
-    two_processes(recipe, **({"script": SHARDED, "environment": FSDP} if fsdp else {}))
+    in_two_processes(recipe, **({"script": SHARDED, "environment": FSDP} if fsdp else {}))
     one, two = load_file(path), load_file(tmp_path / "two" / path.name)
     assert json.loads((tmp_path / "two/checkpoints/step_00000004/state.json").read_text())["world"] == 2
     moved = max(t.abs().max().item() for k, t in one.items() if "lora_B" in k)
@@ -180,7 +134,7 @@ def test_deepspeed_in_two_processes_equals_one_and_resumes(folders, tmp_path, st
     options = {"save_every": 2, "keep_last": 9, "cache_dir": str(tmp_path / "cache")}
     _, path = run(toy(folders, tmp_path / "one", batch_size=4, **options))
     recipe = write_recipe(toy(folders, tmp_path / "two", batch_size=2, **options), tmp_path / "two.yaml")
-    two_processes(recipe, script=DEEPSPEED, environment=zero(stage))
+    in_two_processes(recipe, script=DEEPSPEED, environment=zero(stage))
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     for one, two in zip(*[[json.loads(line) for line in lines] for lines in logs], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
@@ -190,7 +144,7 @@ def test_deepspeed_in_two_processes_equals_one_and_resumes(folders, tmp_path, st
     # Adam's first steps are as long where the gradient is nothing but rounding.
     assert (apart > 1e-5).float().mean() < 1e-3 and apart.mean() < 1e-6
     shutil.rmtree(tmp_path / "two/checkpoints/step_00000004")
-    two_processes(recipe, "--resume", "auto", script=DEEPSPEED, environment=zero(stage))
+    in_two_processes(recipe, "--resume", "auto", script=DEEPSPEED, environment=zero(stage))
     again = load_file(tmp_path / "two" / path.name)
     assert all(torch.equal(two[k], again[k]) for k in two)
 

@@ -134,3 +134,15 @@ def test_the_last_step_and_those_outside_the_window_are_deterministic(predict):
 def test_what_cannot_be_meant_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.zeros(3, 4))
+
+
+def test_a_noise_level_is_the_share_of_the_training_timesteps():
+    assert [ddim.noise_level(t) for t in (0, 501, 999)] == [0.0, 0.501, 0.999]
+    assert ddim.noise_level(5, {"num_train_timesteps": 10}) == 0.5
+
+
+def test_the_weight_of_the_noise_leads_back_to_its_timestep():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SD 1.5's
+    alphas = (1 - betas).cumprod(0)
+    for timestep in (1, 301, 501, 701, 999):
+        assert ddim.level_of_noise(float((1 - alphas[timestep]).sqrt())) == timestep / 1000

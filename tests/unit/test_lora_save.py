@@ -67,6 +67,21 @@ def test_known_facts_are_kept_when_a_lora_is_saved_again(tmp_path):
     assert (again.reward, again.sigma_window) == ("shapes", (1.0, 0.5))
 
 
+def test_windows_of_the_first_version_keep_their_meaning(tmp_path):
+    """Stable Diffusion's held the weight of the noise: sqrt(1 - alpha) at timesteps 701 and 301."""
+    unet = lora(0.5, (4,), ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",))
+    alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    old = [float((1 - alphas[timestep]).sqrt()) for timestep in (701, 301)]
+    facts = {"version": 1, "algorithm": "grpo", "sigma_window": old}
+    first = read(save(tmp_path / "a.safetensors", unet, facts))
+    assert first.info.sigma_window == (0.701, 0.301)
+    again = read(save(tmp_path / "b.safetensors", first)).info  # now of the present version
+    assert again.sigma_window == (0.701, 0.301)
+    now = read(save(tmp_path / "c.safetensors", unet, {**facts, "version": 2})).info.sigma_window
+    flow = read(save(tmp_path / "d.safetensors", lora(), facts)).info.sigma_window
+    assert now == flow == tuple(old)
+
+
 def test_the_diffusers_metadata_agrees_with_the_folded_factors(tmp_path):
     path = save(tmp_path / "l.safetensors", lora(2.0, (4, 2)))
     fields = json.loads(header_of(path)["lora_adapter_metadata"])

@@ -69,7 +69,7 @@ def test_a_perfect_prediction_has_no_division_by_zero():
 
 
 def test_preference_maps_clamped_advantages_to_probabilities():
-    got = preference(torch.tensor([-7.0, -5.0, 0.0, 2.5, 5.0, 9.0]), 5.0)
+    got = preference(torch.tensor([-7.0, -5.0, 0.0, 2.5, 5.0, 9.0]))
     assert got.tolist() == [0.0, 0.0, 0.5, 0.75, 1.0, 1.0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -95,6 +96,22 @@ def names() -> list[str]:
 def options(name: str) -> list[str]:
     """The options that a registered reward can be created with."""
     return [] if name not in _REGISTRY else list(inspect.signature(_REGISTRY[name]).parameters)
+
+
+def check_weight(name: str, weight: object) -> float:
+    """The weight of a reward as a number. Raises ValueError unless it is finite and not 0."""
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"reward {name} has the weight {weight!r}: write a number, as in {name}=0.5"
+        ) from None
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(
+            f"the weight of reward {name} is {number:g}: give a finite number that is not 0, or leave the "
+            "reward out"
+        )
+    return number
 
 
 def create(name: str, **options: object) -> Reward:

@@ -24,8 +24,7 @@ class Entry:
     def __post_init__(self):
         if self.name not in base.names():
             raise ValueError(f"reward {self.name!r} is not known: choose one of {', '.join(base.names())}.")
-        if self.weight == 0:
-            raise ValueError(f"the weight of reward {self.name} is 0: give another, or leave the reward out.")
+        base.check_weight(self.name, self.weight)
         known = base.options(self.name)
         for option, _ in self.options:
             if option not in known:
@@ -83,10 +82,7 @@ def parse(text: str) -> Entry:
     head, _, tail = text.partition(":")
     name, _, weight = head.partition("=")
     Entry(name.strip())  # an unknown name comes before what is wrong with its options
-    try:
-        number = float(weight or 1)
-    except ValueError as error:
-        raise ValueError(f"{text!r} has the weight {weight!r}: write a number, as in {name}=0.5.") from error
+    number = base.check_weight(name.strip(), weight or 1)
     pairs = [part.partition("=") for part in tail.split(",") if part]
     if bad := [key for key, equals, _ in pairs if not equals]:
         raise ValueError(f"{text!r} has the option {bad[0]!r}: write key=value.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,14 @@ def group_normalise(scores: Tensor, groups: Tensor, scale: str = "group", eps: f
     out = torch.full_like(scores, torch.nan)
     for label in labels:
         members = (groups == label) & valid
-        if members.any():
-            spread = scores[valid] if scale == "global" and len(labels) > 1 else scores[members]
-            out[members] = (scores[members] - scores[members].mean()) / (spread.std(unbiased=False) + eps)
+        if not members.any():
+            continue
+        own = scores[members]
+        if own.min() == own.max():  # their mean is rounded: equal scores less it are not always 0
+            out[members] = 0.0
+            continue
+        spread = scores[valid] if scale == "global" and len(labels) > 1 else own
+        out[members] = (own - own.mean()) / (spread.std(unbiased=False) + eps)
     return out
 
 
@@ -72,13 +77,25 @@ class Composite:
                 f"weights name rewards that are not used: {sorted(unknown)}; give at least one reward."
             )
 
-    def worth(self, raw: Mapping[str, Any]) -> Any:
-        """The weighted sum of raw scores, numbers or tensors alike, by reward; NaN where one failed.
+    def worth(self, raw: Mapping[str, float]) -> float:
+        """The weighted sum of raw scores by reward, without those that judged nothing (NaN); NaN if none did.
 
-        For comparing pictures of one run with one another: between rewards it does not balance scales, see
-        `combine`.
+        For comparing pictures of one run with one another (see `better`): between rewards it does not balance
+        scales, see `combine`.
         """
-        return sum(self.weights[name] * score for name, score in raw.items())
+        judged = [self.weights[name] * score for name, score in raw.items() if math.isfinite(score)]
+        return sum(judged) if judged else math.nan
+
+    def better(self, raw: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Whether scores are worth as much as others or more, by the rewards that judged both.
+
+        Scores that no reward could give are never better; those that some could are better than none.
+        """
+        judged, known = ({n for n, value in each.items() if math.isfinite(value)} for each in (raw, other))
+        common = judged & known
+        if not common:
+            return bool(judged) and not known
+        return self.worth({n: raw[n] for n in common}) >= self.worth({n: other[n] for n in common})
 
     @property
     def needs(self) -> frozenset[str]:
