@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.geometry import AUTO_POLICIES
+from ..models.image_files import looks_like_image
 from . import best_of, loras, pictures
 from .stopping import Stop
 from .values import LARGEST_SIDE, check_device, finite, seed, steps, whole
@@ -52,7 +54,7 @@ def add_parser(subparsers) -> None:
         type=whole(0, LARGEST_SIDE),
         help="width in pixels at which the model sees the picture, 0 for its own (default: as trained)",
     )
-    add("--policy", default="stretch", choices=("stretch", "crop", "pad"), help="how sizes are made to fit")
+    add("--policy", default="auto", choices=AUTO_POLICIES, help="how sizes are made to fit")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", default="auto", choices=DTYPES, help="default bfloat16, float32 for the tiny models")
     add("--offload", action="store_true", help="keep model parts in main memory until used (small GPUs)")
@@ -72,6 +74,7 @@ class Request:
     further: tuple[Tensor, ...]
     loras: tuple[tuple[Any, float], ...]
     panel_width: int | None
+    sizing: str
     guidance: float
     sampling: Any
 
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     request = check(args)
     if request.tiny is not None:
         _say_what_tiny_is(request.tiny)
+    print(f"the model sees the image, {request.sizing}")
     _quiet()
     with Stop("stopped before the picture was made: nothing was written"):
         denoiser = _load(request, args)
@@ -140,7 +144,9 @@ def check(args: argparse.Namespace) -> Request:
             image, instruction, edit_mask=mask, panel_width=panel_width, policy=args.policy
         ).layout
     else:
-        layout = editing.kontext_picture(image, args.policy, panel_width)[1]
+        layout, *_ = (
+            editing.kontext_picture(picture, args.policy, panel_width)[1] for picture in (image, *further)
+        )
     sampling = replace(
         sampling, best_of=best_of.check(args, sampling.steps, instruction, image, layout, tiny is not None)
     )
@@ -159,6 +165,7 @@ def check(args: argparse.Namespace) -> Request:
         further=further,
         loras=tuple(chosen),
         panel_width=panel_width,
+        sizing=str(layout),
         guidance=guidance,
         sampling=sampling,
     )
@@ -169,7 +176,7 @@ def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tens
     if image is not None and instruction is None:
         if Path(image).exists():
             raise ValueError(f'an instruction is missing: write it after the image, "{image}" "make it red"')
-        if Path(image).suffix.lower() in pictures.WRITABLE:
+        if looks_like_image(image):
             raise FileNotFoundError(f"image {image} does not exist: check the path")
         image, instruction = None, image
     if instruction is not None and not instruction.strip():

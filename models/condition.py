@@ -31,27 +31,34 @@ def fill_input(
     A mask is binarised at 0.5; mask tokens are used as they are, soft if they are soft. Sides that do not
     divide by 16 follow `policy`. Unequal batches repeat as in ComfyUI.
 
-    Raises ValueError unless exactly one of mask and mask tokens is given, and if the tokens are of another
-    size.
+    Raises ValueError unless exactly one of mask and mask tokens is given, if it repaints nothing, and if the
+    tokens are of another size.
     """
     if (mask is None) == (mask_tokens is None):
         count = "neither of mask and mask_tokens is" if mask is None else "both mask and mask_tokens are"
         raise ValueError(f"{count} connected: connect one of them.")
     image = pixels.as_image(image)
     size = tuple(image.shape[1:3])
-    fit = geometry.keep_scale(size, policy)
+    fit = geometry.check_panel(size, geometry.keep_scale(size, policy))
     image = pixels.fit_image(image, fit)
     if mask is not None:
-        mask = pixels.resize_mask(pixels.as_mask(mask), *size)
+        mask = pixels.resize_mask(pixels.painted(mask, needed=True), *size)
         mask = pixels.binarise(pixels.fit_mask(mask, fit))
     else:
+        if not isinstance(mask_tokens, Tensor):
+            kind = type(mask_tokens).__name__
+            raise ValueError(f"mask_tokens is a {kind}: connect the mask_tokens of a Mask Packer.")
         needed = fit.panel[0] * fit.panel[1] // packing.MASK_CHANNELS
         if mask_tokens.ndim == 3 and mask_tokens.shape[1] != needed:
             raise ValueError(
                 f"mask_tokens are {mask_tokens.shape[1]} tokens but the {fit.panel[1]}x{fit.panel[0]} image"
                 f" needs {needed}: connect this image to the Mask Packer as well."
             )
-        mask = packing.unpack_mask(mask_tokens, *fit.panel).float()
+        mask = pixels.as_mask(packing.unpack_mask(mask_tokens, *fit.panel), "mask_tokens")
+        if not bool(mask.flatten(1).any(dim=1).all()):
+            raise ValueError(
+                "mask_tokens are of an empty mask, so nothing would be repainted: paint the mask."
+            )
     mask = mask.to(image.device)
     batch = max(len(image), len(mask))
     mask = pixels.repeat_batch(mask, batch)
@@ -74,7 +81,7 @@ def reference(
     image: Tensor,
     *,
     size: str = "preferred",
-    policy: str = "stretch",
+    policy: str = "auto",
     megapixels: float = 1.0,
     mask: Tensor | None = None,
 ) -> Reference:
@@ -82,8 +89,11 @@ def reference(
 
     - `size`: `preferred` is the one of the 17 trained sizes with the nearest aspect, `keep` the image's own
       in multiples of 16, `megapixels` about that many times 2**20 pixels at the image's aspect.
-    - `policy`: `stretch` (as FluxKontextPipeline), `crop` or `pad`.
-    - `mask`: repaint only there (binarised at 0.5); the layout then returns the source itself elsewhere.
+    - `policy`: `stretch` (as FluxKontextPipeline), `crop`, `pad`, or `auto` (`geometry.resolve`).
+    - `mask`: repaint only there (binarised at 0.5); the layout then returns the source itself elsewhere. An
+      empty mask is none.
+
+    `str(layout)` says what was done. Raises ValueError for whatever it cannot take.
     """
     check_choice("size", size, SIZE_POLICIES)
     source = pixels.as_image(image)
@@ -94,10 +104,12 @@ def reference(
         fit = geometry.place(source_size, geometry.kontext_size(source_size), policy)
     else:
         fit = geometry.place(source_size, geometry.area_size(source_size, megapixels), policy)
+    geometry.check_panel(source_size, fit)
+    mask = pixels.painted(mask)
     if mask is not None:
-        mask = pixels.binarise(pixels.resize_mask(pixels.as_mask(mask), *source_size)).to(source.device)
+        mask = pixels.binarise(pixels.resize_mask(mask, *source_size)).to(source.device)
         batch = max(len(source), len(mask))
         source, mask = pixels.repeat_batch(source, batch), pixels.repeat_batch(mask, batch)
-    layout = Layout(source_size, fit.panel, "none", policy, fit.shown, fit.filled, source, mask)
+    layout = Layout(source_size, fit.panel, "none", fit.policy, fit.shown, fit.filled, source, mask)
     panel_mask = None if mask is None else pixels.fit_mask(mask, fit)[:, None]
     return Reference(pixels.fit_image(source, fit), panel_mask, layout)

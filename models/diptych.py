@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import geometry, pixels
-from .geometry import Box, Fit, check_choice
+from .geometry import Box, Fit, check_choice, check_whole
 from .prompt import ICEDIT_TEMPLATE, format_prompt
 
 __all__ = ["ICEDIT_TEMPLATE", "Diptych", "Layout", "Split", "build", "format_prompt", "split"]
@@ -26,6 +26,7 @@ PASTE = ("auto", "panel", "mask", "changed")
 PANEL_WIDTH = 512  # the width ICEdit was trained at
 # Two decodes of one scene differ by about 0.02 to 0.05 a channel where nothing was edited; 0.08 is 20 of 255.
 CHANGE_THRESHOLD = 0.08
+MAX_REACH = 2**14  # pixels that a region may grow or fade
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Layout:
     @property
     def fit(self) -> Fit:
         """How the source goes into a panel."""
-        return Fit(self.panel_size, self.shown, self.filled)
+        return Fit(self.panel_size, self.shown, self.filled, self.policy)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -74,6 +75,20 @@ class Layout:
         """Where in the diptych the source is; the edit panel itself if there is only one."""
         height, width = self.panel_size
         return Box(height if self.side == "top" else 0, width if self.side == "left" else 0, height, width)
+
+    def __str__(self) -> str:
+        """What was done to the image, for people."""
+        (height, width), (rows, columns) = self.source_size, self.filled[2:]
+        words = [f"{width}x{height}"]
+        if self.shown[2:] != self.source_size:
+            words.append(f"cropped to {self.shown.width}x{self.shown.height}")
+        if self.resampled:
+            factor = geometry.distortion(self.shown[2:], self.filled[2:])
+            bent = f" (its aspect changes by {factor - 1:.1%})" if factor >= 1.001 else ""
+            words.append(f"resized to {columns}x{rows}{bent}")
+        if self.filled[2:] != self.panel_size:
+            words.append(f"padded to {self.panel_size[1]}x{self.panel_size[0]}")
+        return ", ".join(words) if len(words) > 1 else f"{words[0]}, as it is"
 
     @property
     def resampled(self) -> bool:
@@ -126,21 +141,24 @@ def build(
 
     - `panel_width`: pixels, a multiple of 16; the height follows from the aspect. 0 or None keeps the size.
     - `policy`: how sides become multiples of 16: `stretch`, `crop` (borders come back from the source in
-      `split`) or `pad` (with the edge's own pixels). With the size kept, crop and pad never resample.
+      `split`), `pad` (with the edge's own pixels) or `auto` (`geometry.resolve`). With the size kept, crop
+      and pad never resample.
     - `side`: where the edit goes; `none` makes one panel, for plain filling, with the instruction as prompt.
     - `second`: what the repainted pixels hold until then: a copy of the source, gray, or noise from `seed`.
     - `edit_mask` [B,H,W] (any size): repaint only there; elsewhere the edit panel shows the source, and
-      `split` returns the source itself. It is binarised at 0.5.
+      `split` returns the source itself. It is binarised at 0.5; an empty one is none (`pixels.painted`).
     - Batches of unequal length repeat as in ComfyUI.
 
     Raises ValueError in one sentence for whatever it cannot take.
     """
     check_choice("side", side, SIDES)
     check_choice("second", second, SECOND)
+    check_whole("seed", seed, 0, 2**64 - 1)
     source = pixels.as_image(image)
-    hard = None if edit_mask is None else pixels.as_mask(edit_mask, "edit_mask")
+    hard = pixels.painted(edit_mask, "edit_mask")
     size = tuple(source.shape[1:3])
     fit = geometry.fit_width(size, panel_width, policy) if panel_width else geometry.keep_scale(size, policy)
+    geometry.check_panel(size, fit)
     if side == "none":
         prompt = (instruction or "").strip()
     else:
@@ -149,7 +167,7 @@ def build(
         hard = pixels.binarise(pixels.resize_mask(hard, *size)).to(source.device)
         batch = max(len(source), len(hard))
         source, hard = pixels.repeat_batch(source, batch), pixels.repeat_batch(hard, batch)
-    layout = Layout(size, fit.panel, side, policy, fit.shown, fit.filled, source, hard)
+    layout = Layout(size, fit.panel, side, fit.policy, fit.shown, fit.filled, source, hard)
 
     canvas = torch.empty((len(source), *layout.size, 3), device=source.device)
     edit, beside = layout.edit_panel, layout.source_panel
@@ -204,8 +222,9 @@ def split(
     canvas = pixels.as_image(diptych, "diptych")
     if source is not None:
         source = pixels.as_image(source, "source")
-    if mask is not None:
-        mask = pixels.as_mask(mask)
+    for name, value in (("feather", feather), ("grow", grow)):
+        check_whole(name, value, 0 if name == "feather" else -MAX_REACH, MAX_REACH)
+    mask = _painted(mask, layout)
     given = [item for item in (source, mask) if item is not None]
     source = layout.source if source is None else source
     if source is not None:
@@ -238,6 +257,18 @@ def split(
     )
 
 
+def _painted(mask: Tensor | None, layout: Layout) -> Tensor | None:
+    """The mask, where empty masks of a batch are the edit mask of `build`; None if it is all empty."""
+    painted = pixels.painted(mask)
+    if painted is None or layout.edit_mask is None:
+        return painted
+    empty = pixels.as_mask(mask).amax(dim=(1, 2)) == 0
+    if not bool(empty.any()):
+        return painted
+    own = pixels.resize_mask(layout.edit_mask.to(painted), *painted.shape[1:])
+    return torch.where(empty[:, None, None], pixels.repeat_batch(own, len(painted)), painted)
+
+
 def _part(canvas: Tensor, panel: Box, layout: Layout) -> Tensor:
     """The part of a panel that shows the source, [B,h,w,3], at the canvas's own scale."""
     size = tuple(canvas.shape[1:3])
@@ -255,8 +286,10 @@ def _part(canvas: Tensor, panel: Box, layout: Layout) -> Tensor:
 
 def _changed(after: Tensor, before: Tensor, layout: Layout, threshold: float) -> Tensor:
     """Weight [B,H,W] by the largest channel difference: 0 up to `threshold`, 1 from twice of it."""
-    if not threshold > 0:
-        raise ValueError(f"threshold is {threshold}: use a number above 0, such as {CHANGE_THRESHOLD}.")
+    if not 0 < threshold <= 1:
+        raise ValueError(
+            f"threshold is {threshold}: use a number above 0 up to 1, such as {CHANGE_THRESHOLD}."
+        )
     difference = (after - pixels.repeat_batch(before, len(after))).abs().amax(dim=-1)
     weight = ((difference - threshold) / threshold).clamp_(0, 1)
     size = layout.shown[2:]

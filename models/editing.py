@@ -225,7 +225,7 @@ def edit_with_fill(
 
 
 def kontext_picture(
-    image: Tensor, policy: str = "stretch", panel_width: int | None = None
+    image: Tensor, policy: str = "auto", panel_width: int | None = None
 ) -> tuple[Tensor, diptych.Layout]:
     """A picture as Kontext takes it, and the way back: at the trained size of nearest aspect (None), its own
     in multiples of 16 (0), or a width in pixels."""
@@ -244,7 +244,7 @@ def edit_with_kontext(
     *,
     further: Sequence[Tensor] = (),
     panel_width: int | None = None,
-    policy: str = "stretch",
+    policy: str = "auto",
     method: str = "offset",
     guidance: float = KONTEXT_GUIDANCE,
     negative: str | None = None,
@@ -255,8 +255,8 @@ def edit_with_kontext(
 
     further: more references. panel_width: None brings each picture to the trained size of nearest aspect, 0
     only to multiples of 16, another number to that width. policy: `stretch` as diffusers does, `crop` as
-    ComfyUI does, or `pad`. method: where several references are placed (`flux_kontext.reference_positions`).
-    negative, cfg: classifier-free guidance.
+    ComfyUI does, `pad`, or `auto` (`geometry.resolve`). method: where several references are placed
+    (`flux_kontext.reference_positions`). negative, cfg: classifier-free guidance.
     """
     pictures = [kontext_picture(picture, policy, panel_width) for picture in (image, *further)]
     references, layouts = zip(*pictures, strict=True)

@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 POLICIES = ("stretch", "crop", "pad")
+AUTO_POLICIES = ("auto", *POLICIES)
+STRETCHED, CROPPED = 1.05, 1.10  # auto: the most that an aspect is stretched, and the most that is cropped
 MULTIPLE = 16
+MAX_PANEL = 2**25  # pixels of one panel, 33 megapixels: a diptych of two is 0.8 GB
 
 # Width, height: the 17 sizes FLUX.1 Kontext was trained on (published with the model; also in diffusers).
 KONTEXT_SIZES = (
@@ -58,17 +61,62 @@ class Box(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """`shown` (source pixels) is resized to `filled` (panel pixels) on a panel of `panel` (height, width)."""
+    """`shown` (source pixels) is resized to `filled` (panel pixels) on a panel of `panel` (height, width).
+
+    `policy` is the one of `POLICIES` that was followed.
+    """
 
     panel: tuple[int, int]
     shown: Box
     filled: Box
+    policy: str = "stretch"
+
+
+def said(value: object) -> str:
+    """A value as an error quotes it, in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_choice(name: str, value: str, choices) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {said(value)}: choose one of {', '.join(map(str, choices))}.")
+
+
+def check_whole(name: str, value: int, low: int, high: int) -> None:
+    """Raise ValueError unless `value` is a whole number from `low` to `high`."""
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {said(value)}: use a whole number from {low} to {high}.")
+
+
+def distortion(source: tuple[int, int], panel: tuple[int, int]) -> float:
+    """By what factor (1 or more) stretching a source to a panel changes its aspect."""
+    ratio = (source[1] * panel[0]) / (source[0] * panel[1])
+    return max(ratio, 1 / ratio)
+
+
+def resolve(policy: str, source: tuple[int, int], panel: tuple[int, int]) -> str:
+    """The policy itself, or for `auto`: stretch up to 5 % of the aspect, crop up to 10 %, else pad.
+
+    The nearest of Kontext's sizes differs by up to 8.5 %, unless the source is wider or taller than all.
+    """
+    check_choice("policy", policy, AUTO_POLICIES)
+    if policy != "auto":
+        return policy
+    factor = distortion(source, panel)
+    return "stretch" if factor <= STRETCHED else "crop" if factor <= CROPPED else "pad"
+
+
+def check_panel(source: tuple[int, int], fit: Fit) -> Fit:
+    """The fit itself. Raises ValueError, before memory is taken, if its panel is beyond `MAX_PANEL`."""
+    height, width = fit.panel
+    if height * width > MAX_PANEL:
+        raise ValueError(
+            f"the {source[1]}x{source[0]} image needs a panel of {width}x{height}, but a panel has at most"
+            f" {MAX_PANEL // 10**6} megapixels: use a smaller panel_width, or crop or resize the image."
+        )
+    return fit
 
 
 def snap(length: float, rounding: str = "nearest") -> int:
@@ -86,20 +134,21 @@ def _inside(outer: tuple[int, int], inner: tuple[int, int]) -> Box:
 def place(source: tuple[int, int], panel: tuple[int, int], policy: str) -> Fit:
     """Fit a source of (height, width) to a panel of given size.
 
-    `stretch` changes the aspect, `crop` loses borders of the source, `pad` leaves borders in the panel.
+    `stretch` changes the aspect, `crop` loses borders of the source, `pad` leaves borders in the panel; for
+    `auto` see `resolve`. Raises ValueError for another policy.
     """
-    check_choice("policy", policy, POLICIES)
+    policy = resolve(policy, source, panel)
     whole_source, whole_panel = Box(0, 0, *source), Box(0, 0, *panel)
     scales = [p / s for p, s in zip(panel, source, strict=True)]
     if policy == "crop":
         scale = max(scales)
         size = tuple(min(s, max(round(p / scale), 1)) for p, s in zip(panel, source, strict=True))
-        return Fit(panel, _inside(source, size), whole_panel)
+        return Fit(panel, _inside(source, size), whole_panel, policy)
     if policy == "pad":
         scale = min(scales)
         size = tuple(min(p, max(round(s * scale), 1)) for p, s in zip(panel, source, strict=True))
-        return Fit(panel, whole_source, _inside(panel, size))
-    return Fit(panel, whole_source, whole_panel)
+        return Fit(panel, whole_source, _inside(panel, size), policy)
+    return Fit(panel, whole_source, whole_panel, policy)
 
 
 def keep_scale(source: tuple[int, int], policy: str) -> Fit:
@@ -109,13 +158,13 @@ def keep_scale(source: tuple[int, int], policy: str) -> Fit:
     1; `stretch` resizes to the nearest, which is no resampling only if the source already divides by 16. A
     side shorter than 16 cannot be cropped and is padded.
     """
-    check_choice("policy", policy, POLICIES)
+    policy = resolve(policy, source, tuple(map(snap, source)))
     rounding = {"stretch": "nearest", "crop": "down", "pad": "up"}[policy]
     panel = tuple(snap(side, rounding) for side in source)
     if policy == "stretch":
         return place(source, panel, policy)
     size = tuple(min(pair) for pair in zip(source, panel, strict=True))
-    return Fit(panel, _inside(source, size), _inside(panel, size))
+    return Fit(panel, _inside(source, size), _inside(panel, size), policy)
 
 
 def fit_width(source: tuple[int, int], width: int, policy: str) -> Fit:
@@ -123,13 +172,14 @@ def fit_width(source: tuple[int, int], width: int, policy: str) -> Fit:
 
     The height is the nearest multiple of 16, for `pad` the next one, so that padding is only below and above.
     """
-    if width < MULTIPLE or width % MULTIPLE:
+    if not isinstance(width, int) or width < MULTIPLE or width % MULTIPLE:
+        near = snap(width) if isinstance(width, int) else 512
         raise ValueError(
-            f"panel_width is {width}: use a multiple of {MULTIPLE} such as {snap(width)},"
+            f"panel_width is {said(width)}: use a multiple of {MULTIPLE} such as {said(near)},"
             " or 0 to keep the size."
         )
-    check_choice("policy", policy, POLICIES)
     height = round(source[0] * width / source[1])
+    policy = resolve(policy, source, (snap(height), width))
     return place(source, (snap(height, "up" if policy == "pad" else "nearest"), width), policy)
 
 
@@ -142,7 +192,7 @@ def kontext_size(source: tuple[int, int]) -> tuple[int, int]:
 
 def area_size(source: tuple[int, int], megapixels: float) -> tuple[int, int]:
     """The (height, width) of about `megapixels` (2**20 pixels), multiples of 16, nearest to the aspect."""
-    if not megapixels > 0:
-        raise ValueError(f"megapixels is {megapixels}: use a number above 0, such as 1.0.")
+    if not 0 < megapixels <= MAX_PANEL / 2**20:
+        raise ValueError(f"megapixels is {megapixels}: use a number above 0 up to 32, such as 1.0.")
     scale = (megapixels * 2**20 / (source[0] * source[1])) ** 0.5
     return snap(source[0] * scale), snap(source[1] * scale)

@@ -20,7 +20,8 @@ MASK_THRESHOLD = 0.5  # diffusers' VaeImageProcessor(do_binarize=True): 0 below,
 def as_image(image: Tensor, name: str = "image") -> Tensor:
     """[B,H,W,C] or [H,W,C] float 0..1, C in 1, 3, 4 -> float32 [B,H,W,C].
 
-    Raises ValueError for other shapes, integer dtypes (their range is unknown) and empty pictures.
+    Raises ValueError for other shapes, integer dtypes (their range is unknown), empty images, and NaN or
+    infinity, which would spread.
     """
     if not isinstance(image, Tensor):
         raise ValueError(
@@ -28,14 +29,29 @@ def as_image(image: Tensor, name: str = "image") -> Tensor:
         )
     if image.ndim == 3:
         image = image[None]
-    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or image.numel() == 0:
+    _check_not_empty(image, name)
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"{name} has shape {tuple(image.shape)}: give [batch, height, width, channels] with"
             " 1, 3 or 4 channels."
         )
     if not image.dtype.is_floating_point:
         raise ValueError(f"{name} has dtype {image.dtype}: divide by its maximum to give floats in 0..1.")
-    return image.float()
+    return _finite(image.float(), name)
+
+
+def _check_not_empty(tensor: Tensor, name: str) -> None:
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} is empty, of shape {tuple(tensor.shape)}: give one of at least 1x1 pixels.")
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    """The tensor. Raises ValueError if it holds NaN or infinity; a sum shows them without a copy."""
+    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        raise ValueError(
+            f"{name} holds NaN or infinity: make it again; if a VAE or model made it, run that in float32."
+        )
+    return tensor
 
 
 def rgb(image: Tensor) -> Tensor:
@@ -53,7 +69,8 @@ def on_white(image: Tensor) -> Tensor:
 def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
     """[H,W], [B,H,W], [B,1,H,W] or [B,H,W,1], any dtype -> float32 [B,H,W]; 1 = repaint.
 
-    uint8 is read as 0..255. Raises ValueError for other shapes.
+    uint8 is read as 0..255; what lies outside 0..1 counts as 0 or 1. Raises ValueError for other shapes,
+    empty masks, and NaN or infinity.
     """
     if not isinstance(mask, Tensor):
         raise ValueError(f"{name} is a {type(mask).__name__}: give a torch tensor [batch, height, width].")
@@ -64,15 +81,46 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
         mask = mask[:, 0]
     elif mask.ndim == 4 and shape[3] == 1:
         mask = mask[..., 0]
-    if mask.ndim != 3 or mask.numel() == 0:
+    _check_not_empty(mask, name)
+    if mask.ndim != 3:
         raise ValueError(f"{name} has shape {shape}: give [batch, height, width].")
-    return mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
+    if mask.dtype == torch.uint8:
+        return mask.float() / 255
+    if mask.is_complex():
+        raise ValueError(f"{name} has dtype {mask.dtype}: give numbers in 0..1.")
+    return _finite(mask.float(), name).clamp(0, 1)
 
 
-def painted(mask: Tensor | None, name: str = "mask") -> Tensor | None:
-    """The mask, or None if nothing is painted: what ComfyUI's Load Image gives for a picture without
-    alpha."""
-    return mask if mask is not None and bool(as_mask(mask, name).any()) else None
+def painted(mask: Tensor | None, name: str = "mask", *, needed: bool = False) -> Tensor | None:
+    """The mask [B,H,W], or None for the whole image: the pack's one rule of what an empty mask means.
+
+    A mask of zeros counts as none (Load Image gives one for an image without alpha): the whole image
+    is repainted, or if a mask is `needed`, ValueError. In a batch that holds for each mask by itself. A mask
+    that is painted but nowhere 0.5 or more would repaint nothing: ValueError.
+    """
+    if mask is None:
+        return None
+    mask = as_mask(mask, name)
+    peaks = mask.amax(dim=(1, 2))
+    empty, faint = peaks == 0, (peaks > 0) & (peaks < MASK_THRESHOLD)
+    if bool(faint.any()):
+        which, peak = _which(faint, name), float(peaks[faint][0])
+        raise ValueError(
+            f"{which} is nowhere {MASK_THRESHOLD} or more (at most {peak:.2g}), so it would repaint nothing:"
+            " paint it stronger."
+        )
+    if needed and bool(empty.any()):
+        raise ValueError(
+            f"{_which(empty, name)} is empty, so nothing would be repainted: paint what to fill."
+        )
+    if bool(empty.all()):
+        return None
+    return torch.where(empty[:, None, None], torch.ones((), device=mask.device), mask)
+
+
+def _which(chosen: Tensor, name: str) -> str:
+    """The first chosen one of a batch, by name."""
+    return name if len(chosen) == 1 else f"{name} {int(chosen.nonzero()[0, 0]) + 1} of {len(chosen)}"
 
 
 def binarise(mask: Tensor) -> Tensor:
@@ -184,15 +232,16 @@ def distance(mask: Tensor, limit: int) -> Tensor:
     """
     height, width = mask.shape[1:]
     far = float(limit + 1)
+    reach = min(limit, width)  # no pixel of a row is farther
     rows = torch.arange(height, dtype=torch.float32, device=mask.device)[None, :, None]
     marked = mask > 0
     above = torch.where(marked, rows, -far).cummax(dim=1).values
     below = torch.where(marked, rows, height + far).flip(1).cummin(dim=1).values.flip(1)
     vertical = torch.minimum(rows - above, below - rows).clamp_(max=far).square_()
-    padded = F.pad(vertical, (limit, limit), value=far**2)
+    padded = F.pad(vertical, (reach, reach), value=far**2)
     nearest = vertical.clone()
-    for shift in range(-limit, limit + 1):
-        start = limit + shift
+    for shift in range(-reach, reach + 1):
+        start = reach + shift
         torch.minimum(nearest, padded[..., start : start + width] + shift**2, out=nearest)
     return nearest.clamp_(max=far**2).sqrt_()
 
@@ -232,6 +281,7 @@ def inner_ramp(mask: Tensor, width: int) -> Tensor:
 def _window_max(values: Tensor, reach: int, axis: int) -> Tensor:
     """Maximum over `reach` pixels on either side along one axis, in about log2(reach) steps."""
     length, result, covered = values.shape[axis], values, 0
+    reach = min(reach, length)
     while covered < reach:
         step = min(max(covered, 1), reach - covered, length)
         ahead, behind = result.clone(), result.clone()

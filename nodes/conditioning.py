@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
 
 from ..models import condition, pixels
 from ..models.diptych import Layout
-from ..models.geometry import POLICIES
+from ..models.geometry import AUTO_POLICIES
+
+log = logging.getLogger(__name__)
 
 FILL_CHANNELS = 384
 METHODS = ("auto", "offset", "index", "uxo")
+LATENT_CHANNELS = 16  # of FLUX.1's autoencoder
 
 
 class DiptychFluxFillConditioner:
@@ -47,7 +51,7 @@ class DiptychFluxFillConditioner:
                 "image": ("IMAGE", {"tooltip": "The picture to fill, such as the diptych."}),
             },
             "optional": {
-                "mask": ("MASK", {"tooltip": "White is repainted; binarised at 0.5. Any size."}),
+                "mask": ("MASK", {"tooltip": "White is repainted; binarised at 0.5. Any size, not empty."}),
                 "mask_tokens": (
                     "DIPTYCH_MASK_TOKENS",
                     {
@@ -72,7 +76,7 @@ class DiptychFluxFillConditioner:
                     },
                 ),
                 "policy": (
-                    list(POLICIES),
+                    list(AUTO_POLICIES),
                     {
                         "default": "stretch",
                         "advanced": True,
@@ -96,9 +100,10 @@ class DiptychFluxFillConditioner:
         policy: str = "stretch",
     ) -> tuple[list, list, dict]:
         _require_fill(model)
+        _require_flux_vae(vae)
         given = condition.fill_input(image, mask, mask_tokens=mask_tokens, policy=policy)
         # Four dimensions: core averages the mask over dimension 1, which must be channels.
-        values = {"concat_latent_image": vae.encode(given.masked), "concat_mask": given.mask}
+        values = {"concat_latent_image": _encode(vae, given.masked), "concat_mask": given.mask}
         latent = {"samples": _encode_repeated(vae, given.image, len(given.mask))}
         if noise_mask:
             latent["noise_mask"] = given.mask
@@ -154,11 +159,12 @@ class DiptychKontextConditioner:
                     },
                 ),
                 "policy": (
-                    list(POLICIES),
+                    list(AUTO_POLICIES),
                     {
-                        "default": "stretch",
+                        "default": "auto",
                         "tooltip": "How a picture meets that size. stretch: as diffusers. crop: borders are "
-                        "left out and come back in Diptych Split. pad: the edge's pixels are repeated.",
+                        "left out and come back in Diptych Split. pad: the edge's pixels are repeated. auto: "
+                        "stretch by up to 5 %, crop by up to 10 %, else pad; the console says which.",
                     },
                 ),
                 "reference_method": (
@@ -202,11 +208,12 @@ class DiptychKontextConditioner:
         image_3: Tensor | None = None,
         mask: Tensor | None = None,
         size_policy: str = "preferred",
-        policy: str = "stretch",
+        policy: str = "auto",
         reference_method: str = "auto",
         batch: str = "edits",
         megapixels: float = 1.0,
     ) -> tuple[list, dict, Layout]:
+        _require_flux_vae(vae)
         sizing = {"size": size_policy, "policy": policy, "megapixels": megapixels}
         images = [pixels.as_image(image)]
         images += [
@@ -215,10 +222,12 @@ class DiptychKontextConditioner:
         if batch == "references":
             images = [single for several in images for single in several.split(1)]
         first, *others = [
-            condition.reference(picture, mask=None if i else pixels.painted(mask), **sizing)
+            condition.reference(picture, mask=None if i else mask, **sizing)
             for i, picture in enumerate(images)
         ]
-        references = [vae.encode(picture.image) for picture in (first, *others)]
+        for number, picture in enumerate((first, *others), 1):
+            log.info("Kontext Conditioner: image %d: %s", number, picture.layout)
+        references = [_encode(vae, picture.image) for picture in (first, *others)]
         count = max(len(encoded) for encoded in references)
         latent = {"samples": pixels.repeat_batch(references[0], count).clone()}
         if first.mask is not None:
@@ -241,7 +250,29 @@ def _with_values(conditioning: list, values: dict, append: bool = False) -> list
 
 def _encode_repeated(vae: Any, image: Tensor, batch: int) -> Tensor:
     """Encode, once if it is one picture for a whole batch."""
-    return pixels.repeat_batch(vae.encode(image), batch).clone()
+    return pixels.repeat_batch(_encode(vae, image), batch).clone()
+
+
+def _encode(vae: Any, image: Tensor) -> Tensor:
+    """Latents of an image. Raises ValueError if they are not FLUX's."""
+    latents = vae.encode(image)
+    _check_channels(latents.shape[1])
+    return latents
+
+
+def _require_flux_vae(vae: Any) -> None:
+    """Raise ValueError, before anything is encoded, if ComfyUI knows the VAE for another model's."""
+    channels = getattr(vae, "latent_channels", None)
+    if isinstance(channels, int):
+        _check_channels(channels)
+
+
+def _check_channels(channels: int) -> None:
+    if channels != LATENT_CHANNELS:
+        raise ValueError(
+            f"vae makes latents of {channels} channels but FLUX.1 takes {LATENT_CHANNELS}: load FLUX's "
+            "autoencoder (ae.safetensors) and connect that."
+        )
 
 
 def _require_fill(model: Any) -> None:

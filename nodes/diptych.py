@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..models import diptych as dp
-from ..models.geometry import POLICIES
-from ..models.pixels import painted
+from ..models.geometry import AUTO_POLICIES
 
 
 class DiptychBuilder:
@@ -67,12 +66,12 @@ class DiptychBuilder:
                     },
                 ),
                 "policy": (
-                    list(POLICIES),
+                    list(AUTO_POLICIES),
                     {
                         "default": "stretch",
                         "tooltip": "How both sides become multiples of 16. stretch: by up to 8 pixels. crop: "
                         "borders are left out, and come back in Diptych Split. pad: the edge's pixels are "
-                        "repeated.",
+                        "repeated. auto: stretch unless that bends the picture by more than 5 %.",
                     },
                 ),
                 "side": (
@@ -141,7 +140,7 @@ class DiptychBuilder:
             dp.build(
                 image,
                 instruction,
-                edit_mask=painted(edit_mask, "edit_mask"),
+                edit_mask=edit_mask,
                 panel_width=panel_width,
                 policy=policy,
                 side=side,
@@ -257,7 +256,7 @@ class DiptychSplit:
                 image,
                 layout,
                 source=source,
-                mask=painted(mask),
+                mask=mask,
                 paste=paste,
                 feather=feather,
                 grow=grow,

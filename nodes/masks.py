@@ -69,7 +69,7 @@ class DiptychMaskPacker:
                     {"default": False, "tooltip": "Swap repaint and keep, before anything else."},
                 ),
                 "policy": (
-                    list(geometry.POLICIES),
+                    list(geometry.AUTO_POLICIES),
                     {
                         "default": "stretch",
                         "advanced": True,
@@ -93,7 +93,8 @@ class DiptychMaskPacker:
         seen = pixels.as_mask(mask)
         if image is not None:
             seen = pixels.resize_mask(seen, *pixels.as_image(image).shape[1:3])
-        fit = geometry.keep_scale(tuple(seen.shape[1:]), policy)
+        size = tuple(seen.shape[1:])
+        fit = geometry.check_panel(size, geometry.keep_scale(size, policy))
         seen = pixels.fit_mask(1 - seen if invert else seen, fit)
         if grow or feather or binarise:
             seen = pixels.grow(pixels.binarise(seen), grow)

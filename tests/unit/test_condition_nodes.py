@@ -285,3 +285,106 @@ def test_every_input_and_output_says_what_it_is(node):
     assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
     names = getattr(node, node.FUNCTION).__code__.co_varnames
     assert set(inputs) <= set(names)
+
+
+def test_an_empty_mask_is_refused_where_a_mask_is_needed():
+    image, vae = picture(2, 32, 32, 3), FakeVAE()
+    one = torch.zeros(2, 32, 32)
+    one[0, 3, 3] = 1
+    for mask, words in ((torch.zeros(1, 64, 64), "mask is empty"), (one, "mask 2 of 2 is empty")):
+        with pytest.raises(ValueError, match=words):
+            fill(image, mask, vae)
+        with pytest.raises(ValueError, match="mask_tokens are of an empty mask"):
+            fill(image, vae=vae, mask_tokens=DiptychMaskPacker().pack(mask, image)[0])
+    assert not vae.encoded
+
+
+def test_a_mask_that_is_nowhere_a_half_is_never_taken_without_a_word():
+    image, faint = picture(1, 32, 32, 3), torch.full((1, 32, 32), 0.4)
+    for call in (
+        lambda: DiptychBuilder().build(image, "x", faint, panel_width=32),
+        lambda: fill(image, faint),
+        lambda: kontext(image, mask=faint),
+        lambda: DiptychSplit().split(
+            picture(1, 32, 64, 3), DiptychBuilder().build(image, "x")[3], mask=faint
+        ),
+    ):
+        with pytest.raises(ValueError, match="nowhere 0.5 or more"):
+            call()
+
+
+def test_in_a_batch_every_mask_counts_by_itself():
+    image, masks = picture(2, 32, 32, 3), torch.zeros(2, 32, 32)
+    masks[0, 3:9, 3:9] = 1
+    both = DiptychBuilder().build(image, "x", masks, panel_width=32)
+    for i in range(2):
+        alone = DiptychBuilder().build(image[i : i + 1], "x", masks[i : i + 1], panel_width=32)
+        assert torch.equal(both[1][i], alone[1][0])
+        paste = torch.zeros_like(both[0])
+        edited = DiptychSplit().split(paste, both[3], mask=masks.flip(0))[0]
+        own = DiptychSplit().split(paste[i : i + 1], alone[3], mask=masks.flip(0)[i : i + 1])[0]
+        assert torch.equal(edited[i], own[0])
+
+
+@pytest.mark.parametrize("node", [lambda *a, **k: fill(a[0], torch.ones(1, 64, 64), a[1]), None])
+@pytest.mark.parametrize("channels", [4, 128])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_vae_of_another_model_is_one_sentence(node, channels, known):
+    class OtherVAE(FakeVAE):
+        def encode(self, image):
+            return super().encode(image)[:, :1].expand(-1, channels, -1, -1)
+
+    vae = OtherVAE()
+    if known:  # ComfyUI's VAE says how many
+        vae.latent_channels = channels
+    with pytest.raises(ValueError, match=f"vae makes latents of {channels} channels but FLUX.1 takes 16"):
+        if node:
+            node(picture(1, 64, 64, 3), vae)
+        else:
+            DiptychKontextConditioner().condition(prompt(), vae, picture(1, 64, 64, 3))
+    assert not known or not vae.encoded
+
+
+def test_a_stroke_of_one_pixel_reaches_the_model_through_every_node():
+    image, mask = picture(1, 64, 64, 3), torch.zeros(1, 640, 640)
+    mask[:, :, 333] = 1
+    column = 333 // 10
+    built = DiptychBuilder().build(image, "x", mask, panel_width=32)[1]
+    assert bool(built[:, :, 32 + column // 2].all())
+    assert bool(fill(image, mask)[0][0][1]["concat_mask"][..., column].all())
+    assert bool(DiptychMaskPacker().pack(mask, image)[1][..., column].all())
+    _, latent, layout = kontext(image, mask=mask, size_policy="keep")
+    assert bool(latent["noise_mask"][..., column].all())
+    edited, _ = DiptychSplit().split(torch.zeros(1, 64, 64, 3), layout)
+    assert not edited[:, :, column].any() and torch.equal(edited[:, :, :column], image[:, :, :column])
+
+
+def test_soft_tokens_are_clamped_and_nan_is_refused():
+    image = picture(1, 32, 32, 3)
+    wild = torch.full((1, 32, 32), 3.0)
+    wild[:, :16] = -2
+    tokens, seen, _ = DiptychMaskPacker().pack(wild, binarise=False)
+    assert set(tokens.unique().tolist()) == set(seen.unique().tolist()) == {0.0, 1.0}
+    given = fill(image, mask_tokens=packing.pack_mask(wild))[0][0][1]["concat_mask"]
+    assert torch.equal(given[:, 0], seen)
+    with pytest.raises(ValueError, match="mask holds NaN"):
+        DiptychMaskPacker().pack(torch.full((1, 32, 32), torch.nan), binarise=False)
+    with pytest.raises(ValueError, match="mask_tokens holds NaN"):
+        fill(image, mask_tokens=torch.full((1, 4, 256), torch.nan))
+    with pytest.raises(ValueError, match="mask_tokens is a str"):
+        fill(image, mask_tokens="x")
+
+
+@pytest.mark.parametrize(
+    "size, done",
+    [
+        ((1024, 1024), "1024x1024, as it is"),
+        ((1080, 1920), "1920x1080, resized to 1392x752 (its aspect changes by 4.1%)"),
+        ((926, 1000), "1000x926, cropped to 926x926, resized to 1024x1024"),
+        ((300, 1200), "1200x300, resized to 1568x392, padded to 1568x672"),
+    ],
+)
+def test_kontext_says_how_it_sized_the_image(size, done, caplog):
+    with caplog.at_level("INFO"):
+        _, _, layout = kontext(torch.full((1, *size, 3), 0.5))
+    assert str(layout) == done and done in caplog.text

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sides = st.integers(1, 3000)
-policies = st.sampled_from(geometry.POLICIES)
+policies = st.sampled_from(geometry.AUTO_POLICIES)
 
 
 def contains(outer, box: Box) -> bool:
@@ -29,6 +29,7 @@ def test_a_fit_stays_inside_and_divides_by_16(height, width, units, policy):
     fit = geometry.fit_width(source, 16 * units, policy) if units else geometry.keep_scale(source, policy)
     assert all(side % 16 == 0 and side >= 16 for side in fit.panel)
     assert contains(source, fit.shown) and contains(fit.panel, fit.filled)
+    policy = fit.policy
     if policy != "crop" and (units or min(source) >= 16):
         assert fit.shown == (0, 0, *source)
     if policy == "stretch" or (policy == "crop" and min(source) >= 16):
@@ -79,3 +80,39 @@ def test_area_size_is_about_the_asked_area():
 def test_a_wrong_size_is_one_clear_sentence(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@settings(max_examples=200, deadline=None)
+@given(sides, sides)
+def test_auto_bends_no_aspect_by_more_than_5_percent(height, width):
+    source = (height, width)
+    fit = geometry.place(source, geometry.kontext_size(source), "auto")
+    assert fit.policy in geometry.POLICIES
+    rounding = max(1 / min(fit.shown[2:]), 1 / min(fit.filled[2:]))  # to whole pixels
+    assert geometry.distortion(fit.shown[2:], fit.filled[2:]) <= 1.05 + 2 * rounding
+    if fit.policy == "crop":  # never more than a tenth
+        assert fit.shown.height * fit.shown.width >= 0.9 * height * width - max(source)
+
+
+@pytest.mark.parametrize(
+    "size, policy",
+    [((1024, 1024), "stretch"), ((1080, 1920), "stretch"), ((926, 1000), "crop"), ((300, 1200), "pad")],
+)
+def test_auto_takes_the_least_that_will_do(size, policy):
+    panel = geometry.kontext_size(size)
+    assert geometry.resolve("auto", size, panel) == policy
+    for named in geometry.POLICIES:
+        assert geometry.resolve(named, size, panel) == named
+
+
+def test_within_the_trained_aspects_auto_never_pads():
+    for width in range(430, 2334):
+        assert geometry.resolve("auto", (1000, width), geometry.kontext_size((1000, width))) != "pad"
+
+
+@pytest.mark.parametrize("size", [(4096, 1), (1, 10**7), (10**5, 10**5)])
+def test_a_panel_beyond_the_limit_is_refused_by_its_number(size):
+    fit = geometry.fit_width(size, 512, "stretch") if size[0] == 4096 else geometry.keep_scale(size, "pad")
+    with pytest.raises(ValueError, match="at most 33 megapixels") as error:
+        geometry.check_panel(size, fit)
+    assert f"{size[1]}x{size[0]} image" in str(error.value)

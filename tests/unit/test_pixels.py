@@ -147,3 +147,38 @@ def test_resizing_is_antialiased_bicubic_clamped(size, to, channels):
 def test_an_image_of_that_size_is_not_resized_nor_clamped():
     image = torch.full((1, 8, 8, 3), 1.5)
     assert pixels.resize_image(image, 8, 8) is image
+
+
+@pytest.mark.parametrize("take", [pixels.as_image, pixels.as_mask])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nan_and_infinity_are_refused_wherever_they_come_in(take, value, dtype):
+    tensor = torch.zeros(1, 9, 8, 1, dtype=dtype)
+    tensor[0, 3, 4] = value
+    with pytest.raises(ValueError, match="it holds NaN or infinity"):
+        take(tensor, "it")
+
+
+def test_a_mask_beyond_its_range_counts_as_its_ends():
+    assert pixels.as_mask(torch.tensor([[-2.0, 0.25, 3.0]])).tolist() == [[[0, 0.25, 1]]]
+
+
+def test_an_empty_mask_is_none_each_by_itself():
+    assert pixels.painted(None) is None and pixels.painted(torch.zeros(2, 8, 8)) is None
+    masks = torch.zeros(3, 8, 8)
+    masks[1, 2, 2] = 0.6
+    assert torch.equal(pixels.painted(masks)[1], masks[1])
+    assert bool((pixels.painted(masks)[[0, 2]] == 1).all()) and not masks[0].any()
+    with pytest.raises(ValueError, match="edit_mask 1 of 3 is empty"):
+        pixels.painted(masks, "edit_mask", needed=True)
+    masks[2] = 0.4
+    with pytest.raises(ValueError, match="edit_mask 3 of 3 is nowhere 0.5 or more .at most 0.4."):
+        pixels.painted(masks, "edit_mask")
+
+
+def test_growing_and_fading_farther_than_the_image_takes_no_longer():
+    mask = torch.zeros(1, 12, 20)
+    mask[:, 4:6, 3:9] = 1
+    assert bool(pixels.grow(mask, 10**6).all()) and not pixels.grow(mask, -(10**6)).any()
+    assert torch.equal(pixels.inner_ramp(mask, 10**6) > 0, mask > 0)
+    assert float(pixels.inner_ramp(mask, 10**6).max()) == 1
