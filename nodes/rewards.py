@@ -130,8 +130,8 @@ class DiptychReward:
             if "template" not in options(name):
                 raise ValueError(f"question is for vlm_yes, but the reward is {name}: leave it empty.")
             given["template"] = question.strip()
-        if device == "gpu" and "device" in options(name):
-            given["device"] = _gpu()
+        if "device" in options(name):
+            given["device"] = _gpu() if device == "gpu" else "cpu"
         return ((also or Chosen()).and_also(Entry(name, weight, tuple(given.items()))),)
 
 

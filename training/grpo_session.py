@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import config, pictures, session
 from .grpo_config import GRPOConfig
+from .judging import check_rewards
 
 PRESETS = {
     "fast": "grpo_fast",
@@ -53,6 +54,7 @@ def configure(choices: Choices, root: Path) -> GRPOConfig:
     if choices.preset not in PRESETS:
         raise ValueError(f"preset is {choices.preset!r}: use one of {', '.join(PRESETS)}")
     session.check_name(choices)
+    check_rewards(choices.rewards, choices.reward_options)
     task = session.task_of(choices.model)
     small, device = session.is_small(choices.model), session._device()
     folder = root / choices.folder()

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import metrics
 from .data.sample import Sample
 from .feed import Batches, Entry
-from .rewards import Composite, Reward, from_recipe
+from .rewards import Composite, Reward, check, from_recipe
 from .rewards.base import check_weight
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,24 @@ def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) 
 def make_rewards(entries: Sequence[str], options: Sequence[str]) -> Composite:
     """Recipe lines `NAME` or `NAME=WEIGHT`, and options `NAME.KEY=VALUE`, as weighted rewards.
 
-    Raises ValueError if none is named, or an option names a reward that is not used.
+    Raises ValueError if none is named, an option names a reward that is not used, or one cannot be loaded.
     """
+    chosen, weights = _read_entries(entries, options)
+    rewards = {name: from_recipe(entry) for name, entry in chosen.items()}
+    return Composite(list(rewards.values()), {reward.name: weights[name] for name, reward in rewards.items()})
+
+
+def check_rewards(entries: Sequence[str], options: Sequence[str]) -> None:
+    """Raise ValueError for what `make_rewards` would refuse, as far as it shows without loading."""
+    for name, entry in _read_entries(entries, options)[0].items():
+        if ":" not in name:
+            check(**entry)
+
+
+def _read_entries(
+    entries: Sequence[str], options: Sequence[str]
+) -> tuple[dict[str, dict[str, object]], dict[str, float]]:
+    """(what each reward is made of, weights), both by name."""
     if not entries:
         raise ValueError("rewards is empty: name at least one, for example rewards: [pickscore]")
     chosen: dict[str, dict[str, object]] = {}
@@ -116,8 +132,7 @@ def make_rewards(entries: Sequence[str], options: Sequence[str]) -> Composite:
         if name not in chosen or not key:
             raise ValueError(f"reward option {option!r}: write NAME.KEY=VALUE with one of {sorted(chosen)}")
         chosen[name][key] = _number(value)
-    rewards = {name: from_recipe(entry) for name, entry in chosen.items()}
-    return Composite(list(rewards.values()), {reward.name: weights[name] for name, reward in rewards.items()})
+    return chosen, weights
 
 
 def _number(text: str) -> object:

@@ -76,8 +76,9 @@ def test_rewards_chain_and_the_first_choice_stays_as_it_was():
     assert str(first) == "jpeg_size x 1" and str(second) == "jpeg_size x 1, test_bright x 0.5"
     with pytest.raises(ValueError, match="jpeg_size was chosen twice"):
         choose("jpeg_size", also=second)
-    with pytest.raises(ValueError, match="weight of reward jpeg_size is 0"):
-        choose("jpeg_size", 0.0)
+    for weight in (0.0, float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match=f"weight of reward jpeg_size is {weight:g}"):
+            choose("jpeg_size", weight)
     with pytest.raises(ValueError, match="keep_l1 has no option 'path': it takes none"):
         Entry("keep_l1", 1.0, (("path", "x"),))
 
@@ -115,8 +116,11 @@ def test_a_judge_that_cannot_be_read(text, message):
 
 def test_weights_that_are_not_there_name_the_reward(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match="reward clip_l cannot be loaded"):
+    with pytest.raises(ValueError, match="reward clip_l has no weights: .*nowhere does not exist"):
         Chosen((parse(f"clip_l:path={tmp_path / 'nowhere'}"),)).composite  # noqa: B018
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match="reward clip_l cannot be loaded .*: give a file or folder as path"):
+        Chosen((parse(f"clip_l:path={tmp_path}"),)).composite  # noqa: B018
 
 
 def test_a_batch_is_sorted_best_first_and_what_cannot_be_judged_comes_last():

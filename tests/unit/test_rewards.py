@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
+import itertools
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 from comfyui_diptych.training import rewards
+from comfyui_diptych.training.rewards import external, weights
 from comfyui_diptych.training.rewards.base import Reward
 from comfyui_diptych.training.rewards.composite import Composite, group_normalise
 from comfyui_diptych.training.rewards.external import CallableReward, HttpReward
@@ -89,38 +94,123 @@ def test_failed_callable_is_nan_and_a_recipe_can_name_one():
     assert isinstance(reward, CallableReward)
     with pytest.raises(ValueError, match="module:function"):
         rewards.from_recipe("no_such_module_at_all:f")
+    with pytest.raises(ValueError, match="math:fsum has no option 'path': it takes none"):
+        rewards.from_recipe({"name": "math:fsum", "path": "x"})
+    with pytest.raises(ValueError, match="no option 'device': it takes timeout, retries"):
+        rewards.from_recipe({"name": "http://127.0.0.1:9", "device": "cpu"})
 
 
 def test_registered_names_hold_no_way_out():
     assert not any(":" in name or "http" in name for name in rewards.names())
 
 
-def test_http_reward_sends_png_and_reads_json_with_null_as_nan():
-    seen = {}
+@pytest.fixture
+def endpoint():
+    """A function that serves `reply(handler, body, number of the try)` and gives a reward that asks it."""
+    servers, done = [], threading.Event()
 
-    class Judge(BaseHTTPRequestHandler):
-        tries = 0
+    def serve(reply, **options):
+        tries = itertools.count()
 
-        def do_POST(self):
-            Judge.tries += 1
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.update(body)
-            self.send_response(500 if Judge.tries == 1 else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"scores": [0.5, None]}).encode())
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with contextlib.suppress(OSError):  # the client may have gone
+                    reply(self, body, next(tries))
 
-        def log_message(self, *_):
-            pass
+            def log_message(self, *_):
+                pass
 
-    server = HTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        reward = HttpReward(f"http://127.0.0.1:{server.server_port}", wait=0.0)
-        scores = reward.score(pictures(2), ["a", "b"])
-    finally:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads, server.done = True, done
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return HttpReward(f"http://127.0.0.1:{server.server_port}", **{"wait": 0.0, **options})
+
+    yield serve
+    done.set()
+    for server in servers:
         server.shutdown()
-    assert scores[0] == 0.5 and scores[1].isnan() and seen["prompts"] == ["a", "b"]
-    assert Judge.tries == 2
+
+
+def answer(handler, content, status=200):
+    handler.send_response(status)
+    handler.end_headers()
+    handler.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def test_http_reward_sends_png_and_reads_json_with_null_as_nan(endpoint):
+    seen = []
+
+    def reply(handler, body, number):
+        seen.append(body)
+        answer(handler, {"scores": [0.5, None]}, 500 if number == 0 else 200)
+
+    scores = endpoint(reply).score(pictures(2), ["a", "b"])
+    assert scores[0] == 0.5 and scores[1].isnan() and len(seen) == 2
+    assert seen[1]["prompts"] == ["a", "b"]
+    sent = Image.open(io.BytesIO(base64.b64decode(seen[1]["images"][0])))
+    assert np.array_equal(np.asarray(sent), np.round(pictures(2)[0].numpy() * 255))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"",
+        b"[1, 2]",
+        b'{"scores": {"0": 1, "1": 2}}',
+        b'{"scores": "12"}',
+        b'{"scores": [1]}',
+        b'{"scores": [1, "2"]}',
+        b'{"scores": [1, true]}',
+        b'{"scores": [1, [2]]}',
+        b'{"scores": [1, 1' + b"0" * 400 + b"]}",
+        b"[" * 100_000,
+        b'{"scores": [1, 2], "more": "' + b"x" * external.LARGEST_REPLY + b'"}',
+    ],
+    ids=range(12),
+)
+def test_a_reply_that_is_no_list_of_scores_is_no_score(endpoint, content):
+    reward = endpoint(lambda handler, body, number: answer(handler, content), retries=0)
+    assert reward.score(pictures(2)).isnan().all()
+
+
+def test_scores_that_are_not_finite_are_none(endpoint):
+    reward = endpoint(lambda handler, body, number: answer(handler, b'{"scores": [NaN, 1e999, 2]}'))
+    scores = reward.score(pictures(3))
+    assert scores[:2].isnan().all() and scores[2] == 2
+
+
+def test_a_reply_that_breaks_off_is_no_score(endpoint):
+    def reply(handler, body, number):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b'{"scores": [1, 2]}')
+        handler.close_connection = True
+
+    def hang_up(handler, body, number):
+        handler.connection.close()
+
+    assert endpoint(hang_up, retries=1).score(pictures(2)).isnan().all()
+    assert endpoint(reply, retries=0).score(pictures(2)).isnan().all()
+
+
+@pytest.mark.parametrize("where", ["status", "header", "body"])
+def test_a_dripping_reply_ends_at_the_deadline(endpoint, where):
+    """Every byte arrives within the time-out of a read; all of them never do."""
+    start = {"status": b"", "header": b"HTTP/1.0 200 OK\r\n", "body": b"HTTP/1.0 200 OK\r\n\r\n"}[where]
+
+    def reply(handler, body, number):
+        handler.wfile.write(start)
+        while not handler.server.done.wait(0.02):
+            handler.wfile.write(b"H" if where == "status" else b"X")
+            handler.wfile.flush()
+
+    started = time.monotonic()
+    assert endpoint(reply, retries=0, timeout=0.3).score(pictures(1)).isnan().all()
+    assert time.monotonic() - started < 30  # it ends
 
 
 def test_unreachable_endpoint_is_nan_not_zero():
@@ -137,3 +227,75 @@ def test_shapes_reward_tells_success_from_near_miss():
     done = ShapesEdit().score(targets, targets=targets)
     not_done = ShapesEdit().score(torch.stack([pair.source for pair in pairs]), targets=targets)
     assert (done == 1.0).all() and (not_done < 0.5).all() and (not_done > 0).any()
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        (
+            "pickscore",
+            {},
+            "pickscore has no weights: yuvalkirstain/PickScore_v1 is not on.*no network",
+        ),
+        (
+            "pickscore",
+            {},
+            "huggingface-cli download yuvalkirstain/PickScore_v1 and .* laion/CLIP",
+        ),
+        ("hpsv2", {}, "hpsv2 needs the option path"),
+        (
+            "hpsv2",
+            {"path": "gone.pt"},
+            "hpsv2 has no weights: gone.pt does not exist; .*laion/CLIP",
+        ),
+        ("aesthetic", {"path": "gone/away.pth"}, "gone/away.pth"),
+        ("clip_l", {"weights": 3}, "clip_l has no option 'weights': it takes path, device"),
+    ],
+)
+def test_rewards_that_cannot_be_loaded_say_so_before_anything_is(monkeypatch, tmp_path, name, options, words):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    for made in (rewards.check, rewards.create):
+        with pytest.raises(ValueError, match=words):
+            made(name, **options)
+
+
+def test_weights_on_this_machine_need_no_network(monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    assert rewards.check("clip_l")["path"] == "openai/clip-vit-large-patch14"
+
+
+def test_rewards_run_where_the_training_does(monkeypatch):
+    """The device of this process in a training, else the best there is, else what was said."""
+    import sys
+    from types import ModuleType, SimpleNamespace
+
+    from comfyui_diptych.models import flux
+
+    state = ModuleType("accelerate.state")
+    state.PartialState = lambda: SimpleNamespace(device="cuda:3")
+    state.PartialState._shared_state = {"device": "cuda:3"}
+    monkeypatch.setitem(sys.modules, "accelerate.state", state)
+    monkeypatch.setattr(flux, "default_device", lambda: torch.device("cuda"))
+    assert weights.device_of() == torch.device("cuda:3") and weights.device_of("cpu") == torch.device("cpu")
+    state.PartialState._shared_state = {}
+    assert weights.device_of() == torch.device("cuda")
+    assert all(default == "" for name in rewards.names() for default in _defaults(name, "device"))
+
+
+def _defaults(name, option):
+    """The default of a reward's option, if it has that option."""
+    import inspect
+
+    from comfyui_diptych.training.rewards import base
+
+    parameters = inspect.signature(base._REGISTRY[name]).parameters
+    return [parameters[option].default] if option in parameters else []

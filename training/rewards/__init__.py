@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 from . import clip, fidelity, shapes, vision, vlm  # noqa: F401  (each registers its rewards)
-from .base import Reward, create, names, options, register
+from .base import Reward, check, create, names, options, register
 from .composite import Composite, CompositeScores, group_normalise
 
 
@@ -25,8 +26,13 @@ def from_recipe(entry: str | Mapping[str, object]) -> Reward:
     name = str(options.pop("name", ""))
     options.pop("weight", None)
     if name.startswith(("http://", "https://")):
+        known = list(inspect.signature(HttpReward).parameters)[1:]
+        if odd := sorted(options.keys() - set(known)):
+            raise ValueError(f"reward {name} has no option {odd[0]!r}: it takes {', '.join(known)}.")
         return HttpReward(name, **options)
     if ":" in name:
+        if options:
+            raise ValueError(f"reward {name} has no option {next(iter(options))!r}: it takes none.")
         return CallableReward.load(name)
     return create(name, **options)
 
@@ -35,6 +41,7 @@ __all__ = [
     "Composite",
     "CompositeScores",
     "Reward",
+    "check",
     "create",
     "from_recipe",
     "group_normalise",

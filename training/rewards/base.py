@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
+
+from . import weights
 
 
 class Reward:
@@ -114,8 +117,43 @@ def check_weight(name: str, weight: object) -> float:
     return number
 
 
-def create(name: str, **options: object) -> Reward:
-    """A registered reward by name. Raises ValueError for an unknown name."""
+def check(name: str, **options: object) -> dict[str, object]:
+    """The options that `create` would use, defaults included, where it can be expected to succeed.
+
+    Loads nothing. Raises ValueError for an unknown name or option, or for a package or weights that are not
+    there.
+    """
     if name not in _REGISTRY:
         raise ValueError(f"reward {name!r} is not known: choose one of {', '.join(names())}.")
-    return _REGISTRY[name](**options)
+    factory = _REGISTRY[name]
+    signature = inspect.signature(factory)
+    for option in options:
+        if option not in signature.parameters:
+            known = ", ".join(signature.parameters)
+            takes = f"it takes {known}" if known else "it takes none"
+            raise ValueError(f"reward {name} has no option {option!r}: {takes}.")
+    for option, parameter in signature.parameters.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"reward {name} needs the option {option}: see docs/grpo.md for what it is.")
+    package = getattr(factory, "package", "")
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"reward {name} needs the package {package}: pip install {package}.")
+    bound = signature.bind(**options)
+    bound.apply_defaults()
+    if lacking := weights.absent(bound.arguments):
+        raise ValueError(f"reward {name} has no weights: {lacking}; {weights.remedy(bound.arguments)}.")
+    return bound.arguments
+
+
+def create(name: str, **options: object) -> Reward:
+    """A registered reward by name, its weights loaded.
+
+    Raises ValueError as `check` does, and naming the reward where its weights cannot be loaded.
+    """
+    chosen = check(name, **options)
+    try:
+        return _REGISTRY[name](**options)
+    except Exception as error:  # half a download, a damaged file, another model: every library has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = weights.remedy(chosen) if weights.wanted(chosen) else "see its options in docs/grpo.md"
+        raise ValueError(f"reward {name} cannot be loaded ({reason}): {what}.") from error

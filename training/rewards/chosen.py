@@ -49,15 +49,7 @@ class Chosen:
     @cached_property
     def composite(self) -> Composite:
         """The rewards themselves. Raises ValueError naming the reward whose weights are not there."""
-        rewards = []
-        for entry in self.entries:
-            try:
-                rewards.append(base.create(entry.name, **dict(entry.options)))
-            except (OSError, TypeError) as error:  # not downloaded, damaged, or a path is missing
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(
-                    f"reward {entry.name} cannot be loaded ({reason}): see docs/grpo.md for its weights."
-                ) from error
+        rewards = [base.create(entry.name, **dict(entry.options)) for entry in self.entries]
         weights = {r.name: e.weight for r, e in zip(rewards, self.entries, strict=True)}
         return Composite(rewards, weights)
 

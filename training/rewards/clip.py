@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .base import Reward, register
 from .hps import load_hps_clip
+from .weights import device_of
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,17 +54,18 @@ def letterbox(images: Tensor, size: int) -> Tensor:
 class ClipModel:
     """A CLIP model with its tokenizer: unit-length image and text features [N,D]."""
 
-    def __init__(self, model, tokenizer, device: str | torch.device = "cpu", resize=centre_crop):
+    def __init__(self, model, tokenizer, device: torch.device | str = "cpu", resize=centre_crop):
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.resize = resize
 
     @classmethod
-    def load(cls, path: str, device: str | torch.device = "cpu", tokenizer: str | None = None) -> ClipModel:
-        """From a local folder or hub id (CLIPModel format)."""
+    def load(cls, path: str, device: str | torch.device = "", tokenizer: str | None = None) -> ClipModel:
+        """From a local folder or hub id (CLIPModel format), on a device (see `weights.device_of`)."""
         from transformers import AutoTokenizer, CLIPModel
 
-        return cls(CLIPModel.from_pretrained(path), AutoTokenizer.from_pretrained(tokenizer or path), device)
+        names = AutoTokenizer.from_pretrained(tokenizer or path)
+        return cls(CLIPModel.from_pretrained(path), names, device_of(str(device)))
 
     @property
     def logit_scale(self) -> float:
@@ -118,25 +120,25 @@ class ClipImage(Reward):
 
 
 @register("clip_l")
-def clip_l(path: str = CLIP_L, device: str = "cpu") -> Reward:
+def clip_l(path: str = CLIP_L, device: str = "") -> Reward:
     """CLIP-L/14 text agreement; cosine, usually 0.1 to 0.35."""
     return ClipText("clip_l", ClipModel.load(path, device))
 
 
 @register("clip_h")
-def clip_h(path: str = CLIP_H, device: str = "cpu") -> Reward:
+def clip_h(path: str = CLIP_H, device: str = "") -> Reward:
     """CLIP-H/14 (laion) text agreement; cosine, usually 0.1 to 0.45."""
     return ClipText("clip_h", ClipModel.load(path, device))
 
 
 @register("clip_i")
-def clip_i(path: str = CLIP_L, device: str = "cpu") -> Reward:
+def clip_i(path: str = CLIP_L, device: str = "") -> Reward:
     """CLIP-L/14 similarity of edit and source; cosine."""
     return ClipImage(ClipModel.load(path, device))
 
 
 @register("pickscore")
-def pickscore(path: str = PICKSCORE, tokenizer: str = CLIP_H, device: str = "cpu") -> Reward:
+def pickscore(path: str = PICKSCORE, tokenizer: str = CLIP_H, device: str = "") -> Reward:
     """PickScore divided by 26, as Flow-GRPO and DiffusionNFT do; usually 0.7 to 1.0.
 
     Source: Kirstain et al. 2023, logit_scale * cosine of a CLIP-H fine-tuned on human choices.
@@ -146,12 +148,13 @@ def pickscore(path: str = PICKSCORE, tokenizer: str = CLIP_H, device: str = "cpu
 
 
 @register("hpsv2")
-def hpsv2(path: str, tokenizer: str = CLIP_H, device: str = "cpu") -> Reward:
+def hpsv2(path: str, tokenizer: str = CLIP_H, device: str = "") -> Reward:
     """HPSv2.1; cosine, usually 0.20 to 0.37. `path`: HPS_v2.1_compressed.pt, or its converted folder.
 
     Source: Wu et al. 2023; CLIP-H fine-tuned, the whole picture letterboxed instead of cropped.
     """
     from transformers import AutoTokenizer
 
-    clip = ClipModel(load_hps_clip(path), AutoTokenizer.from_pretrained(tokenizer), device, resize=letterbox)
+    names = AutoTokenizer.from_pretrained(tokenizer)
+    clip = ClipModel(load_hps_clip(path), names, device_of(device), resize=letterbox)
     return ClipText("hpsv2", clip, usual=(0.2, 0.37))

@@ -11,8 +11,9 @@ import importlib
 import io
 import json
 import logging
+import queue
+import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from .base import Reward
 
 logger = logging.getLogger(__name__)
+
+LARGEST_REPLY = 1 << 20  # bytes: a batch's scores are some hundreds
 
 
 class CallableReward(Reward):
@@ -71,7 +74,8 @@ def _png(image: Tensor) -> str:
 class HttpReward(Reward):
     """POSTs JSON {"images": [base64 PNG], "prompts", "sources", "masks"}, reads {"scores": [number or null]}.
 
-    null, and a batch that still fails after the retries, become NaN. Nothing is ever unpickled.
+    timeout: seconds for one try, from the connection to the last byte. null, and a batch that still fails
+    after the retries, become NaN. Nothing is ever unpickled.
     """
 
     def __init__(
@@ -89,18 +93,60 @@ class HttpReward(Reward):
             "sources": None if sources is None else [_png(source) for source in sources],
             "masks": None if masks is None else [_png(mask) for mask in masks],
         }
-        request = urllib.request.Request(
-            self.url, json.dumps(payload).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
+        body = json.dumps(payload).encode()
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    scores = json.loads(response.read())["scores"]
-                if len(scores) != len(images):
-                    raise ValueError(f"{len(scores)} scores for {len(images)} images")
-                return torch.tensor([torch.nan if score is None else float(score) for score in scores])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("reward endpoint %s failed (try %d): %s", self.url, attempt + 1, error)
+                return _scores(_within(self.timeout, lambda: self._post(body)), len(images))
+            except Exception as error:  # whatever a server does must not end a run of hours
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning("reward endpoint %s failed (try %d): %s", self.url, attempt + 1, reason)
                 if attempt < self.retries:
                     time.sleep(self.wait * 2**attempt)
         return torch.full((len(images),), torch.nan)
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url, body, headers, method="POST")
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            reply = response.read(LARGEST_REPLY + 1)
+            missing = response.length or 0  # of the announced length; `read(n)` does not mind
+        if len(reply) > LARGEST_REPLY:
+            raise ValueError(f"the reply is longer than {LARGEST_REPLY} bytes")
+        if missing:
+            raise ValueError(f"the reply breaks off {missing} bytes before its end")
+        return reply
+
+
+def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
+    """What `work` returns. Raises what it raises, or TimeoutError where it takes longer.
+
+    A socket's own time-out begins anew with every byte; a thread can be left behind.
+    """
+    made: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            made.put(work())
+        except BaseException as error:  # passed on
+            made.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result = made.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole reply within {seconds:g} seconds") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _scores(reply: bytes, count: int) -> Tensor:
+    """The scores [count] of a reply. Raises ValueError if it is not {"scores": [number or null, ...]}."""
+    content = json.loads(reply)
+    scores = content.get("scores") if isinstance(content, dict) else None
+    if not isinstance(scores, list) or len(scores) != count:
+        raise ValueError(f'the reply is not {{"scores": [...]}} with {count} numbers: {reply[:80]!r}')
+    for score in scores:
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+            raise ValueError(f"the score {str(score)[:40]!r} is no number")
+    return torch.tensor([torch.nan if score is None else float(score) for score in scores])

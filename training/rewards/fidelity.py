@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Reward, register
+from .weights import device_of
 
 
 def _as_pixels(masks: Tensor, images: Tensor) -> Tensor:
@@ -70,15 +71,17 @@ class KeepLPIPS(Reward):
     """1 - LPIPS distance to the source, the edited area taken from the source; needs the package lpips."""
 
     name, range, needs = "keep_lpips", (0.0, 1.0), frozenset({"sources", "masks"})
+    package = "lpips"
 
-    def __init__(self, net: str = "alex"):
-        try:
-            import lpips
-        except ImportError as error:
-            raise ValueError("reward keep_lpips needs the package lpips: pip install lpips.") from error
-        self.model = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+    def __init__(self, net: str = "alex", device: str = ""):
+        import lpips
+
+        self.device = device_of(device)
+        model = lpips.LPIPS(net=net, verbose=False).to(self.device)
+        self.model = model.eval().requires_grad_(False)
 
     def _score(self, images, prompts, sources, masks, targets):
+        images = images.to(self.device)
         sources, edited = sources.to(images), _as_pixels(masks, images)
         kept = images * (1 - edited) + sources * edited
         distance = self.model(kept.movedim(-1, 1) * 2 - 1, sources.movedim(-1, 1) * 2 - 1)

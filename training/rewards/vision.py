@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .base import Reward, register
 from .clip import CLIP_L, ClipModel, centre_crop, normalise
+from .weights import device_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,11 +35,11 @@ class DinoImage(Reward):
 
 
 @register("dino")
-def dino(path: str = DINO, device: str = "cpu") -> Reward:
+def dino(path: str = DINO, device: str = "") -> Reward:
     """DINO or DINOv2 similarity of edit and source; cosine."""
     from transformers import AutoModel
 
-    return DinoImage(AutoModel.from_pretrained(path), device=device)
+    return DinoImage(AutoModel.from_pretrained(path), device=device_of(device))
 
 
 class Aesthetic(Reward):
@@ -79,7 +80,7 @@ def aesthetic_head(state: dict[str, Tensor]) -> nn.Module:
 
 
 @register("aesthetic")
-def aesthetic(path: str, clip: str = CLIP_L, device: str = "cpu") -> Reward:
+def aesthetic(path: str, clip: str = CLIP_L, device: str = "") -> Reward:
     """LAION aesthetic score. `path`: the predictor's .pth file."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     return Aesthetic(ClipModel.load(clip, device), aesthetic_head(state))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .base import Reward, register
+from .weights import device_of
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 EDIT_QUESTION = (
@@ -66,10 +67,10 @@ class YesNo(Reward):
 
 @register("vlm_yes")
 def vlm_yes(
-    path: str = QWEN, template: str | None = None, device: str = "cpu", dtype: str = "bfloat16"
+    path: str = QWEN, template: str | None = None, device: str = "", dtype: str = "bfloat16"
 ) -> Reward:
     """Edit success as a vision-language model sees it; probability."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(path, torch_dtype=getattr(torch, dtype)).to(device)
-    return YesNo(model, AutoProcessor.from_pretrained(path), template)
+    model = AutoModelForImageTextToText.from_pretrained(path, torch_dtype=getattr(torch, dtype))
+    return YesNo(model.to(device_of(device)), AutoProcessor.from_pretrained(path), template)
