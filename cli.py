@@ -38,11 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     with streams.lasting():
         args = build_parser().parse_args(argv)
+        args.words = sys.argv[1:] if argv is None else list(argv)
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         try:
             return args.run(args) or 0
         except Stopped as stopped:
-            _say(args, str(stopped))
+            if str(stopped):
+                _say(args, str(stopped))
             return stopped.code
         except KeyboardInterrupt:
             _say(args, "stopped")

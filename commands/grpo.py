@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
-from .train import TrainingBar, add_recipe_arguments, overrides_of
+from .train import TrainingBar, add_recipe_arguments, overrides_of, speak, stopped, training_stop
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,26 +32,45 @@ def run(args: argparse.Namespace) -> int:
     if args.help_config:
         sys.stdout.write(configs.describe(GRPOConfig) + "\n")
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    speak()
     config = configs.from_dict(configs.read(args.recipe, overrides_of(args)), GRPOConfig)
+    with training_stop() as stop:
+        from ..training.grpo import GRPOTrainer
+
+        with TrainingBar(config.max_steps) as bar:
+
+            def show(report: Any) -> None:
+                rewards = {
+                    k.removeprefix("reward/"): v
+                    for k, v in trainer.measures.items()
+                    if k.startswith("reward/")
+                }
+                bar.show(report.step, **rewards, loss=report.loss)
+
+            trainer = GRPOTrainer(config, on_report=show, progress=bar.wrap, should_stop=stop.asked)
+            path = trainer.run()
+        if path.suffix != ".safetensors":
+            raise stopped(args, trainer, path, stop)
+    if trainer.main:
+        sys.stdout.write(f"{path}\n")
+        _illustrate(trainer)
+    return 0
+
+
+def _illustrate(trainer: Any) -> None:
+    """Draw what the run changed; the LoRA is on disk, so no failure here may look like the training's."""
+    from ..training import disk
     from ..training.before_after import before_after
     from ..training.data.sample import to_pil
-    from ..training.grpo import GRPOTrainer, reward_curve
+    from ..training.grpo import reward_curve
 
-    with TrainingBar(config.max_steps) as bar:
+    def sheet() -> Path:
+        picture = to_pil(before_after(trainer)[0])
+        path = trainer.output / "before_after.png"
+        return disk.keep(path, lambda place: disk.write_whole(place, picture.save))
 
-        def show(report: Any) -> None:
-            rewards = {
-                k.removeprefix("reward/"): v for k, v in trainer.measures.items() if k.startswith("reward/")
-            }
-            bar.show(report.step, **rewards, loss=report.loss)
-
-        trainer = GRPOTrainer(config, on_report=show, progress=bar.wrap)
-        path = trainer.run()
-    if trainer.main:
-        made = [path, reward_curve(trainer.output)]
-        if path.suffix == ".safetensors" and not trainer.sharded:
-            made.append(trainer.output / "before_after.png")
-            to_pil(before_after(trainer)[0]).save(made[-1])
-        sys.stdout.write("".join(f"{file}\n" for file in made))
-    return 0
+    for draw in [lambda: reward_curve(trainer.output), *([] if trainer.sharded else [sheet])]:
+        try:
+            sys.stdout.write(f"{draw()}\n")
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.warning("a picture of the run could not be made (%s); the LoRA is complete", error)

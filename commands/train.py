@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import signal
 import sys
+from pathlib import Path
 from typing import Any
+
+from .stopping import Stop, Stopped
 
 WORLD_TASKS = {"vae": ("vae", "VaeRecipe"), "text": ("text", "TextRecipe")}
 
@@ -44,21 +50,69 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(configs.describe() + "\n")
         return 0
     overrides = overrides_of(args)
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    speak()
     values = configs.read(args.recipe, overrides)
     if values.get("task") in WORLD_TASKS:
         return _train_world(values)
     config = configs.from_dict(values)
-    from ..training.sft import Trainer
+    with training_stop() as stop:
+        from ..training.sft import Trainer
 
-    with TrainingBar(config.max_steps) as bar:
-        trainer = Trainer(config, on_step=bar.advance, on_report=bar.report, progress=bar.wrap)
-        path = trainer.run()
+        with TrainingBar(config.max_steps) as bar:
+            trainer = Trainer(
+                config,
+                on_step=bar.advance,
+                on_report=bar.report,
+                progress=bar.wrap,
+                should_stop=stop.asked,
+            )
+            path = trainer.run()
+        if path == trainer.output or path.parent == trainer.checkpoints:
+            raise stopped(args, trainer, path, stop)
     if trainer.main:
         sys.stdout.write(f"{path}\n")
     return 0
+
+
+def speak() -> None:
+    """Show what the trainers log."""
+    import logging
+
+    logging.getLogger().setLevel(logging.INFO)
+    for library in ("httpx", "httpcore", "urllib3", "filelock", "PIL", "fsspec", "datasets", "accelerate"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def training_stop() -> Stop:
+    return Stop(
+        "stopped before the first step: what was cached is kept, the same command goes on",
+        "stopping after this step, with a checkpoint",
+    )
+
+
+def stopped(args: argparse.Namespace, trainer: Any, path: Path, stop: Stop) -> Stopped:
+    """How a run that was stopped ends: what there is, and the command that goes on."""
+    number = stop.signal or signal.SIGTERM  # another process was told
+    if not trainer.main:
+        return Stopped(number, "")
+    words = _without_resume(args.words)
+    command = "the same command with --resume auto"
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) == 1:
+        command = shlex.join(["diptych", *words, "--resume", "auto"])
+    where = f"checkpoint {path}" if path != trainer.output else "no checkpoint yet"
+    return Stopped(
+        number,
+        f"stopped at step {trainer.step} of {trainer.config.max_steps}, {where}; to go on: {command}",
+    )
+
+
+def _without_resume(words: list[str]) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--resume" and not word.startswith("--resume="):
+            kept.append(word)
+        skip = word == "--resume"
+    return kept
 
 
 def _train_world(values: dict[str, Any]) -> int:
@@ -66,12 +120,15 @@ def _train_world(values: dict[str, Any]) -> int:
     import importlib
 
     from ..training import config as configs
+    from ..training import disk, lock
 
     module_name, class_name = WORLD_TASKS[values.pop("task")]
     module = importlib.import_module(f"..training.{module_name}", __package__)
     values.pop("resume", None)
     recipe = configs.from_dict(values, getattr(module, class_name))
-    with TrainingBar(recipe.steps) as bar:
+    output = disk.check_folder(recipe.output_dir, "output_dir")
+    stop = Stop("stopped: what was saved last is kept, the same command goes on from it")
+    with stop, lock.held(output), TrainingBar(recipe.steps) as bar:
         path = module.train(recipe, bar.step)
     sys.stdout.write(f"{path}\n")
     return 0

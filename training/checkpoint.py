@@ -2,17 +2,23 @@
 
 A checkpoint folder `step_00000500/` holds `trained.safetensors`, `ema.safetensors` (if averaged),
 `optimizer.pt` (tensors and numbers, read with weights_only=True), one `rng_<rank>.pt` per process and
-`state.json`. Distributed engines that shard the optimiser (FSDP, DeepSpeed) keep their own files in
-`engine/`.
+`state.json`, which knows size and SHA-256 of every other file. Distributed engines that shard the optimiser
+(FSDP, DeepSpeed) keep their own files in `engine/`.
+
+accelerate's `save_state` is not used: it writes into the final folder, knows no hashes, and keeps no average.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
 import os
 import random
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +26,166 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAME = re.compile(r"step_(\d{8})")
+from . import disk
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"step_(\d{8,})")
+STATE = "state.json"
+ESSENTIAL = ("trained.safetensors", "engine/")  # without its other parts a run can go on, less exactly
+UNFINISHED = (".writing_*", ".old_*")
 
 
 class TrainingError(ValueError):
     """Training stopped for a reason the user can act on; what was saved before is intact."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from, and which of its files cannot be used."""
+
+    folder: Path
+    lacking: tuple[str, ...] = ()
+
+    def has(self, name: str) -> bool:
+        return name not in self.lacking and (self.folder / name).is_file()
+
+
+def step_of(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name).group(1))
+
+
+def _all(root: Path) -> list[Path]:
+    return sorted((p for p in root.glob("step_*") if NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
 def folders(root: Path) -> list[Path]:
-    """Complete checkpoints under `root`, oldest first."""
-    found = [p for p in root.glob("step_*") if NAME.fullmatch(p.name) and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: p.name)
+    """Checkpoints under `root`, oldest first; whether their files are whole says `faults`."""
+    return [folder for folder in _all(root) if (folder / STATE).is_file()]
 
 
-def find(root: Path, resume: str) -> Path | None:
-    """The checkpoint to resume from: newest for "auto" (None if there is none), or the named folder."""
+def faults(folder: Path) -> dict[str, str]:
+    """{file: what is wrong with it} of a checkpoint, by the sizes and hashes noted in its state.json."""
+    try:
+        noted = read_state(folder).get("files")
+    except ValueError as error:
+        return {STATE: str(error)}
+    if noted is None:  # written before there were hashes
+        names = ("trained.safetensors", "optimizer.pt")
+        sharded = (folder / "engine").is_dir()
+        return {} if sharded else {n: "is missing" for n in names if not (folder / n).is_file()}
+    wrong = {}
+    for name, (size, digest) in noted.items():
+        try:
+            have = (folder / name).stat().st_size
+            if have != size:
+                wrong[name] = f"has {have} of {size} bytes"
+            elif _digest(folder / name) != digest:
+                wrong[name] = "has other content than was written"
+        except FileNotFoundError:
+            wrong[name] = "is missing"
+        except OSError as error:
+            wrong[name] = f"cannot be read ({disk.reason(error)})"
+    return wrong
+
+
+def _usable(folder: Path, wrong: dict[str, str]) -> bool:
+    return not any(name == STATE or name.startswith(ESSENTIAL) for name in wrong)
+
+
+def _told(folder: Path, wrong: dict[str, str]) -> str:
+    return f"checkpoint {folder} is damaged ({', '.join(f'{name} {what}' for name, what in wrong.items())})"
+
+
+def find(root: Path, resume: str) -> Found | None:
+    """The checkpoint to resume from, its files verified; None for "" and for "auto" where there is none.
+
+    "auto" takes the newest whole one; where none is whole, the newest that has its weights. Damaged ones that
+    are newer are set aside, and named. Raises ValueError where nothing can be used, or where the named folder
+    is older than a whole one in `root`, with which its successors would mix.
+    """
     if not resume:
         return None
-    if resume == "auto":
-        complete = folders(root)
-        return complete[-1] if complete else None
-    path = Path(resume)
-    if not (path / "state.json").is_file():
-        raise ValueError(
-            f"resume is {resume!r}: it is not a checkpoint folder (no state.json); use auto or a step_ folder"
+    if resume != "auto":
+        return _named(root, Path(resume))
+    wrong = {}
+    for folder in reversed(_all(root)):
+        wrong[folder] = faults(folder)
+        if not wrong[folder]:
+            break
+    if not wrong:
+        return None
+    found = next((f for f, w in wrong.items() if not w), None)
+    found = found or next((f for f, w in wrong.items() if _usable(f, w)), None)
+    if found is None:
+        told = "; ".join(_told(folder, what) for folder, what in wrong.items())
+        raise ValueError(f"{told}: none can be resumed, remove {root} to begin anew")
+    for folder in [folder for folder in wrong if step_of(folder) > step_of(found)]:
+        aside = _set_aside(folder)
+        logger.warning(
+            "%s: going on from %s; it is kept as %s", _told(folder, wrong[folder]), found, aside.name
         )
-    return path
+    return _found(found, wrong[found])
+
+
+def _named(root: Path, folder: Path) -> Found:
+    if not (folder / STATE).is_file():
+        raise ValueError(
+            f"resume is {str(folder)!r}: it is no checkpoint folder (no {STATE}); use auto or a step_ folder"
+        )
+    wrong = faults(folder)
+    if not _usable(folder, wrong):
+        raise ValueError(f"resume: {_told(folder, wrong)}: use auto, which takes the newest whole one")
+    if NAME.fullmatch(folder.name) and folder.resolve().parent == root.resolve():
+        for newer in [p for p in _all(root) if step_of(p) > step_of(folder)]:
+            if not faults(newer):
+                raise ValueError(
+                    f"resume is {folder}, but {newer} is newer and would mix with what follows: remove it, "
+                    "or choose another output_dir"
+                )
+            _set_aside(newer)
+    return _found(folder, wrong)
+
+
+def _found(folder: Path, wrong: dict[str, str]) -> Found:
+    if wrong:
+        what = ", ".join(f"{name} {why}" for name, why in wrong.items())
+        logger.warning("%s is not whole (%s): what is missing begins anew", folder, what)
+    return Found(folder, tuple(wrong))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is neither resumed nor counted among those to keep."""
+    number, aside = 2, folder.with_name(f"damaged_{folder.name}")
+    while aside.exists():
+        number, aside = number + 1, folder.with_name(f"damaged_{folder.name}_{number}")
+    with contextlib.suppress(OSError):
+        folder.rename(aside)
+    return aside
+
+
+def sweep(root: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for pattern in UNFINISHED:
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; killed in the middle, it is no checkpoint any more."""
+    gone = folder.with_name(f".old_{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def rng_state() -> dict[str, Any]:
@@ -100,6 +240,7 @@ class Writer:
         self.root, self.keep = root, keep
         self.final = root / f"step_{step:08d}"
         self.folder = root / f".writing_{self.final.name}"
+        self.values: dict[str, Any] = {}
 
     def __enter__(self) -> Writer:
         try:
@@ -115,7 +256,16 @@ class Writer:
         save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, self.folder / name)
 
     def state(self, values: dict[str, Any]) -> None:
-        (self.folder / "state.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        """What `state.json` will hold; it is written last, when all processes have written their parts."""
+        self.values = values
+
+    def _seal(self) -> None:
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        noted = {
+            path.relative_to(self.folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files
+        }
+        text = json.dumps({**self.values, "files": noted}, indent=1)
+        (self.folder / STATE).write_text(text, encoding="utf-8")
 
     def _failure(self, error: BaseException) -> TrainingError:
         complete = folders(self.root)
@@ -124,31 +274,41 @@ class Writer:
             if complete
             else "there is no earlier checkpoint"
         )
-        return TrainingError(f"cannot write the checkpoint {self.final} ({error}): free some space; {last}")
+        remedy = "free some space" if disk.is_full(error) else "see that its disk can be written"
+        return TrainingError(f"cannot write the checkpoint {self.final} ({error}): {remedy}; {last}")
 
     def __exit__(self, kind, error, trace) -> bool:
         if error is None:
             try:
+                self._seal()
                 _sync(self.folder)
                 if self.final.exists():
-                    shutil.rmtree(self.final)
+                    _remove(self.final)
                 os.replace(self.folder, self.final)
                 _sync_one(self.root)
-                for old in folders(self.root)[: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
-                return False
             except OSError as late:
                 error = late
+            else:
+                for old in [p for p in folders(self.root)[: -self.keep] if p != self.final]:
+                    _remove(old)
+                return False
         shutil.rmtree(self.folder, ignore_errors=True)
-        from safetensors import SafetensorError
-
-        if isinstance(error, (OSError, SafetensorError, RuntimeError)):
+        if disk.failed_write(error):
             raise self._failure(error) from error
         return False
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    """A checkpoint's state.json. Raises ValueError where it is damaged."""
+    try:
+        values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"is no readable JSON ({error})") from None
+    if not isinstance(values, dict) or "step" not in values:
+        raise ValueError("does not say which step it is of")
+    return values
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:

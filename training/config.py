@@ -6,11 +6,16 @@ imports torch; the trainer reads the dataclass, it never reads YAML.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Optional
+
+from .disk import check_name, reason
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -62,6 +67,22 @@ ELSEWHERE = {
     "instance_prompt": "data=[images:FOLDER?prompt=WORDS]",
     "class_data_dir": "class_dir",
     "with_prior_preservation": "class_prompt (prior preservation is on where it is set)",
+}
+
+# The smallest value of every number that has one; all numbers are finite.
+LOWEST = {
+    1: "max_steps batch_size accumulation rank save_every keep_last log_every bucket_step mask_variants "
+    "max_sequence_length num_class_images encode_batch moe_experts sample_steps",
+    0: "threads seed data_limit sample_every sample_count lr_warmup lr weight_decay grad_clip logit_std "
+    "noise_offset guidance_max edit_loss_weight mask_loss_weight prior_loss_weight moe_balance lora_dropout "
+    "ema prompt_drop adam_beta1 adam_beta2",
+}
+HIGHEST = {
+    1: "ema prompt_drop lora_dropout adam_beta1 adam_beta2",
+    2**32 - 1: "seed",
+    16_384: "resolution",
+    100_000: "rank batch_size accumulation keep_last sample_count sample_steps mask_variants threads "
+    "max_sequence_length encode_batch",
 }
 
 
@@ -238,17 +259,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
-        for name in (
-            "max_steps",
-            "batch_size",
-            "accumulation",
-            "rank",
-            "save_every",
-            "keep_last",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        check_numbers(self, LOWEST, HIGHEST)
+        for name in ("output_name", "recipe"):
+            if getattr(self, name):
+                check_name(getattr(self, name), name)
+        for pattern in self.target_modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"target_modules has {pattern!r}, no regular expression: {error}") from None
         if self.resolution < 16 or self.resolution % 16:
             near = max(16, round(self.resolution / 16) * 16)
             raise ValueError(f"resolution is {self.resolution}: use a multiple of 16, for example {near}")
@@ -289,16 +308,36 @@ class TrainConfig:
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
 
 
+def check_numbers(config: Any, lowest: dict[float, str], highest: dict[float, str]) -> None:
+    """Raise ValueError for a number that is not finite, or below or above what its option allows."""
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field_.name} is {number}: give a finite number")
+    for low, names in lowest.items():
+        for name in names.split():
+            if getattr(config, name) < low:
+                raise ValueError(f"{name} is {getattr(config, name)}: it must be {low} or more")
+    for high, names in highest.items():
+        for name in names.split():
+            if getattr(config, name) > high:
+                raise ValueError(f"{name} is {getattr(config, name)}: it must be at most {high}")
+
+
 def recipe_path(name: str) -> Path:
     """A YAML file, or the bundled recipe of that name. Raises ValueError naming the bundled ones."""
     path = Path(name)
-    if path.is_file():
-        return path
     bundled = RECIPES / (name if name.endswith(".yaml") else f"{name}.yaml")
-    if bundled.is_file():
-        return bundled
-    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-    raise ValueError(f"recipe {name!r} is neither a file nor a bundled recipe: use one of {known}")
+    with contextlib.suppress(OSError, ValueError):  # too long, or not a name at all
+        if path.is_file():
+            return path
+        if bundled.is_file():
+            return bundled
+    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).stem, names, 1)
+    hint = f"did you mean {near[0]}? There are" if near else "use one of"
+    raise ValueError(f"recipe {name!r} is neither a file nor a bundled recipe: {hint} {', '.join(names)}")
 
 
 def load(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
@@ -323,7 +362,7 @@ def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     values = dict(values)
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not key.strip():
             raise ValueError(f"--set {text!r} is not of the form key=value")
         try:
             values[key.strip()] = yaml.safe_load(value) if value else ""
@@ -335,21 +374,34 @@ def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     import yaml
 
+    if path.resolve() in children:
+        raise ValueError(f"recipe {path} extends itself: name another recipe in extends, or none")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {reason(error)}") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe {path} is not UTF-8 text: save it as UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"recipe {path} is nested too deeply: it is one level of keys and values") from None
+    except (yaml.YAMLError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
         raise ValueError(f"recipe {path} is not YAML{line}: quote values that hold ? : & or [") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} is not a YAML mapping of keys to values")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise ValueError(f"recipe {path} has the key {odd[0]!r}: keys are names of options")
     parent = values.pop("extends", None)
+    if parent is not None and not isinstance(parent, str):
+        raise ValueError(f"recipe {path} extends {parent!r}: give the name of a recipe, or a file")
     if parent:
         beside = path.parent / f"{parent}.yaml"
-        values = {**_read(beside if beside.is_file() else recipe_path(parent)), **values}
+        above = _read(beside if beside.is_file() else recipe_path(parent), (*children, path.resolve()))
+        values = {**above, **values}
     return values
 
 
@@ -374,11 +426,15 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
             raise ValueError(f"unknown option {key!r} in the recipe: {remedy}")
         if value is False and kind.__dataclass_fields__[key].type in (str, "str"):
             value = "no"  # YAML reads a bare no as false
+        many = str(kind.__dataclass_fields__[key].type).startswith("list")
+        parts = value if isinstance(value, list) and many else [value]
+        if any(isinstance(part, (list, dict)) for part in parts):
+            raise ValueError(f"{key} is {value!r}: it takes {'a list of values' if many else 'one value'}")
         if value is None or value == []:
             empty.append(key)
         elif isinstance(value, list):
             argv += [f"--{key}", *map(str, value)]
-        elif str(kind.__dataclass_fields__[key].type).startswith("list"):
+        elif many:
             argv += [f"--{key}", str(value)]
         else:
             argv.append(f"--{key}={value}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.tiny.folders import forget_origin
+from . import disk
 from .adapters import file_name, trained_parameters, trained_state
 
 BASES = {"fill": "FLUX.1 Fill", "kontext": "FLUX.1", "sd_inpaint": "Stable Diffusion UNet"}
@@ -51,17 +52,22 @@ def save_lora(
     header: dict[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write one LoRA file. parts: denoiser (and text encoder) -> names and tensors of `trained_state`.
+    """Write one LoRA file; returns where it is: elsewhere, which is said, if the path cannot be written.
+
+    parts: denoiser (and text encoder) -> names and tensors of `trained_state`.
 
     header: the `diptych` block (base, recipe, steps, data hash, prompt template; the gate is added).
     """
     from ..models.lora.save import save
 
     denoiser, *texts = parts
-    save(path, lora_weights(parts[denoiser], config), header, dtype=dtype)
-    for name in texts:
-        _add_text_encoder(path, parts[name], config, dtype)
-    return path
+
+    def write(place: Path) -> None:
+        save(place, lora_weights(parts[denoiser], config), header, dtype=dtype)
+        for name in texts:
+            _add_text_encoder(place, parts[name], config, dtype)
+
+    return disk.keep(path, lambda place: disk.write_whole(place, write))
 
 
 def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any, dtype: torch.dtype) -> None:
@@ -93,11 +99,44 @@ def save_pipeline(
     states: dict[str, dict[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """A complete diffusers folder: the trained parts, everything else copied from a local base `model`.
+    """A complete diffusers folder: the trained parts, the rest copied from a local base; returns where it is.
 
     From a hub base only the trained parts and their configs are written. states: gathered weights of sharded
     parts. dtype: of the trained parts' files.
     """
+    return disk.keep(folder, lambda place: _write_pipeline(place, model, parts, states, dtype))
+
+
+def _write_pipeline(
+    final: Path,
+    model: str,
+    parts: dict[str, nn.Module],
+    states: dict[str, dict[str, Tensor]] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Beside its place first; an earlier folder there stays whole until the new one is."""
+    folder, old = final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.old")
+    if old.exists() and not final.exists():  # killed between the two renames below
+        os.replace(old, final)
+    for leftover in (folder, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        _fill_pipeline(folder, model, parts, states, dtype)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(folder, final)
+    finally:
+        for leftover in (folder, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _fill_pipeline(
+    folder: Path,
+    model: str,
+    parts: dict[str, nn.Module],
+    states: dict[str, dict[str, Tensor]] | None,
+    dtype: torch.dtype,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(model)
     if base.is_dir():
@@ -116,7 +155,6 @@ def save_pipeline(
             module = copy.deepcopy(module)
         module.to(dtype).save_pretrained(folder / name)
     forget_origin(folder)
-    return folder
 
 
 def part_tensors(module: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

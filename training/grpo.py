@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.gaussian import velocity_kl
-from . import adapters, checkpoint, feed, gradients, held_out, nft, optim, policy, states, winners
+from . import adapters, checkpoint, disk, feed, gradients, held_out, nft, optim, policy, states, winners
 from .checkpoint import TrainingError
 from .grpo_config import GRPOConfig
 from .judging import Judge, judged, make_rewards
@@ -217,6 +217,7 @@ class GRPOTrainer(Trainer):
         log |= supervised
         norm = self.accelerator.clip_grad_norm_(list(self.names.values()), c.grad_clip or float("inf"))
         norm = self._finite(norm, total)
+        self.updating = True
         self.optimizer.step()
         self.optimizer.zero_grad()
         joined = {name: torch.cat(values).float() for name, values in log.items()}
@@ -335,11 +336,12 @@ class GRPOTrainer(Trainer):
             not self.rewards.better(b, a) for a, b in zip(scores, scores[1:], strict=False)
         )
 
-    def _stopping(self) -> bool:
-        if self.config.eval_rows and self._collapsed():
-            logger.warning("stopped: the held-out reward fell %d times in a row", PATIENCE)
-            return True
-        return super()._stopping()
+    def _settled(self) -> bool:
+        if not self.config.eval_rows or not self._collapsed():
+            return False
+        if self.main:
+            logger.warning("ended: the held-out reward fell %d times in a row", PATIENCE)
+        return True
 
     def _report(self, loss: float, norm: float, pace: float) -> None:
         super()._report(loss, norm, pace)
@@ -361,13 +363,15 @@ class GRPOTrainer(Trainer):
     def extra_state(self) -> dict[str, Any]:
         return {"history": self.history, "best_scores": self.best_scores, "any_judged": self.any_judged}
 
-    def load_extra(self, folder: Path, state: dict[str, Any]) -> None:
+    def load_extra(self, found: checkpoint.Found, state: dict[str, Any]) -> None:
         self.history, self.best_scores = state["history"], state["best_scores"]
         self.any_judged = state["any_judged"]
         for name in ("best", "old"):
-            if not (folder / f"{name}.safetensors").is_file():
+            if not found.has(f"{name}.safetensors"):
+                if f"{name}.safetensors" in found.lacking:
+                    logger.warning("%s: the %s weights begin anew at the present ones", found.folder, name)
                 continue
-            tensors = checkpoint.read_tensors(folder, f"{name}.safetensors")
+            tensors = checkpoint.read_tensors(found.folder, f"{name}.safetensors")
             tensors = {key: value.to(self.accelerator.device) for key, value in tensors.items()}
             if name == "best":
                 self.best = tensors
@@ -425,14 +429,13 @@ class GRPOTrainer(Trainer):
 
 def rollout_rewards(folder: Path) -> tuple[list[int], list[float]]:
     """(updates, mean over the rewards of the rollouts) as logged in a run's folder, where any was judged."""
-    entries = [
-        json.loads(line) for line in (folder / "rewards.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
     means = {}
-    for entry in entries:  # a resumed run logs a step again
-        scores = [value for key, value in entry.items() if key.startswith("reward/")]
-        if scores:
-            means[entry["step"]] = sum(scores) / len(scores)
+    for line in (folder / "rewards.jsonl").read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, KeyError):  # a line that a kill or a full disk cut short
+            entry = json.loads(line)  # a resumed run logs a step again
+            scores = [value for key, value in entry.items() if key.startswith("reward/")]
+            if scores:
+                means[entry["step"]] = sum(scores) / len(scores)
     return list(means), list(means.values())
 
 
@@ -441,6 +444,5 @@ def reward_curve(folder: Path) -> Path:
     from .pictures import curve
 
     steps, means = rollout_rewards(folder)
-    path = folder / "rewards.png"
-    curve(means, steps=steps, title="reward of the rollouts").save(path)
-    return path
+    picture = curve(means, steps=steps, title="reward of the rollouts")
+    return disk.keep(folder / "rewards.png", lambda place: disk.write_whole(place, picture.save))

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .config import TrainConfig, option
+from .config import TrainConfig, check_numbers, option
 
 CHOICES = {
     "algorithm": ("grpo", "nft"),
@@ -15,8 +15,15 @@ CHOICES = {
     "advantage_scale": ("global", "group"),
     "storage_dtype": ("float32", "bfloat16", "float16"),
 }
-
-
+LOWEST = {
+    1: "groups_per_update inner_updates rollout_steps eval_every window_size window_every",
+    0: "window_first window_last group_clip kl_beta data_rows data_weight nft_times winner_states "
+    "winner_weight nft_old_ramp nft_old_max eval_rows clip",
+}
+HIGHEST = {
+    1: "nft_old_max",
+    10_000: "rollout_steps group_size groups_per_update nft_times winner_states",
+}
 GONE = {
     **dict.fromkeys(
         ("screen", "screen_rows", "screen_steps"), "learn on more rows: give a larger data source"
@@ -104,6 +111,7 @@ class GRPOConfig(TrainConfig):
     eval_every: int = option(10, "Updates between evaluations.")
 
     def __post_init__(self) -> None:
+        check_numbers(self, LOWEST, HIGHEST)
         super().__post_init__()
         self._own_batch()
         if self.method != "lora":
@@ -114,14 +122,6 @@ class GRPOConfig(TrainConfig):
         for name in ("group_size", "micro_batch"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: a group needs two samples or more")
-        for name in (
-            "groups_per_update",
-            "inner_updates",
-            "rollout_steps",
-            "eval_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         if self.nft_times < 1 and not self.winner_states:
             raise ValueError(f"nft_times is {self.nft_times}: it may be 0 with winner_states only")
         if self.winner_states and (self.algorithm != "nft" or self.rollout_steps < 2):

@@ -70,7 +70,12 @@ class MovingAverage:
     """Exponential moving average in float32: decay min(d, (1 + n) / (10 + n)) after n updates."""
 
     def __init__(self, parameters: dict[str, Tensor], decay: float):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.restart(parameters)
+
+    def restart(self, parameters: dict[str, Tensor]) -> None:
+        """Begin at these values."""
+        self.updates = 0
         self.values = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """Supervised training of Fill, Kontext and SD inpainting: LoRA, MoE-LoRA or full, on accelerate.
 
-The story in order: encoders -> caches -> denoiser and what is trained of it -> resume -> steps -> export.
+The story in order: checks -> encoders -> caches -> denoiser and what is trained of it -> resume -> steps ->
+export.
 Data order, noise, sigma and prompt drop are functions of (seed, position), so a resumed run continues
 bit-equal and two processes see what one with twice the batch sees. Losses stand in `losses.py`, model
 families in `tasks.py`.
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +25,13 @@ from torch import Tensor, nn
 
 from . import (
     adapters,
+    changes,
     checkpoint,
+    disk,
     encode,
     export,
     feed,
+    lock,
     losses,
     optim,
     preview,
@@ -57,6 +62,10 @@ class Report:
     seconds_left: float
 
 
+class Diverged(TrainingError):
+    """The weights of the last step are not worth keeping."""
+
+
 class Trainer:
     """One training run. `run()` does all; `on_report`, `on_sample` and `should_stop` are for faces (CLI,
     node)."""
@@ -76,24 +85,42 @@ class Trainer:
         self.should_stop = should_stop or (lambda: False)
         self.progress = progress or (lambda items, label: items)
         self.output = Path(config.output_dir)
+        self.checkpoints = self.output / "checkpoints"
         self.step = self.micro = 0
+        self.kept = self.begun = (
+            0  # the last step in a checkpoint; the micro-batch that the present step began at
+        )
+        self.updating = False  # whether the weights are between two steps
+        self.accelerator: Any = None
 
     # ---------------------------------------------------------------- preparation
 
-    def prepare(self) -> None:
-        """Everything before the first step. All errors of the recipe and the data come from here."""
+    def open(self) -> None:
+        """Everything that can be looked at before a weight is read: places, options, the checkpoint."""
         c = self.config
+        if self.accelerator is not None:
+            return
         if c.threads:
             torch.set_num_threads(c.threads)
+        disk.check_folder(self.output, "output_dir", need=resume.ROOM)
+        if c.cache:
+            disk.check_folder(c.cache_dir or self.output / "cache", "cache_dir")
+        prior.check(c)
+        optim.check(c)
         self.accelerator, self.sharded = processes.open_accelerator(c, self.output / "logs")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.bar = self.progress if self.main else feed.silent
-        prior.check(c)
-        optim.check(c)
-        self.check()
-        self.output.mkdir(parents=True, exist_ok=True)
         self.task = make_task(c, self.accelerator.device)
+        self.stamps = changes.stamps(c, self.task.denoiser_part)
+        self.found = resume.find(self)
+        self.check()
+
+    def prepare(self) -> None:
+        """Everything before the first step. All errors of the recipe and the data come from here."""
+        c = self.config
+        self.open()
+        self.output.mkdir(parents=True, exist_ok=True)
         if self.sharded:  # a model that needs sharding fits no single device
             self.task.load_device = torch.device("cpu")
         self.task.load_encoders()
@@ -105,7 +132,9 @@ class Trainer:
         self._prepare_model()
         torch.manual_seed(c.seed * 1_000_003 + self.rank)  # ... and drops out others
         processes.open_trackers(self.accelerator, c)
-        resume.read(self)
+        resume.read(self, self.found)
+        resume.check_room(self)
+        self.kept = self.step
         # The cursor of the data is the number of micro-batches: the order is a function of it.
         self.order = iter(self.sampler.start_at(self.micro))
         if self.class_sampler is not None:
@@ -147,12 +176,14 @@ class Trainer:
         """The same as JSON values."""
         return {}
 
-    def load_extra(self, folder: Path, state: dict[str, Any]) -> None:
+    def load_extra(self, found: checkpoint.Found, state: dict[str, Any]) -> None:
         """Read back what `extra_tensors` and `extra_state` gave."""
 
     def save(self) -> Path:
         """Write a checkpoint of the present step; all processes call it."""
-        return resume.write(self)
+        path = resume.write(self)
+        self.kept = self.step
+        return path
 
     # ---------------------------------------------------------------- steps
 
@@ -211,6 +242,7 @@ class Trainer:
                         list(self.names.values()), c.grad_clip or float("inf")
                     )
                     norm = self._finite(0.0 if norm is None else norm, total)
+                self.updating = self.accelerator.sync_gradients
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.step += 1
@@ -219,50 +251,80 @@ class Trainer:
         return total, norm
 
     def _last_good(self) -> str:
-        complete = checkpoint.folders(self.output / "checkpoints")
+        complete = checkpoint.folders(self.checkpoints)
         return (
             f"the last good checkpoint {complete[-1]} is intact" if complete else "there is no checkpoint yet"
         )
 
     def _finite(self, norm: float | Tensor, loss: Tensor) -> float:
-        """The gradient's norm as a number. Raises TrainingError if it is not finite.
+        """The gradient's norm as a number. Raises Diverged if it is not finite.
 
         But in fp16, where the loss scale overflows now and then: the scaler skips that step and lowers the
         scale, and only a scale that has come down to nothing shows that the gradient itself is broken.
         """
         norm, scaler = float(norm), self.accelerator.scaler
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
-            raise TrainingError(
+            raise Diverged(
                 f"loss is {float(loss)} and its gradient is not finite at step {self.step + 1}: lower lr or "
                 f"grad_clip, or look for broken pictures; {self._last_good()}"
             )
         return norm
 
+    def _rescue(self) -> str:
+        """Keep the steps since the last checkpoint, in output_dir or elsewhere; what is to be said of it."""
+        if self.world > 1 or self.updating or self.step == self.kept:
+            return self._last_good()
+        self.micro = self.begun
+        for root in (self.checkpoints, *disk.places(Path(f"{self.output.resolve().name}_checkpoints"))):
+            try:
+                folder = resume.write_alone(self, root)
+            except (TrainingError, OSError):
+                if root != self.checkpoints:
+                    shutil.rmtree(root, ignore_errors=True)
+                continue
+            how = "auto" if root == self.checkpoints else folder
+            return f"step {self.step} is kept in {folder}, go on from it with resume: {how}"
+        return self._last_good()
+
     def run(self) -> Path:
         """Prepare, train, save.
 
-        Returns the LoRA file or the diffusers folder; the last checkpoint's folder if it was stopped.
+        Returns the LoRA file or the diffusers folder; the last checkpoint's folder (the output folder if
+        there is none) if it was stopped. Whatever ends it, the steps that were made are kept.
         """
-        self.prepare()
-        try:
-            finished = self._steps()
-            path = self.export() if finished else self.output / "checkpoints" / f"step_{self.step:08d}"
-        except OSError as error:
-            raise checkpoint.TrainingError(
-                f"cannot write to {self.output} ({error}): {self._last_good()}"
-            ) from error
-        self.accelerator.end_training()
+        disk.check_folder(self.output, "output_dir")
+        with lock.held(self.output):
+            self.prepare()
+            try:
+                path = self.export() if self._steps() else self._last_checkpoint()
+            except Diverged:
+                raise
+            except TrainingError as error:
+                kept = self._rescue()
+                raise error if kept in str(error) else TrainingError(f"{error}; {kept}") from error
+            except OSError as error:
+                raise TrainingError(f"stopped at step {self.step} ({error}): {self._rescue()}") from error
+            except Exception:
+                logger.warning("stopped at step %d: %s", self.step, self._rescue())
+                raise
+            self.accelerator.end_training()
         return path
+
+    def _last_checkpoint(self) -> Path:
+        return next(reversed(checkpoint.folders(self.checkpoints)), self.output)
 
     def _steps(self) -> bool:
         """All steps that are left; False if it was stopped before the end, after a checkpoint."""
         c = self.config
         started, at, since = time.monotonic(), self.step, self.step
         running = torch.zeros((), device=self.accelerator.device)
-        while self.step < c.max_steps:
+        stop = self._stopping()  # from now on whoever wants a stop need only say so
+        while self.step < c.max_steps and not stop:
+            self.begun = self.micro
             loss, norm = self.train_step()
+            self.updating = False
             running += loss
-            last = self.step == c.max_steps
+            last = self.step == c.max_steps or self._settled()
             if self.main and self.on_step is not None:
                 self.on_step(self.step)
             if self.step % c.log_every == 0 or last:
@@ -274,11 +336,15 @@ class Trainer:
             stop = self._stopping()
             if self.step % c.save_every == 0 or last or stop:
                 self.save()
-            if c.sample_every and (self.step % c.sample_every == 0 or last):
+            if c.sample_every and (self.step % c.sample_every == 0 or last) and not stop:
                 self.sample()
-            if stop:
-                return False
-        return True
+            if last:
+                return True
+        return not stop
+
+    def _settled(self) -> bool:
+        """Whether more steps would not help; the run is finished then."""
+        return False
 
     def _stopping(self) -> bool:
         """Whether any process was asked to stop."""

@@ -317,7 +317,9 @@ def test_a_full_disk_beside_the_checkpoints_is_one_sentence_too(folders, tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sft.Trainer, "_report", full)  # writes the loss log
-    with pytest.raises(checkpoint.TrainingError, match="No space left.*no checkpoint yet"):
+    with pytest.raises(
+        checkpoint.TrainingError, match="stopped at step 1 .*No space left.*step 1 is kept in"
+    ):
         run(toy(folders, tmp_path))
 
 

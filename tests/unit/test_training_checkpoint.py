@@ -15,6 +15,7 @@ from comfyui_diptych.training import checkpoint
 def write(root, step, keep=2):
     with checkpoint.Writer(root, step, keep) as writer:
         writer.tensors("trained.safetensors", {"a": torch.full((2,), float(step))})
+        torch.save({"step": step}, writer.folder / "optimizer.pt")
         writer.state({"step": step})
     return writer.final
 
@@ -23,7 +24,7 @@ def test_the_last_two_are_kept_and_the_newest_is_found(tmp_path):
     for step in (5, 10, 15):
         write(tmp_path, step)
     assert [p.name for p in checkpoint.folders(tmp_path)] == ["step_00000010", "step_00000015"]
-    newest = checkpoint.find(tmp_path, "auto")
+    newest = checkpoint.find(tmp_path, "auto").folder
     assert checkpoint.read_tensors(newest, "trained.safetensors")["a"].tolist() == [15.0, 15.0]
     assert checkpoint.find(tmp_path / "none", "auto") is None
 
@@ -32,7 +33,7 @@ def test_an_unfinished_checkpoint_is_never_taken_for_one(tmp_path):
     write(tmp_path, 5)
     (tmp_path / ".writing_step_00000010").mkdir()
     (tmp_path / "step_00000011").mkdir()  # no state.json
-    assert checkpoint.find(tmp_path, "auto").name == "step_00000005"
+    assert checkpoint.find(tmp_path, "auto").folder.name == "step_00000005"
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -45,6 +46,82 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path, mo
     with pytest.raises(checkpoint.TrainingError, match="No space left.*step_00000005 is intact"):
         write(tmp_path, 10)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def damage(folder, name, how):
+    path = folder / name
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, caplog, name, how):
+    if (name, how) == ("state.json", "flipped"):
+        how = "cut"
+    for step in (5, 10):
+        write(tmp_path, step)
+    damage(tmp_path / "step_00000010", name, how)
+    with caplog.at_level("WARNING"):
+        found = checkpoint.find(tmp_path, "auto")
+    assert found.folder.name == "step_00000005" and not found.lacking
+    assert f"step_00000010 is damaged ({name}" in caplog.text and "going on from" in caplog.text
+    assert (tmp_path / "damaged_step_00000010").is_dir()
+    write(tmp_path, 8, keep=1)  # a damaged one is not counted among those to keep
+    assert [p.name for p in checkpoint.folders(tmp_path)] == ["step_00000008"]
+
+
+def test_without_a_whole_checkpoint_the_newest_with_its_weights_is_taken(tmp_path, caplog):
+    for step in (5, 10):
+        write(tmp_path, step)
+    damage(tmp_path / "step_00000005", "trained.safetensors", "cut")
+    damage(tmp_path / "step_00000010", "optimizer.pt", "gone")
+    with caplog.at_level("WARNING"):
+        found = checkpoint.find(tmp_path, "auto")
+    assert found.folder.name == "step_00000010" and found.lacking == ("optimizer.pt",)
+    assert not found.has("optimizer.pt") and found.has("trained.safetensors")
+    assert "optimizer.pt is missing" in caplog.text and "begins anew" in caplog.text
+
+
+def test_nothing_but_damaged_checkpoints_is_no_beginning(tmp_path):
+    write(tmp_path, 5)
+    damage(tmp_path / "step_00000005", "trained.safetensors", "flipped")
+    with pytest.raises(
+        ValueError, match="trained.safetensors has other content.*none can be resumed, remove"
+    ):
+        checkpoint.find(tmp_path, "auto")
+    with pytest.raises(ValueError, match="resume: checkpoint .* is damaged .*: use auto"):
+        checkpoint.find(tmp_path, str(tmp_path / "step_00000005"))
+
+
+def test_going_back_does_not_mix_with_later_checkpoints(tmp_path):
+    for step in (5, 10):
+        write(tmp_path, step)
+    with pytest.raises(ValueError, match="step_00000010 is newer and would mix"):
+        checkpoint.find(tmp_path, str(tmp_path / "step_00000005"))
+    assert checkpoint.find(tmp_path / "else", str(tmp_path / "step_00000005")).folder.name == "step_00000005"
+
+
+def test_what_a_kill_left_behind_is_swept(tmp_path):
+    write(tmp_path, 5)
+    for name in (".writing_step_00000006", ".old_step_00000004"):
+        (tmp_path / name).mkdir()
+    checkpoint.sweep(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        with checkpoint.Writer(tmp_path, 5, 1):
+            raise RuntimeError("shapes differ")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(checkpoint.TrainingError, match="see that its disk can be written"):
+        with checkpoint.Writer(tmp_path, 5, 1):
+            raise OSError(30, "Read-only file system")
 
 
 def test_generators_continue_where_they_were(tmp_path):

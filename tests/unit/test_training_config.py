@@ -62,11 +62,75 @@ def test_overrides_are_typed_like_the_file(tmp_path):
         ({"text_lengths": [64], "train_text_encoder": True, "method": "full"}, "for frozen T5 encoders"),
         ({"edit_loss_weight": 2.0, "task": "sd_inpaint"}, "edit_loss_weight is for fill and kontext"),
         ({"save_dtype": "float8"}, "save_dtype is 'float8': use one of float32"),
+        ({"lr": "nan"}, "lr is nan: give a finite number"),
+        ({"lr": float("inf")}, "lr is inf: give a finite number"),
+        ({"guidance": "-inf"}, "guidance is -inf: give a finite number"),
+        ({"lr": -1.0}, "lr is -1.0: it must be 0 or more"),
+        ({"threads": -1}, "threads is -1: it must be 0 or more"),
+        ({"sample_every": -5}, "sample_every is -5: it must be 0 or more"),
+        ({"seed": 10**22}, "seed is 10000000000000000000000: it must be at most 4294967295"),
+        ({"resolution": 1_600_000}, "resolution is 1600000: it must be at most 16384"),
+        ({"prompt_drop": 1.5}, "prompt_drop is 1.5: it must be at most 1"),
+        ({"model": ["a", "b"]}, "model is .'a', 'b'.: it takes one value"),
+        ({"rank": {"a": 1}}, "rank is {'a': 1}: it takes one value"),
+        ({"data": [["a"]]}, "data is .*: it takes a list of values"),
+        ({"target_modules": ["("]}, "target_modules has '.', no regular expression"),
+        ({"output_name": "x" * 300}, "output_name has 300 bytes: use at most 200"),
+        ({"output_name": "a/b"}, "output_name is 'a/b': use a plain file name"),
     ],
 )
 def test_mistakes_are_named_with_the_remedy(values, words):
     with pytest.raises(ValueError, match=words):
         config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"kl_beta": "nan"}, "kl_beta is nan"),
+        ({"clip": -1.0}, "clip is -1.0: it must be 0 or more"),
+        ({"rollout_steps": 10**9}, "rollout_steps is 1000000000: it must be at most 10000"),
+        ({"eval_rows": -1}, "eval_rows is -1: it must be 0 or more"),
+    ],
+)
+def test_numbers_of_reward_training_are_held_to_their_ranges_too(values, words):
+    with pytest.raises(ValueError, match=words):
+        config.from_dict(values, GRPOConfig)
+
+
+def test_numbers_with_a_range_exist_and_are_numbers():
+    from comfyui_diptych.training import grpo_config
+
+    ranges = [config.LOWEST, config.HIGHEST, grpo_config.LOWEST, grpo_config.HIGHEST]
+    defaults = GRPOConfig()
+    for name in (name for table in ranges for names in table.values() for name in names.split()):
+        assert isinstance(getattr(defaults, name), (int, float)), name
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"extends: mine\n", "mine.yaml extends itself"),
+        (b"extends: 5\n", "extends 5: give the name"),
+        (b"5: x\n", "has the key 5: keys are names of options"),
+        (b"- a\n", "not a YAML mapping"),
+        (b"\xff\xfe\x00\x80", "mine.yaml is not UTF-8 text"),
+        (b"data: " + b"[" * 3000, "mine.yaml is n"),
+        (b"data: &a [*a]\n", "data is "),
+        (b"a: !!python/object/apply:os.system [ls]\n", "mine.yaml is not YAML"),
+    ],
+)
+def test_files_that_are_no_recipe_are_named(tmp_path, content, words):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        config.load(str(tmp_path / "mine.yaml"))
+
+
+def test_an_unknown_recipe_says_which_was_probably_meant():
+    with pytest.raises(ValueError, match="did you mean icedit_moe"):
+        config.load("icedit-moe")
+    with pytest.raises(ValueError, match="neither a file nor"):
+        config.load("x" * 5000)
 
 
 def test_unknown_recipe_lists_the_bundled_ones():
