@@ -100,9 +100,9 @@ def _told(folder: Path, wrong: dict[str, str]) -> str:
 def find(root: Path, resume: str) -> Found | None:
     """The checkpoint to resume from, its files verified; None for "" and for "auto" where there is none.
 
-    "auto" takes the newest whole one; where none is whole, the newest that has its weights. Damaged ones that
-    are newer are set aside, and named. Raises ValueError where nothing can be used, or where the named folder
-    is older than a whole one in `root`, with which its successors would mix.
+    "auto" takes the newest whole one; where none is whole, the newest that has its weights. Those in `root`
+    that are newer than the one taken are set aside and named, so that they do not mix with what follows.
+    Raises ValueError where nothing can be used.
     """
     if not resume:
         return None
@@ -121,7 +121,7 @@ def find(root: Path, resume: str) -> Found | None:
         told = "; ".join(_told(folder, what) for folder, what in wrong.items())
         raise ValueError(f"{told}: none can be resumed, remove {root} to begin anew")
     for folder in [folder for folder in wrong if step_of(folder) > step_of(found)]:
-        aside = _set_aside(folder)
+        aside = _set_aside(folder, "damaged")
         logger.warning(
             "%s: going on from %s; it is kept as %s", _told(folder, wrong[folder]), found, aside.name
         )
@@ -138,12 +138,9 @@ def _named(root: Path, folder: Path) -> Found:
         raise ValueError(f"resume: {_told(folder, wrong)}: use auto, which takes the newest whole one")
     if NAME.fullmatch(folder.name) and folder.resolve().parent == root.resolve():
         for newer in [p for p in _all(root) if step_of(p) > step_of(folder)]:
-            if not faults(newer):
-                raise ValueError(
-                    f"resume is {folder}, but {newer} is newer and would mix with what follows: remove it, "
-                    "or choose another output_dir"
-                )
-            _set_aside(newer)
+            logger.warning(
+                "going back to %s: %s is kept as %s", folder, newer, _set_aside(newer, "later").name
+            )
     return _found(folder, wrong)
 
 
@@ -154,11 +151,11 @@ def _found(folder: Path, wrong: dict[str, str]) -> Found:
     return Found(folder, tuple(wrong))
 
 
-def _set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that it is neither resumed nor counted among those to keep."""
-    number, aside = 2, folder.with_name(f"damaged_{folder.name}")
+def _set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint so that it is neither resumed by "auto" nor counted among those to keep."""
+    number, aside = 2, folder.with_name(f"{why}_{folder.name}")
     while aside.exists():
-        number, aside = number + 1, folder.with_name(f"damaged_{folder.name}_{number}")
+        number, aside = number + 1, folder.with_name(f"{why}_{folder.name}_{number}")
     with contextlib.suppress(OSError):
         folder.rename(aside)
     return aside

@@ -98,12 +98,17 @@ def test_nothing_but_damaged_checkpoints_is_no_beginning(tmp_path):
         checkpoint.find(tmp_path, str(tmp_path / "step_00000005"))
 
 
-def test_going_back_does_not_mix_with_later_checkpoints(tmp_path):
+def test_going_back_does_not_mix_with_later_checkpoints(tmp_path, caplog):
     for step in (5, 10):
         write(tmp_path, step)
-    with pytest.raises(ValueError, match="step_00000010 is newer and would mix"):
-        checkpoint.find(tmp_path, str(tmp_path / "step_00000005"))
-    assert checkpoint.find(tmp_path / "else", str(tmp_path / "step_00000005")).folder.name == "step_00000005"
+    five = str(tmp_path / "step_00000005")
+    assert checkpoint.find(tmp_path / "else", five).folder.name == "step_00000005"
+    assert len(checkpoint.folders(tmp_path)) == 2
+    with caplog.at_level("WARNING"):
+        assert checkpoint.find(tmp_path, five).folder.name == "step_00000005"
+    assert "going back" in caplog.text and "is kept as later_step_00000010" in caplog.text
+    assert [p.name for p in checkpoint.folders(tmp_path)] == ["step_00000005"]
+    assert not checkpoint.faults(tmp_path / "later_step_00000010")
 
 
 def test_what_a_kill_left_behind_is_swept(tmp_path):
