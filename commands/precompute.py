@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .stopping import Stop, Stopped
 from .train import TrainingBar
 
 
@@ -47,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
     config = configs.from_dict({**values, "model": args.model, "data": args.data})
     from ..training.precompute import precompute
 
-    with TrainingBar(0) as bar:
-        index = precompute(config, args.output, targets=args.targets, progress=bar.wrap)
+    more = "the same command goes on from here"
+    with Stop(f"stopped: {more}", f"stopping after this batch, {more}") as stop, TrainingBar(0) as bar:
+        index = precompute(
+            config, args.output, targets=args.targets, progress=bar.wrap, should_stop=stop.asked
+        )
+    if stop.signal:
+        raise Stopped(stop.signal, f"{index} lists what is encoded so far; {more}")
     sys.stdout.write(f"{index}\n")
     return 0

@@ -16,7 +16,8 @@ from .data.sample import Sample, fit
 class Arranged:
     """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None;
     touched [1,H,W], where the edit is, if the loss asks for it; edited [h,w], the row's own mask at the size
-    of one panel, of which nothing is encoded; the prompt; whether it is [source | edit]."""
+    of one panel, of which nothing is encoded; the prompt; whether it is [source | edit];
+    whether it shows a finished edit, not the source in its place."""
 
     pixels: Tensor
     prompt: str
@@ -27,6 +28,7 @@ class Arranged:
     weight: float = 1.0
     prior: bool = False
     diptych: bool = False
+    target: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,6 +85,7 @@ class Arranger:
 
     def __call__(self, sample: Sample, generator: Generator) -> Arranged:
         """`generator` draws the random mask of rows that have none."""
+        finished = sample.source is not sample.target
         size = self.sizes[buckets.nearest(*sample.target.shape[:2], self.sizes)]
         policy = "stretch" if self.config.sizing == "squash" else "crop"
         sample = fit(sample, size, policy=policy)
@@ -113,4 +116,5 @@ class Arranger:
             sample.weight,
             sample.prior,
             self.is_diptych(sample),
+            finished,
         )

@@ -63,8 +63,8 @@ ELSEWHERE = {
     "use_ema": "ema",
     "guidance_scale": "guidance (sample_guidance, rollout_guidance where images are made)",
     "num_inference_steps": "sample_steps (rollout_steps of reward training)",
-    "instance_data_dir": "data=[images:FOLDER?prompt=WORDS]",
-    "instance_prompt": "data=[images:FOLDER?prompt=WORDS]",
+    "instance_data_dir": "data=images:FOLDER?prompt=WORDS",
+    "instance_prompt": "data=images:FOLDER?prompt=WORDS",
     "class_data_dir": "class_dir",
     "with_prior_preservation": "class_prompt (prior preservation is on where it is set)",
 }

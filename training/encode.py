@@ -151,7 +151,9 @@ def encode_corpus(
 
 
 def _entry(index: int, variant: int, key: str, item: Arranged) -> Entry:
-    return Entry(index, variant, key, item.prompt, item.size, item.weight, item.prior, item.diptych)
+    return Entry(
+        index, variant, key, item.prompt, item.size, item.weight, item.prior, item.diptych, item.target
+    )
 
 
 def _keep_precomputed(sample: Sample, index: int, latents: Latents, diptych: bool) -> Entry:

@@ -37,9 +37,9 @@ def silent(items: Iterable, label: str) -> Iterable:
 class Entry:
     """One trainable row: example `index` of the source with its mask `variant`, and where its latents are.
 
-    diptych: the image is [source | edit]. target: there is a finished image to learn. text, tokens, ids: of
-    rows that bring their prompt encoded, the key of that embedding, its length, and a hash of its positions
-    if they are not the usual zeros.
+    diptych: the image is [source | edit]. target: there is a finished image, not the source in its place.
+    text, tokens, ids: of rows that bring their prompt encoded, the key of that embedding, its length, and a
+    hash of its positions if they are not the usual zeros.
     """
 
     index: int
@@ -84,7 +84,7 @@ class Corpus:
             c.mask_variants,
             c.seed,
         )
-        more = ("entries 2", *(("touched",) if c.edit_loss_weight else ()))  # 2: what an entry says
+        more = ("entries 3", *(("touched",) if c.edit_loss_weight else ()))  # 3: what an entry says
         self.stamp = stamp(
             self.source.fingerprint, options, self.arranger.template, c.vae_sample, c.edit_masks, *more
         )
@@ -169,12 +169,13 @@ class Batches:
             raise ValueError("no usable row in the data: check the sources")
         self.entries, self.task, self.latents, self.corpus = entries, task, latents, corpus
         self.targets = all(entry.target for entry in entries)
+        self.has_latents = all(entry.target or not entry.text for entry in entries)
         self.longest = _common_length(entries, task)
 
     def __call__(self, numbers: list[int], drop: list[bool]) -> dict[str, Any]:
         """One batch; rows marked in `drop` get the dropped prompt. Floats in float32.
 
-        `latents` is in it only where every entry has a finished image; see `latents_like` for their shape.
+        `latents` is in it unless a precomputed row has none; see `latents_like` for their shape.
         """
         entries = [self.entries[i] for i in numbers]
         prompts = [DROPPED_PROMPT if d else e.prompt for e, d in zip(entries, drop, strict=True)]
@@ -184,7 +185,7 @@ class Batches:
             )
         else:
             rows = [self.latents.picture(e.key) for e in entries]
-            if not self.targets:
+            if not self.has_latents:
                 rows = [{name: value for name, value in row.items() if name != "latents"} for row in rows]
             batch = _stack(rows)
         if not self.task.config.train_text_encoder:

@@ -1,6 +1,6 @@
 """Data for reward training that has no target images: sources with instructions, from a folder or a batch.
 
-The source stands where supervised data has the target; only its size is used (`use_targets: false`).
+The source stands where supervised data has the target; only its size is used.
 """
 
 from __future__ import annotations

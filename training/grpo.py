@@ -71,6 +71,10 @@ class GRPOTrainer(Trainer):
         return self.judges.setdefault(id(batches), Judge(self.rewards, batches, self.config.use_targets))
 
     def _prepare_model(self) -> None:
+        if self.config.needs_targets and not self.batches.targets:
+            raise ValueError(
+                "data_rows learns target images, but rows of the data have none: set data_rows: 0"
+            )
         for batches in (self.batches, self.sample_batches) if self.config.eval_rows else (self.batches,):
             self.judge_of(batches).check()
         super()._prepare_model()

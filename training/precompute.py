@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .data.broken import Broken, BrokenSample
 from .data.cache import fingerprint
 from .data.precomputed import index_row, is_written, write_index, write_row
 from .data.sample import Sample, stamp
+from .disk import check_folder, check_room
 from .encode import PIXELS
 from .feed import Corpus, Progress, silent
 from .tasks import make_task
@@ -41,12 +42,14 @@ def precompute(
     targets: bool = False,
     device: torch.device | str | None = None,
     progress: Progress = silent,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Encode every example of the configuration's data once; returns the index file.
 
-    targets: write the latents of the finished images too, for supervised training. What is there already is
-    kept, so an interrupted run goes on; however it ends, the index lists what is complete. Raises ValueError
-    for a configuration or data that cannot be written so, and for a folder that holds something else.
+    targets: write the latents of the finished images too, for supervised training. should_stop: asked after
+    every group of rows. What is there already is kept, so an interrupted run goes on; however it ends, the
+    index lists what is complete. Raises ValueError for a configuration or data that cannot be written so, a
+    folder that holds something else, and a disk without room.
     """
     _check(config, folder)
     task = make_task(config, device or default_device())
@@ -56,11 +59,19 @@ def precompute(
     facts = (corpus.stamp, fingerprint(task.vae), task.text_fingerprint(), config.cache_dtype, targets)
     _claim(folder, stamp(*facts))
     listed: dict[str, dict[str, Any]] = {}
+    room_checked = False
     try:
         for group in _groups(corpus, config, targets, folder, listed, progress):
             encoded = _encode(task, [item for _, item in group], targets)
-            for (file, _), parts in zip(group, encoded, strict=True):
-                write_row(folder, file, {name: value.to(dtype) for name, value in parts.items()})
+            rows = [{name: value.to(dtype) for name, value in parts.items()} for parts in encoded]
+            if not room_checked:
+                needed = sum(value.nbytes for value in rows[0].values()) * _missing(corpus, folder, targets)
+                check_room(folder, needed, f"output {folder}")
+                room_checked = True
+            for (file, _), parts in zip(group, rows, strict=True):
+                write_row(folder, file, parts)
+            if should_stop():
+                break
     finally:
         complete = [row for file, row in listed.items() if is_written(folder, file, targets)]
         index = write_index(folder, complete) if complete else folder / "index.json"
@@ -72,8 +83,7 @@ def _check(config: TrainConfig, folder: Path) -> None:
         raise ValueError(f"task is {config.task!r}: the precomputed format is FLUX Fill's, set task=fill")
     if config.text_lengths or config.class_prompt or config.edit_loss_weight:
         raise ValueError("text_lengths, class_prompt and edit_loss_weight need images: leave them out")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file: name a folder")
+    check_folder(folder)
     if (folder / "index.json").exists() and not (folder / NOTE).is_file():
         raise ValueError(f"output {folder} holds an index.json of another origin: name an empty folder")
 
@@ -89,6 +99,12 @@ def _claim(folder: Path, facts: str) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps({"made_of": facts}) + "\n", encoding="utf-8")
+
+
+def _missing(corpus: Corpus, folder: Path, targets: bool) -> int:
+    """About how many rows are still to be written."""
+    indices = set(corpus.places().values())
+    return sum(not is_written(folder, f"fill_{index}.pt", targets) for index in indices)
 
 
 def _groups(

@@ -278,6 +278,30 @@ def test_prompt_image_mask_rows_are_improved_by_reward(task, preset, root, tmp_p
     assert moved(out / f"grpo_{preset}.safetensors").reward
 
 
+@pytest.mark.parametrize("kind", ["images", "jsonl"])
+def test_data_without_finished_images_says_so_by_itself(kind, root, tmp_path, capsys):
+    """Sources with instructions: nothing is taken for the target image, with no option to be set for it."""
+    from comfyui_diptych.training.data.sources import open_source
+
+    data = f"images:{root / 'pairs'}?edit=true"
+    if kind == "jsonl":
+        rows = [{"prompt": "make it red", "image": str(root / "pairs" / f"{n}_source.png")} for n in range(4)]
+        (tmp_path / "s.jsonl").write_text(
+            "\n".join(json.dumps(row | {"source": row["image"]}) for row in rows)
+        )
+        data = f"jsonl:{tmp_path / 's.jsonl'}"
+    sample = open_source(data)[0]
+    assert sample.source is sample.target
+    options = {**REWARD, "task": "kontext", "model": model("kontext"), "data": [data], "max_steps": 1}
+    out = command("grpo", "grpo_fast", tmp_path / "out", rewards=["jpeg_size", "shapes"], **options)
+    assert moved(out / "grpo_fast.safetensors").reward
+    argv = [f"--set={key}={json.dumps(value)}" for key, value in (QUICK | options).items()]
+    argv += [f"--set=output_dir={tmp_path / 'two'}", "--set=rewards=[jpeg_size]", "--set=data_rows=2"]
+    capsys.readouterr()
+    assert cli.main(["grpo", "grpo_fast", *argv]) == 2
+    assert "rows of the data have none" in capsys.readouterr().err
+
+
 def test_a_row_offers_what_the_notes_data_set_returns(root):
     from comfyui_diptych.training.data.sources import open_source
 

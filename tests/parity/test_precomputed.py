@@ -4,6 +4,8 @@ caption, no finished image."""
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 
 import pytest
 import torch
@@ -110,6 +112,24 @@ def test_every_preset_rolls_out_judges_and_learns(write, tmp_path, preset):
     weights = lora.read(tmp_path / "out" / f"grpo_{preset}.safetensors")
     assert any(module.dense().abs().max() > 0 for module in weights.modules.values())
     assert (tmp_path / "out" / "before_after.png").is_file()
+
+
+def test_ten_updates_raise_the_reward(write, tmp_path, monkeypatch):
+    from comfyui_diptych.training.rewards import base
+
+    class Bright(base.Reward):
+        name = "bright"
+
+        def _score(self, images, prompts, sources, masks, targets):
+            return images.mean((1, 2, 3))
+
+    monkeypatch.setitem(base._REGISTRY, "bright", Bright)
+    options = {**QUICK, "rewards": ["bright"], "group_size": 4, "micro_batch": 8, "groups_per_update": 2}
+    options |= {"data": [write(sizes=((8, 8),) * 4)[0]], "output_dir": str(tmp_path / "out"), "max_steps": 10}
+    assert command("grpo", "grpo_fast", **options, lr=2e-3, rollout_steps=2, save_every=100) == 0
+    lines = (tmp_path / "out" / "rewards.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward/bright"] for line in lines]
+    assert len(rewards) == 10 and min(rewards[-2:]) > max(rewards[:2]) + 0.1
 
 
 def test_supervised_training_says_in_one_sentence_why_it_cannot(write, tmp_path, capsys):
@@ -333,14 +353,15 @@ def test_an_interrupted_precompute_goes_on_and_never_mixes(encoded, pairs, tmp_p
     written, write_row = [], module.write_row
 
     def stop_after_two(folder, file, parts):
-        if len(written) == 2:
-            raise KeyboardInterrupt
         written.append(file)
         write_row(folder, file, parts)
+        if len(written) == 2:
+            signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "write_row", stop_after_two)
-        precompute(f"pairs:{pairs}", tmp_path, "--set", "encode_batch=1")
+        assert precompute(f"pairs:{pairs}", tmp_path, "--set", "encode_batch=1") == 143
+    assert "the same command goes on" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "index.json").read_text())) == 2
     monkeypatch.setattr(module, "write_row", lambda *args: written.append(args[1]) or write_row(*args))
     assert precompute(f"pairs:{pairs}", tmp_path) == 0
@@ -370,6 +391,13 @@ def test_a_stroke_thinner_than_a_cell_is_still_repainted_and_targets_train(pairs
         hidden = trainer.task.latents(picture * (1 - batch["mask"].float()))
     assert torch.allclose(batch["masked_latents"], hidden, atol=1e-5) and batch["weight"] == 2
     trainer.train_step()
+
+
+def test_a_disk_without_room_is_found_before_rows_are_written(pairs, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert precompute(f"pairs:{pairs}", tmp_path / "out") == 2
+    assert "its disk has 1 kB left" in capsys.readouterr().err and not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize(

@@ -232,10 +232,11 @@ class JsonLines:
             self._file(row, key, index) for key in ("image", "mask", "source")
         )
         image = read_image(image_path, name)
+        source = read_image(source_path, name) if source_path and source_path != image_path else None
         return Sample(
             prompt,
             image,
-            read_image(source_path, name) if source_path else None,
+            image if source_path == image_path else source,
             _mask(mask_path, name, image),
             name=name,
             image_path=image_path,

@@ -23,7 +23,6 @@ that needs more is refused.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from pathlib import Path
 import torch
 
 from ...models.prompt import instruction_of
+from ..disk import write_whole
 from .broken import BrokenSample
 from .sample import Sample, stamp
 
@@ -165,9 +165,8 @@ def write_row(folder: Path, file: str, parts: dict[str, torch.Tensor]) -> None:
     for part, tensor in parts.items():
         path = folder / _PARTS[part][1] / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        torch.save(tensor.detach().cpu().contiguous().clone(), partial)
-        os.replace(partial, path)
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        write_whole(path, lambda partial, plain=plain: torch.save(plain, partial))
 
 
 def is_written(folder: Path, file: str, targets: bool) -> bool:
@@ -184,9 +183,8 @@ def index_row(caption: str, file: str, targets: bool) -> dict[str, str]:
 def write_index(folder: Path, rows: list[dict]) -> Path:
     """`index.json` of these rows, replaced in one go."""
     path = folder / "index.json"
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
 
 

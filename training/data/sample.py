@@ -26,7 +26,8 @@ LARGEST = 2**24  # pixels of a training image in memory, 4096 x 4096: more than 
 class Sample:
     """Images are float32 [H,W,3] in 0..1, masks float32 [H,W] with 1 = repaint.
 
-    `source` is the picture before an edit (None for inpainting data), `target` the picture to learn,
+    `source` is the picture before an edit (None for inpainting data), `target` the picture to learn (the same
+    object where there is none yet: data for reward training),
     `prompt` the instruction (edits) or the caption (inpainting), `caption` the target's description where
     known, `mask` the region that changes or the hole (None where the data has none). `encoded` is set, and
     `target` None, for precomputed data (`precomputed.Encoded`). `literal`: the prompt is not to be put into
