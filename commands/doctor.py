@@ -24,7 +24,10 @@ COMFYUI = "0.3.64"
 HUB_MODELS = {
     "FLUX.1 Fill": "black-forest-labs/FLUX.1-Fill-dev",
     "FLUX.1 Kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+    "SD inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
+WORDS = {"SD inpainting": "inpaint"}  # in its file names, where it is not the last of the name
+KINDS = ("diffusion_models", "unet", "checkpoints")
 ICEDIT_LORA = "RiverZ/normal-lora"
 
 
@@ -67,7 +70,7 @@ def examine() -> Iterator[tuple[str, Iterable[Finding]]]:
     yield "Compute", compute()
     comfyuis = installed.comfyui_folders()
     yield "ComfyUI", comfyui(comfyuis)
-    yield "Models", [*tiny(), *flux_models(comfyuis)]
+    yield "Models", [*tiny(), *base_models(comfyuis)]
 
 
 def python() -> Finding:
@@ -168,25 +171,30 @@ def tiny() -> Iterator[Finding]:
     from ..models import tiny as bundled
 
     folder = bundled.folder()
-    found = [name for name in ("fill", "kontext") if (folder / name / "model_index.json").is_file()]
-    if len(found) < 2:
-        yield Finding("missing", f"bundled tiny models are not in {folder}", "reinstall the whole pack")
+    names = ("fill", "kontext", "sd_inpaint")
+    found = [name for name in names if (folder / name / "model_index.json").is_file()]
+    if len(found) < len(names):
+        lost = ", ".join(name for name in names if name not in found)
+        yield Finding(
+            "missing", f"bundled tiny models ({lost}) are not in {folder}", "reinstall the whole pack"
+        )
         return
     trained = bundled.card().get("trained")
     what = f"bundled tiny models: {', '.join(found)} ({'trained' if trained else 'untrained'})"
     yield Finding("ok", what, "" if trained else "their pictures are noise until they are trained")
 
 
-def flux_models(comfyuis: list[Path]) -> Iterator[Finding]:
+def base_models(comfyuis: list[Path]) -> Iterator[Finding]:
     for name, hub_id in HUB_MODELS.items():
         folder = installed.cached_model(hub_id)
-        files = _named(comfyuis, name.split()[-1].lower(), "diffusion_models", "unet", "checkpoints")
+        files = _named(comfyuis, WORDS.get(name, name.split()[-1].lower()), *KINDS)
         if folder:
             yield Finding("ok", f"{name} for the command line: {folder}")
         if files:
             yield Finding("ok", f"{name} for ComfyUI: {', '.join(str(path) for path in files[:3])}")
         if not folder and not files:
-            remedy = f"accept its licence at https://huggingface.co/{hub_id}, then: hf download {hub_id}"
+            first = f"accept its licence at https://huggingface.co/{hub_id}, then: " if "FLUX" in name else ""
+            remedy = f"{first}hf download {hub_id}"
             yield Finding("missing", f"{name} is not on this machine", remedy)
     loras = [path for comfyui in comfyuis for path in installed.model_files(comfyui, "loras")]
     if loras:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import installed
+from .. import missing
 
 LONGEST = 700  # letters; libraries append whole pages
 NETWORK = ("requests", "httpx", "httpx2", "httpcore", "urllib3", "aiohttp", "socket", "ssl")
@@ -60,13 +59,6 @@ def explain(error: BaseException) -> Failure:
     )
 
 
-def pip_install() -> str:
-    """The command that installs what the pack needs into the Python that runs it."""
-    file = installed.PACK / "requirements.txt"
-    what = f'-r "{file}"' if file.is_file() else "comfyui-diptych"
-    return f'"{sys.executable}" -m pip install {what}'
-
-
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
@@ -85,17 +77,7 @@ def _names(error: BaseException) -> set[str]:
 
 
 def _missing(error: BaseException) -> str:
-    if not isinstance(error, ImportError):
-        return ""
-    name = (error.name or "").split(".")[0]
-    if isinstance(error, ModuleNotFoundError) and name and not error.name.startswith("comfyui_diptych"):
-        train = {"datasets", "prodigyopt", "tensorboard", "yaml", "bitsandbytes"}
-        package = {"yaml": "pyyaml", "PIL": "pillow"}.get(name, name)
-        remedy = f'"{sys.executable}" -m pip install {package}' if name in train else pip_install()
-        if name == "torch":
-            remedy = "install PyTorch for your machine, see https://pytorch.org"
-        return f"{package} is not installed: {remedy}"
-    return f"a library cannot be imported ({error}): {pip_install()} --upgrade, and see diptych doctor"
+    return missing.sentence(error) if isinstance(error, ImportError) else ""
 
 
 def _memory(error: BaseException) -> str:

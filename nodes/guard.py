@@ -12,6 +12,8 @@ import inspect
 import math
 from typing import Any
 
+from .. import missing
+
 LONGEST = 60  # characters of a value that an error repeats
 
 
@@ -31,6 +33,8 @@ def guard(cls: type) -> type:
             if type(error) is ValueError:
                 raise
             raise ValueError(str(error)) from error
+        except ImportError as error:
+            raise ImportError(missing.sentence(error), name=error.name) from error
 
     return type(
         cls.__name__, (cls,), {cls.FUNCTION: run, "__doc__": cls.__doc__, "__module__": cls.__module__}

@@ -101,7 +101,11 @@ class TrainConfig:
 
     # what
     task: str = option("fill", "fill | kontext | sd_inpaint: which model family and training target.")
-    model: str = option("", "Base model: a diffusers folder or hub id with VAE and text encoders beside it.")
+    model: str = option(
+        "",
+        "Base model: a diffusers folder or hub id with VAE and text encoders beside it; tiny:fill, "
+        "tiny:kontext and tiny:sd_inpaint are the bundled ones.",
+    )
     init: str = option("pretrained", "pretrained, or random: build the denoiser from its config.json only.")
     init_from: str = option(
         "",
@@ -255,6 +259,9 @@ class TrainConfig:
     resume: str = option("", "auto: newest checkpoint of output_dir if any; or a checkpoint folder.")
 
     def __post_init__(self) -> None:
+        for name in ("model", "init_from", "init_lora"):
+            setattr(self, name, bundled(getattr(self, name)))
+        self.fuse_loras = [bundled(text) for text in self.fuse_loras]
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -306,6 +313,13 @@ class TrainConfig:
     @property
     def alpha(self) -> float:
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+
+def bundled(text: str) -> str:
+    """`tiny:NAME` as the path of that file or folder of the tiny models; other texts as they are."""
+    from ..models import tiny
+
+    return str(tiny.folder() / text.removeprefix("tiny:")) if text.startswith("tiny:") else text
 
 
 def check_numbers(config: Any, lowest: dict[float, str], highest: dict[float, str]) -> None:

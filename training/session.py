@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..models.flux import read_config
-from . import pictures
+from . import disk, pictures
 from .config import TrainConfig, load
 
 RECIPES = {"fill": "icedit", "kontext": "kontext", "sd_inpaint": "sd_inpaint_dreambooth"}
@@ -91,8 +91,7 @@ def is_small(model: str | Path) -> bool:
 
 def check_name(choices: Choices) -> None:
     """Raise ValueError for a name that is no plain file name, or a precision there is not."""
-    if not choices.name or Path(choices.name).name != choices.name or choices.name.startswith("."):
-        raise ValueError(f"output name is {choices.name!r}: use a plain file name without folders")
+    disk.check_name(choices.name, "output name")
     if choices.precision not in PRECISIONS:
         raise ValueError(f"precision is {choices.precision!r}: use one of {', '.join(PRECISIONS)}")
 

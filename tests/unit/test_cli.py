@@ -284,6 +284,7 @@ def test_the_doctor_is_content_without_comfyui_and_models(monkeypatch, tmp_path,
     said = capsys.readouterr().out
     assert "no ComfyUI found" in said
     assert "FLUX.1 Fill is not on this machine" in said
+    assert "bundled tiny models (fill, kontext, sd_inpaint) are not in" in said
     assert "The pack can run." in said
 
 
@@ -345,8 +346,9 @@ def test_downloaded_models_and_loras_are_found(monkeypatch, tmp_path):
         path = comfyui / "models" / name
         path.parent.mkdir(parents=True)
         path.touch()
-    found = list(doctor.flux_models([comfyui]))
-    assert [finding.state for finding in found] == ["ok", "ok", "ok"]
+    found = list(doctor.base_models([comfyui]))
+    assert [finding.state for finding in found] == ["ok", "ok", "missing", "ok"]
+    assert "SD inpainting" in found[2].what and "hf download" in found[2].remedy
 
 
 def test_the_help_text_loads_nothing_heavy(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,16 @@ def test_every_bundled_recipe_parses(path):
     kind = GRPOConfig if "algorithm" in values else config.TrainConfig
     if values.get("task") in config.TASKS:
         assert config.from_dict(values, kind).recipe == path.stem
+
+
+@pytest.mark.parametrize("path", sorted(config.RECIPES.glob("grpo_tiny_*.yaml")), ids=lambda p: p.stem)
+def test_recipes_of_the_bundled_models_find_them_from_any_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = config.from_dict(config.read(path.stem), GRPOConfig)
+    assert (Path(made.model) / "model_index.json").is_file()
+    assert all(Path(name).is_file() for name in [made.init_lora, *made.fuse_loras] if name)
+    fused = config.from_dict({"fuse_loras": ["tiny:loras/icedit.safetensors:0.5"]}).fuse_loras[0]
+    assert fused.endswith("loras/icedit.safetensors:0.5") and Path(fused.rpartition(":")[0]).is_file()
 
 
 def test_icedit_recipe_is_the_papers():

@@ -232,6 +232,12 @@ def _open(spec: str | Source, seed: int, limit: int) -> tuple[Source, float | No
         raise ValueError(
             f"data source {str(spec)!r} has an option that {kind} does not know ({error})"
         ) from None
+    except ValueError as error:
+        if kind != "shapes":
+            raise
+        raise ValueError(
+            f"data source {str(spec)!r}: write shapes:COUNT, all numbers whole ({error})"
+        ) from None
     if not len(source):
         raise ValueError(f"data source {str(spec)!r} holds no examples: check the location and the options")
     return (First(source, limit) if limit else source), weight

@@ -42,7 +42,7 @@ class CallableReward(Reward):
         module, _, attribute = target.partition(":")
         try:
             function = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever a module of the user's may raise when it is imported
             raise ValueError(
                 f"reward {target!r} cannot be imported ({error}): write module:function."
             ) from error
