@@ -4,13 +4,27 @@ A node is a schema, its validation, one call into `models/`, `samplers/` or `tra
 A new node goes into the file of its menu, at the end of that file's `NODES` list.
 """
 
-from . import best_of, conditioning, diptych, grpo, lora, masks, rewards, sampling, score, tiny, training
+from . import (
+    best_of,
+    conditioning,
+    diptych,
+    grpo,
+    lora,
+    masks,
+    outpaint,
+    rewards,
+    sampling,
+    score,
+    tiny,
+    training,
+)
 from .guard import guard
 
 NODE_CLASSES = [
     *diptych.NODES,
     *masks.NODES,
     *conditioning.NODES,
+    *outpaint.NODES,
     *lora.NODES,
     *sampling.NODES,
     *best_of.NODES,

@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import pixels
 from ..geometry import Box
@@ -61,8 +60,7 @@ def crop_context(
     spots = tuple(_around(hole, region, shape) for hole in holes)
     crops = torch.cat([item[None, at.rows, at.columns] for item, at in zip(image, spots, strict=True)])
     parts = torch.cat([item[None, at.rows, at.columns] for item, at in zip(mask, spots, strict=True)])
-    parts = pixels.resize_mask(parts, *map(min, crop_size, region))
-    parts = F.interpolate(parts[:, None], crop_size, mode="nearest-exact")[:, 0]
+    parts = pixels.resize_mask(parts, *crop_size)
     whole = Box(0, 0, *shape)
     layout = CanvasLayout(
         source_size=shape,

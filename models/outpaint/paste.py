@@ -14,6 +14,7 @@ from .pyramid import push_pull
 
 RING = 16  # pixels around the seam that colours are compared on
 CELL = 8  # pixels; the comparison is averaged on a grid of these squares
+OUTLIER = 24 / 255  # of a channel; VAEs shift colours by less
 SMOOTHING = 64  # rounds on that grid; the pyramid's start is right far away, these are for the seam
 
 
@@ -62,12 +63,12 @@ def paste_back(
     pictures = pixels.repeat_batch(_lay(original, layout), 1 if join else count).clone()
     for item in range(count):
         spot = layout.spots[item % len(layout.spots)]
-        patch = pixels.resize_image(result[item % len(result)][None], spot.height, spot.width)
+        patch = pixels.resize_image(result[item % len(result)][None], spot.height, spot.width)[0]
         part = pictures[0 if join else item, spot.rows, spot.columns, :3]
         share = weight[item % len(weight), spot.rows, spot.columns]
         if match_colour:
-            patch = matched(patch, part[None], share[None])
-        part.copy_(torch.lerp(part, patch[0].to(part), share[..., None].to(part).expand_as(part)))
+            patch = matched(patch, part, share)
+        part.copy_(torch.lerp(part, patch.to(part), share[..., None].to(part).expand_as(part)))
     return pictures
 
 
@@ -135,19 +136,26 @@ def _lay(original: Tensor, layout: CanvasLayout) -> Tensor:
 
 
 def matched(patch: Tensor, original: Tensor, weight: Tensor) -> Tensor:
-    """The patch [B,h,w,3] with its colours moved to meet the original's along the edge of `weight` [B,h,w].
+    """The patch [h,w,3] with its colours moved to meet the original's along the edge of `weight` [h,w].
 
     The difference is averaged over squares of a ring of known pixels and continued smoothly everywhere else.
+    Where it is far from its median the model drew something else, which says nothing of its colours.
     """
     known = weight <= 0
-    ring = (known & (pixels.distance((~known).float(), RING) <= RING)).to(patch)[:, None]
-    difference = (original.to(patch) - patch).movedim(-1, 1) * ring
-    height, width = weight.shape[1:]
+    ring = known & (pixels.distance((~known).float()[None], RING)[0] <= RING)
+    if not bool(ring.any()):
+        return patch
+    difference = original.to(patch) - patch
+    usual = difference[ring].median(dim=0).values
+    ring = ring & ((difference - usual).abs().amax(dim=-1) <= OUTLIER)
+    share = ring.to(patch)[None, None]
+    height, width = weight.shape
     padding = (0, -width % CELL, 0, -height % CELL)
-    total, share = (F.avg_pool2d(F.pad(plane, padding), CELL) for plane in (difference, ring))
+    planes = difference.movedim(-1, 0)[None] * share
+    total, share = (F.avg_pool2d(F.pad(plane, padding), CELL) for plane in (planes, share))
     offset = _membrane(total / share.clamp(min=1e-12), share > 0)
     offset = F.interpolate(offset, scale_factor=CELL, mode="bilinear", align_corners=False)
-    return (patch + offset[..., :height, :width].movedim(1, -1)).clamp(0, 1)
+    return (patch + offset[0, :, :height, :width].movedim(0, -1)).clamp(0, 1)
 
 
 def _membrane(values: Tensor, known: Tensor) -> Tensor:

@@ -182,6 +182,19 @@ def test_matching_follows_a_shift_that_changes_along_the_seam():
     assert float((finished - truth)[:, :, 128].abs().max()) <= 2 / 255  # of up to 8
 
 
+def test_what_the_model_drew_anew_beside_the_seam_is_no_shift_of_colour():
+    truth = gradient(128, 192) * 0.5
+    image = truth[:, :, :128]
+    canvas, mask, layout = expand(image, right=64, multiple=1)
+    result = truth + 6 / 255
+    result[:, 50:70, 115:150] = 0.9
+    finished = paste_back(result, image, layout, mask, match_colour=True)
+    away = torch.ones(128, dtype=torch.bool)
+    away[50:70] = False
+    assert float((finished - truth)[:, away, 128:].abs().max()) <= 1 / 255
+    assert float((finished[:, 50:70, 128:150] - 0.9).abs().max()) <= 7 / 255
+
+
 def test_feather_reaches_no_farther_than_it_says():
     image = photo(60, 80)
     mask = torch.zeros(1, 60, 80)

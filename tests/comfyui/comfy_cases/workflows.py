@@ -172,6 +172,28 @@ def the_demo_as_shipped_makes_the_edit_it_asks_for(host, name):
     assert host.run(prompt).kept["success"] == 1.0
 
 
+@case(each=lambda: ["outpaint_tiny", "context_crop_tiny"])
+def what_an_outpaint_does_not_repaint_is_the_picture_itself(host, name):
+    prompt = convert(host, name)
+    number = {node["class_type"]: key for key, node in prompt.items()}
+    kept = {"picture": [number["DiptychDemoImage"], 0], "finished": [number["DiptychPasteBack"], 0]}
+    if name == "context_crop_tiny":
+        kept["mask"] = [number["DiptychDemoImage"], 2]
+    for key, value in kept.items():
+        prompt[f"keep {key}"] = {"class_type": "TestKeepValue", "inputs": {"value": value, "name": key}}
+    run = host.run(prompt)
+    picture, finished = run.kept["picture"], run.kept["finished"]
+    height, width = picture.shape[1:3]
+    if name == "outpaint_tiny":
+        assert tuple(finished.shape[1:3]) == (64, 96)
+        known = torch.ones(1, height, width, dtype=torch.bool)
+    else:
+        assert finished.shape == picture.shape == (1, 128, 128, 3)
+        known = run.kept["mask"] == 0
+        assert not torch.equal(finished, picture)
+    assert torch.equal(finished[:, :height, :width][known], picture[known])
+
+
 @case
 def the_reward_trained_lora_mends_the_edit_that_its_workflow_shows(host):
     prompt = convert(host, "grpo_lora_tiny")
