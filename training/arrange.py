@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from ..models.geometry import CROPPED, STRETCHED, distortion
 from .data import buckets, masks
+from .data.broken import BrokenSample
 from .data.sample import Sample, fit
 
 
@@ -55,6 +57,8 @@ class Arranger:
         self.sizes = [(config.resolution, config.resolution)]
         if config.sizing == "buckets":
             self.sizes = buckets.bucket_sizes(config.resolution**2, multiple=config.bucket_step)
+        self.squash = config.sizing == "squash"
+        self._bent: dict[str, float] = {}  # images whose aspect is far from that of their size, and how far
 
     def is_diptych(self, sample: Sample) -> bool:
         """Whether source and target go side by side. Raises ValueError if they should but there is no
@@ -83,12 +87,40 @@ class Arranger:
             else sample.prompt
         )
 
+    def report(self) -> str:
+        """What sizing did to images whose aspect it does not keep; "" if there was none."""
+        if not self._bent:
+            return ""
+        name, factor = max(self._bent.items(), key=lambda item: item[1])
+        if self.squash:
+            return (
+                f"{len(self._bent)} images were stretched by more than 5 % of their aspect, most of all "
+                f"{name} (by {factor - 1:.0%}): sizing=buckets keeps it"
+            )
+        return (
+            f"{len(self._bent)} images lost more than a tenth of a side by cropping, most of all {name} "
+            f"({1 - 1 / factor:.0%}): crop them to what matters"
+        )
+
+    def _fitted(self, sample: Sample) -> Sample:
+        """The sample at the size of nearest aspect. Raises BrokenSample if nothing of its mask is left."""
+        frame = tuple(sample.target.shape[:2])
+        size = self.sizes[buckets.nearest(*frame, self.sizes)]
+        factor = distortion(frame, size)
+        if factor > (STRETCHED if self.squash else CROPPED):
+            self._bent[sample.name] = factor
+        fitted = fit(sample, size, policy="stretch" if self.squash else "crop")
+        if sample.mask is not None and bool(sample.mask.any()) and not bool(fitted.mask.any()):
+            raise BrokenSample(
+                sample.name, "its mask lies wholly in the borders that are cropped: use sizing=squash"
+            )
+        return fitted
+
     def __call__(self, sample: Sample, generator: Generator) -> Arranged:
-        """`generator` draws the random mask of rows that have none."""
+        """`generator` draws the random mask of rows that have none. Raises BrokenSample."""
         finished = sample.source is not sample.target
-        size = self.sizes[buckets.nearest(*sample.target.shape[:2], self.sizes)]
-        policy = "stretch" if self.config.sizing == "squash" else "crop"
-        sample = fit(sample, size, policy=policy)
+        sample = self._fitted(sample)
+        size = tuple(sample.target.shape[:2])
         pixels, mask, reference, touched = _model_pixels(sample.target), None, None, None
         if self.is_diptych(sample):
             repaint = sample.mask if sample.mask is not None and self.config.edit_masks else torch.ones(size)

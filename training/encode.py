@@ -146,8 +146,9 @@ def encode_corpus(
                 encode(group)
     finally:  # an interrupted run keeps what it has encoded
         write()
-    if message := broken.close():
-        logger.warning(message)
+    for message in (broken.close(), corpus.arranger.report()):
+        if message:
+            logger.warning(message)
 
 
 def _entry(index: int, variant: int, key: str, item: Arranged) -> Entry:
@@ -239,6 +240,7 @@ def list_corpus(corpus: Corpus) -> list[Entry]:
         if isinstance(rows, Sample):
             raise ValueError("cache is off but the data is precomputed: set cache: true")
         by_first[index] = [_entry(index, v, image_key(r.pixels, ""), r) for v, r in enumerate(rows)]
-    if message := broken.close():
-        logger.warning(message)
+    for message in (broken.close(), corpus.arranger.report()):
+        if message:
+            logger.warning(message)
     return [entry for first in places.values() for entry in by_first.get(first, [])]

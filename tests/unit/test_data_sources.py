@@ -476,3 +476,19 @@ def test_captioned_images_are_a_source_and_without_words_broken(tmp_path):
     assert open_source(f"images:{tmp_path}?edit=true")[0].source is not None
     with pytest.raises(BrokenSample, match="b.txt with the words is missing"):
         source[1]
+
+
+def test_an_image_is_not_its_own_mask(tmp_path):
+    """ComfyUI's mask editor hides the painted part under alpha, where nothing is read."""
+    picture(3).save(tmp_path / "a.png")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "p", "image": "a.png", "mask": "a.png"}))
+    with pytest.raises(BrokenSample, match="image and mask are one file"):
+        open_source(f"jsonl:{tmp_path / 'd.jsonl'}")[0]
+
+
+def test_instructions_that_are_no_text_are_broken_rows(tmp_path):
+    table(tmp_path, source_img=[picture(1)] * 2, target_img=[picture(2)] * 2, instruction=[5, None])
+    source = open_source(f"magicbrush:{tmp_path}")
+    for index in range(2):
+        with pytest.raises(BrokenSample, match="instruction is empty or no text"):
+            source[index]

@@ -231,6 +231,10 @@ class JsonLines:
         image_path, mask_path, source_path = (
             self._file(row, key, index) for key in ("image", "mask", "source")
         )
+        if mask_path == image_path:
+            raise BrokenSample(
+                name, "image and mask are one file: what its alpha hides is not read, save the mask by itself"
+            )
         image = read_image(image_path, name)
         source = read_image(source_path, name) if source_path and source_path != image_path else None
         return Sample(

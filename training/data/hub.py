@@ -71,6 +71,11 @@ def column_names(file: Path) -> list[str]:
     return parquet.read_schema(file).names
 
 
+def _words(value: object) -> str:
+    """A text without the space around it; "" for what is no text."""
+    return value.strip() if isinstance(value, str) else ""
+
+
 class MagicBrush:
     """Columns source_img, target_img, instruction.
 
@@ -99,8 +104,8 @@ class MagicBrush:
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self._table[index], self.name(index)
-        if not (prompt := (row["instruction"] or "").strip()):
-            raise BrokenSample(name, "the instruction is empty")
+        if not (prompt := _words(row["instruction"])):
+            raise BrokenSample(name, "the instruction is empty or no text")
         source, target = (self._cut(read_image(row[key], name)) for key in ("source_img", "target_img"))
         return Sample(prompt, target, source, name=name)
 
@@ -142,11 +147,10 @@ class OmniEdit:
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self._table[index], self.name(index)
-        wordings = [
-            wording.strip() for wording in row["edited_prompt_list"] or [] if wording and wording.strip()
-        ]
+        listed = row["edited_prompt_list"]
+        wordings = list(filter(None, map(_words, listed if isinstance(listed, list) else [listed])))
         if not wordings:
-            raise BrokenSample(name, "edited_prompt_list is empty")
+            raise BrokenSample(name, "edited_prompt_list is empty or no list of texts")
         digest = hashlib.sha256("\0".join([str(self._seed), *wordings]).encode()).digest()
         prompt = wordings[int.from_bytes(digest[:8], "little") % len(wordings)]
         source, target = (read_image(row[key], name) for key in ("src_img", "edited_img"))
