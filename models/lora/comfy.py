@@ -86,7 +86,7 @@ def apply_to_comfy(
         if window is not None and layer is not None and hasattr(layer[1], "in_features"):
             deltas[path] = target[0].rpartition(".")[0], _whole_delta(tensor, target)
             continue
-        patches.append((_patch_key(target), _ChangeAdapter(tensor)))
+        patches.append((_patch_key(target), _ChangeAdapter.of(tensor)))
         if window is not None:
             notes.append(f"{path} is no linear layer's: it stays active outside the sigma window")
     refuse_if_nothing_fits(weights, len(loaded), layers.model_name)
@@ -120,9 +120,7 @@ def _add_patches(model, patches: list[tuple[object, object]], strength: float) -
             else:
                 batch[key] = patch
         accepted = set(model.add_patches(batch, strength))
-        if lost := [
-            k for k in batch if k not in accepted and (k if isinstance(k, str) else k[0]) not in accepted
-        ]:
+        if lost := [key for key in batch if key not in accepted]:
             raise LoraError(
                 f"ComfyUI refused the patch of {lost[0]}: use the loader the model itself came from"
             )
@@ -239,7 +237,7 @@ def _adapter(module: Module, width: int) -> WeightAdapterBase:
         grown = list(module.shape) if module.shape[1] > width and module.A.ndim == 2 else None
         # (up, down, alpha, mid, dora scale, reshape); core's strength is alpha / rank
         return LoRAAdapter(set(), (module.B, module.A, module.scale * module.rank, None, None, grown))
-    return _ChangeAdapter(module)
+    return _ChangeAdapter.of(module)
 
 
 class _ChangeAdapter(WeightAdapterBase):
@@ -247,9 +245,15 @@ class _ChangeAdapter(WeightAdapterBase):
 
     name = "diptych"
 
-    def __init__(self, module: Factored | Based | FullTensor) -> None:
-        self.module, self.loaded_keys, self.weights = module, set(), []
-        map_tensors(module, lambda tensor: self.weights.append(tensor) or tensor)
+    def __init__(self, loaded_keys: set[str], weights: tuple) -> None:
+        """As core makes and remakes adapters, with tensors it has moved; weights: the change, its tensors."""
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @classmethod
+    def of(cls, module: Factored | Based | FullTensor) -> _ChangeAdapter:
+        tensors: list[Tensor] = []
+        map_tensors(module, lambda tensor: tensors.append(tensor) or tensor)
+        return cls(set(), (module, *tensors))
 
     def calculate_weight(
         self,
@@ -262,7 +266,9 @@ class _ChangeAdapter(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: object = None,
     ) -> Tensor:
-        module = map_tensors(self.module, lambda tensor: tensor.to(weight.device))
+        change, *tensors = self.weights
+        moved = iter(tensors)
+        module = map_tensors(change, lambda _: next(moved).to(weight.device))
         # the function exchanges two halves: the weight is read as diffusers has it, the change written back
         change = module.change(function(weight.float()))
         weight.copy_(weight.float() + function(strength * change))

@@ -43,14 +43,15 @@ def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise LoraError(f"{file} is a web page, not weights: download the file again with its direct link")
     try:
+        by_name = file.suffix.lower() in (".safetensors", ".sft")
         if start.startswith(b"PK\x03\x04"):
+            if by_name:  # torch.load goes by the name
+                raise LoraError(f"{file} is a torch file by its content: rename it to {file.stem}.pt")
             return _torch_file(file, status.st_size), {}
-        if start.startswith(b"\x80") and file.suffix.lower() not in (".safetensors", ".sft"):
+        if start.startswith(b"\x80") and not by_name:
             raise ValueError("torch's format from before 2020, whose sizes cannot be checked")
         return _safetensors_file(file)
-    except LoraError:
-        raise
-    except MemoryError:
+    except (LoraError, MemoryError):
         raise
     except Exception as error:  # whatever a reader of damaged bytes may raise is the file's fault
         raise LoraError(

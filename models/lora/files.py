@@ -121,7 +121,9 @@ def _sidecars(weights: Path, *, alone: bool) -> dict[str, dict]:
                 content = _read_json(file)
             except LoraError:
                 continue
-            if content is not None and not {"lora_alpha", "network_alpha", "lora_params"} & set(content):
+            if content is not None and not {"lora_alpha", "network_alpha", "lora_params", "peft_type"} & set(
+                content
+            ):
                 continue
         if content is not None:
             found[file.name] = content

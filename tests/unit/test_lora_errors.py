@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 
 import pytest
 import torch
@@ -67,6 +69,109 @@ def pickled_code(folder):
 
     torch.save({"a": Payload()}, folder / "lora.pt")
     return folder / "lora.pt"
+
+
+def packed_torch_file(folder):
+    """A zip bomb: torch.save's own file, its zeros packed to a thousandth."""
+    torch.save(plain(**{f"{KEY}.lora_A.weight": torch.zeros(2, 4_000_000)}), folder / "plain.pt")
+    with (
+        zipfile.ZipFile(folder / "plain.pt") as source,
+        zipfile.ZipFile(folder / "lora.pt", "w", 8) as packed,
+    ):
+        for name in source.namelist():
+            packed.writestr(name, source.read(name))
+    assert (folder / "lora.pt").stat().st_size < 100_000
+    return folder / "lora.pt"
+
+
+def expanded_view(folder):
+    torch.save(plain(**{f"{KEY}.lora_A.weight": torch.ones(1).expand(2, 10**9)}), folder / "lora.pt")
+    return folder / "lora.pt"
+
+
+def old_torch_file(folder):
+    torch.save(plain(), folder / "lora.pt", _use_new_zipfile_serialization=False)
+    return folder / "lora.pt"
+
+
+def torch_file_in_disguise(folder):
+    torch.save(plain(), folder / "plain.pt")
+    return (folder / "plain.pt").rename(folder / "lora.safetensors")
+
+
+def names_that_are_no_text(folder):
+    torch.save({1: A, ("a", 2): B}, folder / "lora.pt")
+    return folder / "lora.pt"
+
+
+def contains_itself(folder):
+    loop = {"note": "no tensors at all"}
+    loop["state_dict"] = loop
+    torch.save(loop, folder / "lora.pt")
+    return folder / "lora.pt"
+
+
+def a_pipe(folder):
+    os.mkfifo(folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def a_name_too_long(folder):
+    return folder / ("x" * 5000)
+
+
+def control_characters(folder):
+    return saved(folder, {"\x1b[31mred\n.weight": A})
+
+
+def rank_zero(folder):
+    return saved(folder, plain(**{f"{KEY}.lora_A.weight": A[:0], f"{KEY}.lora_B.weight": B[:, :0]}))
+
+
+def vector_alpha(folder):
+    return saved(folder, plain(**{f"{KEY}.alpha": torch.ones(2)}))
+
+
+def integers(folder):
+    return saved(folder, plain(**{f"{KEY}.lora_B.weight": torch.ones(4, 2, dtype=torch.int8)}))
+
+
+def unequal_loha(folder):
+    shapes = {"w1_a": (4, 2), "w1_b": (2, 6), "w2_a": (4, 3), "w2_b": (2, 6)}
+    return saved(folder, {f"{KEY}.hada_{n}": torch.ones(s) for n, s in shapes.items()})
+
+
+def kronecker_of_vectors(folder):
+    return saved(folder, {f"{KEY}.lokr_w1": torch.ones(4), f"{KEY}.lokr_w2": torch.ones(3, 5)})
+
+
+def moe(folder, header=None, **changes):
+    tensors = {f"{KEY}.lora_{ab}.expert_{i}.weight": t for ab, t in (("A", A), ("B", B)) for i in (0, 1)}
+    tensors |= {f"{KEY}.lora_route.weight": torch.ones(2, 4), **changes}
+    return saved(folder, tensors, header and {"diptych": json.dumps(header)})
+
+
+def foreign_gate(folder):
+    return moe(folder, {"moe_gate": "sparsemax"})
+
+
+def top_k_that_is_no_number(folder):
+    return moe(folder, {"moe_top_k": "abc"})
+
+
+def experts_of_other_shapes(folder):
+    return moe(folder, **{f"{KEY}.lora_A.expert_1.weight": torch.ones(3, 4)})
+
+
+def index_of_files_elsewhere(folder):
+    name = "diffusion_pytorch_model.safetensors.index.json"
+    (folder / name).write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    return folder
+
+
+def deep_config(folder):
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    return saved(folder, plain(), name="adapter_model.safetensors")
 
 
 def without_b(folder):
@@ -146,7 +251,26 @@ CASES = {
     empty: "damaged, incomplete",
     nan: "NaN or infinite.*lora_?B|NaN or infinite.*B: 1 of 8",
     infinite: "NaN or infinite.*1 of 8",
-    pickled_code: "damaged, incomplete or not a weights file",
+    pickled_code: "damaged, incomplete or not a weights file.*Python objects, which are never run",
+    packed_torch_file: "compressed, which torch never does",
+    expanded_view: "claims more elements than the file holds",
+    old_torch_file: "before 2020.*as .safetensors",
+    torch_file_in_disguise: "rename it to lora.pt",
+    names_that_are_no_text: "name is int, not text",
+    contains_itself: "no named tensors",
+    a_pipe: "no regular file",
+    a_name_too_long: "does not exist",
+    control_characters: r"\?\[31mred\?.weight",
+    rank_zero: r"lora_A of shape|A of shape \[0, 4\]",
+    vector_alpha: "not one finite number",
+    integers: "int8.*quantised",
+    unequal_loha: "loha factors that do not fit",
+    kronecker_of_vectors: r"lokr_w1 of shape \[4\]",
+    foreign_gate: "gate 'sparsemax'",
+    top_k_that_is_no_number: "moe_top_k .* 'abc'",
+    experts_of_other_shapes: "different shapes",
+    index_of_files_elsewhere: "names no weights files beside it",
+    deep_config: "not readable JSON",
     without_b: "lora_A but no lora_B",
     ranks_apart: "ranks do not meet",
     nunchaku: "quantised",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from . import case
+from . import SkipCase, case
 from .lora import HIDDEN as H
 from .lora import apply, change, patched_weights, predict, tiny_flux
 
@@ -168,6 +168,22 @@ def unpatching_restores_every_bit(host):
         predict(ours)
         ours.unpatch_model()
     assert all(torch.equal(t, before[k]) for k, t in model.model.state_dict().items())
+
+
+@case(each=lambda: list(KINDS))
+def core_can_remake_a_patch_with_tensors_it_moved(host, kind):
+    import comfy.lora
+
+    if not hasattr(comfy.lora, "prefetch_prepared_value"):
+        raise SkipCase("this ComfyUI does not prefetch patches")
+    model = tiny_flux()
+    _, ours, _, _ = both(host, model, file_of(kind))
+    base, want = model.model.state_dict(), patched_weights(ours)
+    for key, patches in ours.patches.items():
+        again = [
+            (p[0], comfy.lora.prefetch_prepared_value(p[1], [0], None, None, False), *p[2:]) for p in patches
+        ]
+        assert torch.equal(comfy.lora.calculate_weight(again, base[key].clone(), key), want[key])
 
 
 @case
