@@ -165,3 +165,43 @@ def test_a_lora_is_merged_before_training_at_the_strength_beside_its_name(fill_p
     for name, change in changes(module).items():
         wanted = base[f"{name}.weight"] + change / 2
         torch.testing.assert_close(half[f"{name}.weight"], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_small_change_survives_a_float8_base(fill_pipeline, tmp_path):
+    """Merged after the cast it would round back: a change of 1 % is below half a float8 step."""
+    from comfyui_diptych.training import tasks
+
+    module, c = trained(fill_pipeline.transformer, "fill")
+    base = merged(fill_pipeline.transformer)
+    change = {name: tensor.detach() for name, tensor in changes(module).items()}
+    name = max(change, key=lambda n: change[n].numel())
+    strength = 0.01 * float(base[f"{name}.weight"].norm() / change[name].norm())
+    path = write(module, c, tmp_path / "lora.safetensors")
+    fill_pipeline.save_pretrained(tmp_path / "model")
+    options = {"task": "fill", "model": str(tmp_path / "model"), "base_dtype": "float8_e4m3fn"}
+    options |= {"gradient_checkpointing": False}
+
+    def weight(**fused):
+        loaded = tasks.make_task(config.from_dict(options | fused)).load_denoiser()
+        assert loaded.get_submodule(name).weight.dtype == torch.float8_e4m3fn
+        return loaded.get_submodule(name).weight.float()
+
+    wanted = strength * change[name]
+    left = weight(fuse_loras=[f"{path}:{strength}"]) - weight()
+    assert float((left * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.1)
+
+
+def test_whole_tensors_and_every_kind_of_change_are_merged(fill_pipeline, tmp_path):
+    from safetensors.torch import save_file
+
+    transformer, path = copy.deepcopy(fill_pipeline.transformer), tmp_path / "x.safetensors"
+    name = "transformer_blocks.0.attn.to_q"
+    layer = transformer.get_submodule(name)
+    before, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    down, up, m = torch.randn(3, 48), torch.randn(48, 3), 1 + torch.rand(48, 1)
+    tensors = {"lora_A.weight": down, "lora_B.weight": up, "dora_scale": m, "diff_b": torch.ones(48)}
+    save_file({f"transformer.{name}.{k}": t for k, t in tensors.items()}, path)
+    adapters.fuse(transformer, str(path), 0.5)
+    full = m * (before + up @ down) / (before + up @ down).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer.weight.detach(), before + 0.5 * (full - before), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.bias.detach(), bias + 0.5)

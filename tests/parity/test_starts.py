@@ -118,3 +118,30 @@ def test_a_lora_of_another_model_is_refused(fill_pipeline, sd_inpaint_pipeline, 
     adapters.add_lora(unet, adapters.TARGETS["sd_inpaint"], c)
     with pytest.raises(ValueError, match="fits none of target_modules"):
         starts.from_lora(unet, str(saved[1]), c)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("transformer.proj_out.lora_", r"changes 1 layers that are not trained \(proj_out\).*fuse_loras"),
+        (
+            "transformer.transformer_blocks.0.attn.to_q.diff_b",
+            "more than plain LoRA factors.*to_q.bias.*fuse_loras",
+        ),
+    ],
+)
+def test_a_lora_of_which_a_part_would_be_lost_is_refused(entry, words, fill_pipeline, saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(saved[1])
+    if entry.endswith("_"):
+        tensors |= {f"{entry}A.weight": torch.ones(4, 48), f"{entry}B.weight": torch.ones(64, 4)}
+    else:
+        tensors[entry] = torch.ones(48)
+    save_file(tensors, tmp_path / "more.safetensors")
+    c = config.from_dict({"task": "fill", "rank": 4})
+    fresh = copy.deepcopy(fill_pipeline.transformer)
+    adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
+    with pytest.raises(ValueError, match=words):
+        starts.from_lora(fresh, str(tmp_path / "more.safetensors"), c)
+    assert all(p.eq(0).all() for n, p in fresh.named_parameters() if "lora_B" in n)

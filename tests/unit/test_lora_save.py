@@ -6,7 +6,18 @@ import json
 
 import pytest
 import torch
-from comfyui_diptych.models.lora import LoraError, LoraInfo, LoraWeights, LowRank, extract, read, save
+from comfyui_diptych.models.lora import (
+    Factored,
+    LoraError,
+    LoraInfo,
+    LoraWeights,
+    LowRank,
+    extract,
+    read,
+    save,
+)
+from comfyui_diptych.models.lora.based import Dora
+from comfyui_diptych.models.lora.resize import resize
 from comfyui_diptych.models.lora.weights import FullTensor
 from safetensors import safe_open
 
@@ -151,3 +162,44 @@ def test_extraction_is_the_best_approximation_of_its_rank():
 def test_a_lora_has_nothing_to_extract():
     with pytest.raises(LoraError, match="already a LoRA"):
         extract({}, lora(), 4)
+
+
+def test_equal_loras_give_equal_files(tmp_path):
+    facts = {"reward": "shapes", "step": 40}
+    names = [f"transformer_blocks.{i}.attn.to_q" for i in range(9)]
+    files = [save(tmp_path / f"{i}.safetensors", lora(2.0, (4,) * 9, names), facts) for i in range(8)]
+    assert len({path.read_bytes() for path in files}) == 1
+    raw = files[0].read_bytes()
+    facts = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    assert list(facts) == ["diptych", "format", "lora_adapter_metadata"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [4.0, 0.7])
+def test_folding_the_scale_in_rounds_nothing_to_the_files_type(dtype, scale, tmp_path):
+    name, generator = "transformer_blocks.0.attn.to_q", torch.Generator().manual_seed(0)
+    A, B = (torch.randn(s, generator=generator).to(dtype) for s in ((4, 8), (8, 4)))
+    module = read(save(tmp_path / "l.safetensors", LoraWeights({name: LowRank(A, B, scale)}))).modules[name]
+    assert module.A.dtype == (dtype if scale == 4.0 else torch.float32)
+    torch.testing.assert_close(module.dense(), scale * B.float() @ A.float(), atol=1e-6, rtol=1e-6)
+
+
+def test_a_pattern_in_the_header_means_one_module_only(tmp_path):
+    names = ("proj_out", "single_transformer_blocks.0.proj_out", "x_embedder")
+    path = save(tmp_path / "l.safetensors", lora(1.0, (2, 4, 4), names))
+    assert json.loads(header_of(path)["lora_adapter_metadata"])["transformer.rank_pattern"] == {
+        "^proj_out": 2
+    }
+
+
+@pytest.mark.parametrize("kind", ["lokr", "dora"])
+def test_what_a_lora_file_of_ours_cannot_hold_is_refused_by_name(kind, tmp_path):
+    plain = next(iter(lora().modules.values()))
+    kinds = {
+        "lokr": Factored("lokr", {"w1": torch.ones(2, 2), "w2": torch.ones(4, 4)}),
+        "dora": Dora(plain, torch.ones(8)),
+    }
+    with pytest.raises(LoraError, match="x_embedder is a (Factored|Dora)"):
+        save(tmp_path / "l.safetensors", LoraWeights({"x_embedder": kinds[kind]}))
+    with pytest.raises(LoraError, match="x_embedder is no plain pair"):
+        resize(LoraWeights({"x_embedder": kinds[kind]}), 2)
