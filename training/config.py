@@ -42,7 +42,8 @@ CHOICES = {
 
 # What ICEdit's YAML and diffusers' DreamBooth scripts call an option.
 ELSEWHERE = {
-    "flux_path": "model",
+    "flux_path": "model (the recipes icedit and icedit_moe are ICEdit's two configurations)",
+    "train": "no section (the recipes icedit and icedit_moe are ICEdit's two configurations)",
     "pretrained_model_name_or_path": "model",
     "dtype": "base_dtype",
     "condition_size": "resolution",

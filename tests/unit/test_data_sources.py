@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections import Counter
@@ -492,3 +493,69 @@ def test_instructions_that_are_no_text_are_broken_rows(tmp_path):
     for index in range(2):
         with pytest.raises(BrokenSample, match="instruction is empty or no text"):
             source[index]
+
+
+def brush(folder, name, colour, count=1):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
+    picture = {"bytes": buffer.getvalue(), "path": None}
+    rows = [{"source_img": picture, "target_img": picture, "instruction": name}] * count
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["data/{}-00000-of-00001.parquet", "data/{}-00001-of-00002.parquet"],
+        ["{}/0000.parquet", "default/{}/0001.parquet"],
+    ],
+)
+def test_files_named_for_splits_are_read_by_split(tmp_path, names):
+    """What is held out does not slip into the training data."""
+    for split in ("train", "dev", "test"):
+        brush(tmp_path, names[0].format(split), "red")
+    brush(tmp_path, names[1].format("train"), "blue")
+    folder = f"magicbrush:{tmp_path}"
+    words = {row for row in (open_source(folder)[i].prompt for i in range(len(open_source(folder))))}
+    assert len(open_source(folder)) == 3 and not any("test" in word for word in words)
+    assert (
+        len(open_source(f"{folder}?split=train")) == 2 and len(open_source(f"{folder}?split=dev+test")) == 2
+    )
+    with pytest.raises(ValueError, match="no split 'validation': choose among dev, test, train"):
+        open_source(f"{folder}?split=validation")
+
+
+def test_files_of_no_split_are_all_read_and_a_damaged_one_is_a_sentence(tmp_path):
+    for name in ("a.parquet", "b.parquet"):
+        brush(tmp_path, name, "red")
+    assert len(open_source(f"magicbrush:{tmp_path}")) == 2
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no such thing PAR1")
+    with pytest.raises(ValueError, match="cannot be read .*: get it again"):
+        open_source(f"magicbrush:{tmp_path}")
+
+
+def test_a_replaced_image_changes_what_a_cache_knows(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "x", "image": "a.png"}')
+    before = open_source(f"jsonl:{tmp_path / 'd.jsonl'}").fingerprint
+    assert before == open_source(f"jsonl:{tmp_path / 'd.jsonl'}").fingerprint
+    Image.new("RGB", (24, 16), "blue").save(tmp_path / "a.png")
+    assert before != open_source(f"jsonl:{tmp_path / 'd.jsonl'}").fingerprint
+
+
+def test_one_prompt_serves_images_without_words(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "b.txt").write_text("its own words")
+    source = open_source(f"images:{tmp_path}?prompt=a photo of sks dog")
+    assert [source[i].prompt for i in range(2)] == ["a photo of sks dog", "its own words"]
+    plain = open_source(f"images:{tmp_path}")
+    assert plain.fingerprint != source.fingerprint
+    assert open_source(f"images:{tmp_path}?edit=true").fingerprint != plain.fingerprint
+    with pytest.raises(BrokenSample, match="a.txt"):
+        plain[0]

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 from pathlib import Path
 
 from .broken import BrokenSample
 from .folders import files_below, is_visible
 from .sample import Sample, read_image, read_size, stamp
 
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
 NEEDS_DATASETS = "reading {} needs the package datasets: pip install datasets"
 
 
-def load_table(where: str, split: str, columns: dict[str, bool]):
+def load_table(where: str, split: str, usual: str, columns: dict[str, bool]):
     """A `datasets.Dataset` with undecoded pictures.
 
     Args:
         where: a folder with parquet files or of `save_to_disk`, a parquet file, a glob of them, or a hub id.
-        split: of a hub data set, also "train+dev"; local parquet files are all read.
+        split: "train", "train+dev", ...: of a hub data set, a saved dictionary, or local files named for
+            splits (train-00000-of-00051.parquet, train/0000.parquet); other files are all read.
+        usual: the splits to read where `split` is empty, as far as they are there.
         columns: required columns, and whether each holds pictures.
 
     Raises:
-        ValueError: a required column is missing.
+        ValueError: a required column or split is missing, or a file is damaged.
         FileNotFoundError: a path that looks local does not exist.
     """
     try:
@@ -38,19 +42,27 @@ def load_table(where: str, split: str, columns: dict[str, bool]):
     if path.is_dir() and not files_below(path, ".parquet"):
         table = datasets.load_from_disk(where)
         if isinstance(table, datasets.DatasetDict):
-            table = datasets.concatenate_datasets([table[name] for name in split.split("+")])
+            names = _splits(split, usual, set(table), where)
+            table = datasets.concatenate_datasets([table[name] for name in names])
     elif path.exists() or glob.has_magic(where):
         named = () if path.is_dir() else map(Path, glob.glob(where, recursive=True))
         files = files_below(path, ".parquet") if path.is_dir() else sorted(filter(is_visible, named))
         if not files:
             raise FileNotFoundError(f"no parquet file matches {where}")
-        table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        if path.is_dir() and (found := {name for file in files if (name := _split_of(file))}):
+            names = _splits(split, usual, found, where)
+            files = [file for file in files if _split_of(file) in (*names, "")]
+        try:
+            table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        except datasets.exceptions.DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"a parquet file of {where} cannot be read ({reason}): get it again") from error
     elif path.is_absolute() or where.startswith(".") or where.count("/") != 1:
         raise FileNotFoundError(
             f"data set {where} is neither a file or folder here nor a hub id (owner/name)"
         )
     else:
-        table = datasets.load_dataset(where, split=split)
+        table = datasets.load_dataset(where, split=split or usual)
     for column, is_picture in columns.items():
         if column not in table.column_names:
             raise ValueError(
@@ -60,6 +72,23 @@ def load_table(where: str, split: str, columns: dict[str, bool]):
         if is_picture and isinstance(table.features[column], datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
     return table
+
+
+def _split_of(file: Path) -> str:
+    """The split of a file by its name or its folder's, as the hub has them; "" if neither says."""
+    if named := _SHARD.match(file.stem):
+        return named[1]
+    return file.parent.name if file.parent.name in ("train", "dev", "validation", "test") else ""
+
+
+def _splits(split: str, usual: str, found: set[str], where: str) -> list[str]:
+    """The splits to read out of those that were found. Raises ValueError."""
+    if not split:
+        return [name for name in usual.split("+") if name in found] or sorted(found)
+    if missing := sorted(set(split.split("+")) - found):
+        known = ", ".join(sorted(found))
+        raise ValueError(f"data set {where} has no split {missing[0]!r}: choose among {known}")
+    return split.split("+")
 
 
 def column_names(file: Path) -> list[str]:
@@ -83,9 +112,10 @@ class MagicBrush:
     ICEdit does.
     """
 
-    def __init__(self, where: str, split: str = "train+dev", crop: str | bool = True):
+    def __init__(self, where: str, split: str = "", crop: str | bool = True):
+        """split: train and dev if empty, which is what ICEdit trains on."""
         columns = {"source_img": True, "target_img": True, "instruction": False}
-        self._table = load_table(where, split, columns).select_columns(list(columns))
+        self._table = load_table(where, split, "train+dev", columns).select_columns(list(columns))
         self._where, self.crop = where, str(crop).lower() not in ("false", "0", "no")
         self.fingerprint = stamp("magicbrush", self._table._fingerprint, self.crop)
 
@@ -119,11 +149,12 @@ class OmniEdit:
     ("swap+removal").
     """
 
-    def __init__(self, where: str, split: str = "train", task: str = "", seed: int = 0):
+    def __init__(self, where: str, split: str = "", task: str = "", seed: int = 0):
+        """split: train if empty."""
         columns = {"src_img": True, "edited_img": True, "edited_prompt_list": False}
         if task:
             columns["task"] = False
-        table = load_table(where, split, columns)
+        table = load_table(where, split, "train", columns)
         if task:
             wanted, found = task.split("+"), table["task"]
             if unknown := set(wanted) - set(found):
