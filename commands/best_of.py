@@ -64,7 +64,7 @@ def check(
     judge = CanvasJudge.make(chosen, Beside(instruction, source=image), layout)
 
     def tell(made: Any) -> None:
-        scores = ", ".join(f"{float(score):.4g}" for score in made.scores)
+        scores = ", ".join("not judged" if s.isnan() else f"{float(s):.4g}" for s in made.scores)
         first, kept = args.seed, args.seed + int(made.chosen[0])
         print(f"scores by {chosen} of seeds {first} to {first + args.best_of - 1}: {scores}; kept {kept}")
         print(made.cost)

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .packing import TOKEN_PIXELS
+from .packing import TOKEN_PIXELS, VAE_FACTOR
 from .pixels import as_image, as_mask, binarise, rgb
+
+# Of one VAE call, in pixels of its images together; a single image is never cut. By ComfyUI's estimate
+# decoding takes 2178 numbers a pixel: in float32 4.6 GB for 512 x 1024.
+DECODED_PIXELS = 1 << 19
+ENCODED_PIXELS = 1 << 21
 
 
 class _Batched:
@@ -167,6 +172,20 @@ def as_sigma(sigma: Tensor | float, x: Tensor) -> Tensor:
             f"sigma has {sigma.numel()} values for a batch of {x.shape[0]}: pass one or one each"
         )
     return sigma.expand(x.shape[0])
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """What a VAE [B,3,8h,8w] makes of its latents [B,C,h,w], `DECODED_PIXELS` at a time; differentiable."""
+    count = max(1, DECODED_PIXELS // (latents.shape[-2] * latents.shape[-1] * VAE_FACTOR**2))
+    parts = [vae.decode(some, return_dict=False)[0] for some in latents.split(count)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def posterior(vae: Any, pixels: Tensor) -> Any:
+    """The distribution that a VAE encodes pixels [B,3,H,W] to, `ENCODED_PIXELS` at a time; differentiable."""
+    count = max(1, ENCODED_PIXELS // (pixels.shape[-2] * pixels.shape[-1]))
+    parts = [vae.encode(some).latent_dist for some in pixels.split(count)]
+    return parts[0] if len(parts) == 1 else type(parts[0])(torch.cat([part.parameters for part in parts]))
 
 
 def same_batch(**tensors: Tensor) -> dict[str, Tensor]:

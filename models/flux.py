@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import model_index
-from .denoiser import Condition, TextEmbedding, as_sigma, model_pixels
+from .denoiser import Condition, TextEmbedding, as_sigma, decoded, model_pixels, posterior
 from .flux_text import FluxText
 from .packing import image_ids, pack_latents, unpack_latents
 
@@ -189,8 +189,8 @@ class FluxDenoiser:
 
     def _encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """[B,3,H,W] in -1..1 to model-space latents, float32."""
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        found = posterior(self.vae, pixels.to(self.device, self.vae.dtype))
+        latents = found.mode() if generator is None else found.sample(generator)
         config = self.vae.config
         return ((latents - config.shift_factor) * config.scaling_factor).to(torch.float32)
 
@@ -198,7 +198,7 @@ class FluxDenoiser:
         """Model-space latents [B,16,h,w] to IMAGE [B,8h,8w,3] float32 in 0..1; differentiable."""
         config = self.vae.config
         latents = x0.to(self.device, self.vae.dtype) / config.scaling_factor + config.shift_factor
-        pixels = self.vae.decode(latents, return_dict=False)[0]
+        pixels = decoded(self.vae, latents)
         return (pixels.to(torch.float32) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
 
     def guidance_tensor(self, guidance: float | Tensor, batch: int) -> Tensor | None:
@@ -234,8 +234,9 @@ class FluxDenoiser:
             hidden_states=tokens.to(self.dtype),
             timestep=as_sigma(sigma, x),
             guidance=condition.guidance,
-            pooled_projections=text.pooled.to(self.dtype),
-            encoder_hidden_states=text.tokens.to(self.dtype),
+            # contiguous: samples of one row may share their text's memory, and then other kernels would run
+            pooled_projections=text.pooled.to(self.dtype).contiguous(),
+            encoder_hidden_states=text.tokens.to(self.dtype).contiguous(),
             txt_ids=places,
             img_ids=ids,
             joint_attention_kwargs=self._attention(text, tokens.shape[1]),

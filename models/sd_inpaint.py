@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .denoiser import Condition, TextEmbedding, hard_mask, model_pixels, same_batch
+from .denoiser import Condition, TextEmbedding, decoded, hard_mask, model_pixels, posterior, same_batch
 from .flux import check_folder, check_pipeline, default_device, dtype_argument
 from .geometry import check_choice
 from .packing import VAE_FACTOR
@@ -114,14 +114,14 @@ class SDInpaint:
         return self._encode(model_pixels(image, VAE_FACTOR), generator)
 
     def _encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        found = posterior(self.vae, pixels.to(self.device, self.vae.dtype))
+        latents = found.mode() if generator is None else found.sample(generator)
         return (latents * self.vae.config.scaling_factor).to(torch.float32)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B,4,h,w] to IMAGE [B,8h,8w,3] float32 in 0..1; differentiable."""
         latents = x0.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
-        pixels = self.vae.decode(latents, return_dict=False)[0]
+        pixels = decoded(self.vae, latents)
         return (pixels.to(torch.float32) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ class SDInpaint:
             tokens = torch.cat([condition.negative.tokens, tokens])
             joined, timestep = torch.cat([joined, joined]), torch.cat([timestep, timestep])
         predicted = self.unet(
-            joined, timestep, encoder_hidden_states=tokens.to(self.dtype), return_dict=False
+            joined, timestep, encoder_hidden_states=tokens.to(self.dtype).contiguous(), return_dict=False
         )[0]
         if condition.uses_cfg:
             unguided, guided = predicted.chunk(2)

@@ -6,7 +6,6 @@ name an address or a repository of its choosing.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +209,7 @@ class DiptychRewardScore:
         best = ranking.scores[0]
         return {
             "ui": shown(ranking.text, ranking.sheet),
-            "result": (best if math.isfinite(best) else 0.0, ranking.text, ranking.images, ranking.sheet),
+            "result": (best, ranking.text, ranking.images, ranking.sheet),
         }
 
 

@@ -55,11 +55,11 @@ def judge(
     else:
         mask = metrics.changed_region(source, edited)
     kept = 1 - metrics.kept_l1(edited, source, mask)
-    changed = metrics.kept_l1(edited, source, 1 - mask).nan_to_num(0.0)
+    changed = metrics.kept_l1(edited, source, 1 - mask)
     similarity = metrics.ssim(edited, source if expected is None else expected)
     success = _success(edited, edits, expected)
     lines = [
-        f"{number}: kept {k:.4f}  changed {c:.4f}  ssim {s:.4f}{_verdict(v)}"
+        f"{number}: {_kept(k)}  {_changed(c)}  ssim {s:.4f}{_verdict(v)}"
         for number, (k, c, s, v) in enumerate(zip(kept, changed, similarity, success, strict=True), 1)
     ]
     difference = ((edited - source).abs() * GAIN).clamp(0, 1)
@@ -71,7 +71,7 @@ def judge(
     known = success[success >= 0]
     return EditReport(
         float(kept.nanmean()) if kept.isfinite().any() else 1.0,
-        float(changed.mean()),
+        float(changed.nan_to_num(0.0).mean()),
         float(similarity.mean()),
         float(known.mean()) if len(known) else UNKNOWN,
         "\n".join(([f"instruction: {instruction}"] if instruction else []) + lines),
@@ -80,7 +80,15 @@ def judge(
 
 
 def _picture(image: Tensor, name: str) -> Tensor:
-    return pixels.rgb(pixels.as_image(image, name)).float().cpu()
+    return pixels.rgb(pixels.as_image(image, name)).float().cpu().clamp(0, 1)
+
+
+def _kept(value: Tensor) -> str:
+    return "nothing to keep" if value.isnan() else f"kept {value:.4f}"
+
+
+def _changed(value: Tensor) -> str:
+    return "nothing to change" if value.isnan() else f"changed {value:.4f}"
 
 
 def _like(image: Tensor | None, edited: Tensor, name: str) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.denoiser import ENCODED_PIXELS
 from .arrange import Arranged
 from .data.broken import Broken, BrokenSample
 from .data.cache import image_key, text_key
@@ -22,7 +23,6 @@ from .feed import DROPPED_PROMPT, Batches, Corpus, Entry, Latents, Progress
 logger = logging.getLogger(__name__)
 
 LINES = 256  # rows between two flushes of the cache
-PIXELS = 2 << 20  # of one VAE call: about 6 GB in float32
 
 
 def prepare(trainer: Any) -> None:
@@ -137,7 +137,7 @@ def encode_corpus(
                     continue
                 group = waiting.setdefault((item.size, item.reference is None), [])
                 group.append((entry, item))
-                if len(group) >= min(corpus.config.encode_batch, PIXELS // math.prod(item.size)):
+                if len(group) >= min(corpus.config.encode_batch, ENCODED_PIXELS // math.prod(item.size)):
                     encode(group)
             if len(done) >= LINES:
                 write()

@@ -173,8 +173,9 @@ class Batches:
         self.longest = _common_length(entries, task)
 
     def __call__(self, numbers: list[int], drop: list[bool]) -> dict[str, Any]:
-        """One batch; rows marked in `drop` get the dropped prompt. Floats in float32.
+        """One batch; rows marked in `drop` get the dropped prompt.
 
+        Floats in float32, text as the model takes it (`Task.text_dtype`).
         `latents` is in it unless a precomputed row has none; see `latents_like` for their shape.
         """
         entries = [self.entries[i] for i in numbers]
@@ -190,7 +191,10 @@ class Batches:
             batch = _stack(rows)
         if not self.task.config.train_text_encoder:
             batch |= self._texts(entries, prompts, drop)
-        batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
+        kinds = dict.fromkeys(("tokens", "pooled"), self.task.text_dtype)
+        batch = {
+            k: v.to(kinds.get(k, torch.float32)) if v.is_floating_point() else v for k, v in batch.items()
+        }
         batch["prompts"] = prompts
         batch["weight"] = torch.tensor([e.weight for e in entries])
         batch["prior"] = torch.tensor([e.prior for e in entries])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,8 @@ def train(
     sheets: list[Tensor] = []
 
     def on_report(report: Any) -> None:
-        history[report.step] = _reward(trainer.measures)
+        if math.isfinite(reward := _reward(trainer.measures)):  # else nothing was judged
+            history[report.step] = reward
         if on_step is not None:
             on_step(
                 report.step, report.steps, session.preview(history, sheets[-1:], "reward of the rollouts")
@@ -174,7 +176,8 @@ def reward_history(folder: Path) -> dict[int, float]:
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError):
             row = json.loads(line)
-            history[int(row["step"])] = _reward(row)
+            if math.isfinite(reward := _reward(row)):
+                history[int(row["step"])] = reward
     return dict(sorted(history.items()))
 
 

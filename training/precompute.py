@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.denoiser import ENCODED_PIXELS
 from ..models.flux import default_device
 from ..models.packing import VAE_FACTOR
 from .arrange import Arranged
@@ -25,7 +26,6 @@ from .data.cache import fingerprint
 from .data.precomputed import index_row, is_written, write_index, write_row
 from .data.sample import Sample, stamp
 from .disk import check_folder, check_room
-from .encode import PIXELS
 from .feed import Corpus, Progress, silent
 from .tasks import make_task
 
@@ -132,7 +132,7 @@ def _groups(
                 continue
             group = waiting.setdefault(item.size, [])
             group.append((file, item))
-            if len(group) >= min(config.encode_batch, max(1, PIXELS // math.prod(item.size))):
+            if len(group) >= min(config.encode_batch, max(1, ENCODED_PIXELS // math.prod(item.size))):
                 yield waiting.pop(item.size)
     yield from waiting.values()
     if message := broken.close():

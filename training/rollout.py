@@ -247,7 +247,7 @@ def collect(
         for start in range(0, group_size, micro_batch):
             numbers = range(start, min(start + micro_batch, group_size))
             part = [member + number for member in starts for number in numbers]
-            batch = make_batch([row for row in some for _ in numbers])
+            batch = repeated(make_batch(some), len(numbers))
             like = latents_like(batch)
             device = like.device
             firsts = [member for member in starts for _ in numbers]
@@ -302,20 +302,33 @@ def kept_only(rollouts: Sequence[Rollout], parts: Sequence[Tensor]) -> list[tupl
 
     Returns them with their places. For objectives that replay no recorded step, which may leave samples out.
     """
-    batch = {name: _joined([r.batch[name] for r in rollouts]) for name in rollouts[0].batch}
-    beside = {"latents": torch.cat([r.latents for r in rollouts])}
-    if rollouts[0].visited is not None:
-        x, time = zip(*(r.visited for r in rollouts), strict=True)
-        beside |= {"x": torch.cat(x), "time": torch.cat(time)}
-        beside |= {name: torch.cat([getattr(r, name) for r in rollouts]) for name in ("aim", "pull")}
-    members = [member for r in rollouts for member in r.members]
+    owners = [(rollout, row) for rollout in rollouts for row in range(len(rollout.members))]
+
+    def rows(places: Tensor, values: Callable[[Rollout], Any]) -> Any:
+        """These rows alone of every rollout's values; nothing is copied that is not kept."""
+        some = [values(rollout)[row] for rollout, row in (owners[place] for place in places.tolist())]
+        return torch.stack(some) if isinstance(some[0], Tensor) else some
+
     out = []
     for places in parts:
-        kept = [members[i] for i in places.tolist()]
-        fields = {name: values[places.to(values.device)] for name, values in beside.items()}
-        visited = (fields.pop("x"), fields.pop("time")) if "x" in fields else None
-        out.append((Rollout(kept, picked(batch, places), visited=visited, **fields), places))
+        batch = {name: rows(places, lambda r, name=name: r.batch[name]) for name in rollouts[0].batch}
+        beside = {"latents": rows(places, lambda r: r.latents)}
+        if rollouts[0].visited is not None:
+            beside["visited"] = tuple(rows(places, lambda r, i=i: r.visited[i]) for i in (0, 1))
+            beside["aim"], beside["pull"] = rows(places, lambda r: r.aim), rows(places, lambda r: r.pull)
+        out.append((Rollout(rows(places, lambda r: r.members), batch, **beside), places))
     return out
+
+
+def repeated(batch: dict[str, Any], times: int) -> dict[str, Any]:
+    """Every row `times` times in a row. Those of a single row share its memory: do not write to them."""
+
+    def repeat(value):
+        if not isinstance(value, Tensor):
+            return [item for item in value for _ in range(times)]
+        return value.expand(times, *value.shape[1:]) if len(value) == 1 else value.repeat_interleave(times, 0)
+
+    return {name: repeat(value) for name, value in batch.items()}
 
 
 def picked(batch: dict[str, Any], places: Tensor) -> dict[str, Any]:
@@ -325,7 +338,3 @@ def picked(batch: dict[str, Any], places: Tensor) -> dict[str, Any]:
         return value[places.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in places]
 
     return {name: pick(value) for name, value in batch.items()}
-
-
-def _joined(parts: list[Any]) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else [item for part in parts for item in part]

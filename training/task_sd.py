@@ -70,7 +70,7 @@ class SDInpaintTask(Task):
         if guidance == 1:
             return batch
         text = self.encode_text if self.config.train_text_encoder else text
-        tokens = text([""])["tokens"].float().to(self.device)
+        tokens = text([""])["tokens"].to(self.device, batch["tokens"].dtype)
         return {**batch, "empty_tokens": tokens.expand_as(batch["tokens"])}
 
     def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:

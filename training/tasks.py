@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import model_index
+from ..models.denoiser import posterior
 from ..models.flux import check_folder
 from ..models.lora.files import with_strength
 from . import adapters, losses, padding, starts
@@ -79,6 +80,11 @@ class Task:
         self.parts: dict[str, Any] = {}
         self.module: nn.Module | None = None
         self.host: Any = None
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """What the denoiser computes text in: a batch of T5 tokens in float32 would be gigabytes."""
+        return torch.float32 if self.host is None else self.host.dtype
 
     def load_encoders(self) -> None:
         """VAE (float32, frozen) and tokenizers; text encoders only come with `load_text`."""
@@ -146,8 +152,8 @@ class Task:
 
     def latents(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[B,3,H,W] in -1..1 to model-space latents float32."""
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        z = posterior.sample(generator) if self.config.vae_sample else posterior.mode()
+        found = posterior(self.vae, pixels.to(self.device, self.vae.dtype))
+        z = found.sample(generator) if self.config.vae_sample else found.mode()
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (z.float() - shift) * self.vae.config.scaling_factor
 

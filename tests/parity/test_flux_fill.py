@@ -6,9 +6,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from comfyui_diptych.models import denoiser as limits
 from comfyui_diptych.models.denoiser import Denoiser
 from comfyui_diptych.models.editing import Sampling, edit_with_fill, fill_canvas
 from comfyui_diptych.models.flux_fill import FluxFill
+from comfyui_diptych.models.sd_inpaint import SDInpaint
 
 PROMPTS = ["make the sky red", "remove the cat but turn the dog into blue"]
 TOLERANCE = 1e-5
@@ -208,3 +210,37 @@ def test_unequal_batches_are_named(fill, picture):
 def test_weights_of_another_model_are_refused(kontext_pipeline):
     with pytest.raises(ValueError, match="takes 64 channels per token where FLUX.1 Fill takes 384"):
         FluxFill.from_pipeline(kontext_pipeline)
+
+
+def counting(function, counts):
+    def watched(rows, *arguments, **options):
+        counts.append(len(rows))
+        return function(rows, *arguments, **options)
+
+    return watched
+
+
+@pytest.mark.parametrize("generator", [False, True], ids=["mode", "sample"])
+def test_a_vae_sees_no_more_pixels_at_a_time_than_it_may(
+    fill_pipeline, sd_inpaint_pipeline, picture, monkeypatch, generator
+):
+    """And gives what it gives for all at once; a single image is never cut."""
+    image = picture(5, 32, 48)
+    for host in (FluxFill.from_pipeline(fill_pipeline), SDInpaint.from_pipeline(sd_inpaint_pipeline)):
+
+        def both(host):
+            draw = torch.Generator().manual_seed(0) if generator else None
+            latents = host.encode(image, generator=draw)
+            return latents, host.decode(latents)
+
+        whole = both(host)
+        seen = {"encode": [], "decode": []}
+        with monkeypatch.context() as patch:
+            for name in seen:
+                patch.setattr(host.vae, name, counting(getattr(host.vae, name), seen[name]))
+            patch.setattr(limits, "ENCODED_PIXELS", 2 * 32 * 48)
+            patch.setattr(limits, "DECODED_PIXELS", 32 * 48 - 1)
+            sliced = both(host)
+        assert seen == {"encode": [2, 2, 1], "decode": [1] * 5}
+        for one, other in zip(whole, sliced, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

@@ -687,6 +687,20 @@ def test_a_mask_keeps_its_place_where_pictures_are_cropped_to_buckets(folders, t
     assert torch.equal(row.source, row.target)
 
 
+def test_text_is_kept_as_the_model_takes_it_and_once_for_a_row(folders, tmp_path):
+    """In bfloat16 for such a model, with the prediction of float32 text; samples of one row share it."""
+    trainer = grpo.GRPOTrainer(toy(folders, tmp_path, base_dtype="bfloat16", cache_dtype="bfloat16"))
+    trainer.prepare()
+    (made, *_) = rollouts_of(trainer, [0])
+    tokens, pooled = made.batch["tokens"], made.batch["pooled"]
+    assert tokens.dtype == pooled.dtype == torch.bfloat16 and made.batch["latents"].dtype == torch.float32
+    assert len(tokens) == 2 and tokens.untyped_storage().nbytes() == tokens[0].numel() * 2
+    step, wide = made.transitions[0], {**made.batch, "tokens": tokens.float(), "pooled": pooled.float()}
+    with torch.no_grad():
+        ours, theirs = (trainer.policy.predict(step.x, step.time, b, 3.0) for b in (made.batch, wide))
+    assert torch.equal(ours, theirs)
+
+
 def test_a_judge_forgets_rows_beyond_its_memory(folders, tmp_path, monkeypatch):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path))
     trainer.prepare()

@@ -107,7 +107,8 @@ def test_a_batch_of_pictures_with_one_or_as_many_instructions(tmp_path):
 
 
 def test_the_reward_history_of_a_stopped_run_goes_on(tmp_path):
-    rows = [{"step": 2, "reward/a": 1.0, "reward/b": 0.0}, {"step": 1, "reward/a": 0.5}, {"ratio": 1}]
+    rows = [{"step": 2, "reward/a": 1.0, "reward/b": 0.0}, {"step": 1, "reward/a": 0.5}]
+    rows += [{"ratio": 1}, {"step": 3, "failed/a": 4}]  # no update, and one that nobody could judge
     (tmp_path / "rewards.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{half a li")
     assert grpo_session.reward_history(tmp_path) == {1: 0.5, 2: 0.5}
     assert grpo_session.reward_history(tmp_path / "none") == {}

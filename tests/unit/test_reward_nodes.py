@@ -133,8 +133,17 @@ def test_a_batch_is_sorted_best_first_and_what_cannot_be_judged_comes_last():
     assert out[3].ndim == 4 and out[3].shape[-1] == 3
     worst = nodes.DiptychRewardScore().score(images, choose("test_bright", -1.0))["result"]
     assert worst[2].mean((1, 2, 3)).tolist() == pytest.approx([0.2, 0.5, 0.9, 0.0])
-    nothing = nodes.DiptychRewardScore().score(greys(0.0), choose("test_bright"))["result"]
-    assert math.isfinite(nothing[0])
+    with pytest.raises(ValueError, match="test_bright could judge none of 1 images"):
+        nodes.DiptychRewardScore().score(greys(0.0), choose("test_bright"))
+
+
+def test_nothing_to_keep_is_said_and_no_number():
+    everywhere = {"source": greys(0.2), "mask": torch.ones(1, 16, 24)}
+    with pytest.raises(ValueError, match="keep_l1 could judge none of 2 images: the mask covers all"):
+        nodes.DiptychRewardScore().score(greys(0.2, 0.4), choose("keep_l1"), **everywhere)
+    both = choose("keep_l1", also=choose("test_bright"))
+    report = nodes.DiptychRewardScore().score(greys(0.2, 0.4), both, **everywhere)["result"][1]
+    assert "keep_l1 not judged" in report and "nan" not in report
 
 
 def test_several_rewards_are_brought_to_one_scale():

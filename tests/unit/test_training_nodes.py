@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,26 @@ def test_scores_tell_the_edit_from_no_edit_and_from_a_spoilt_one():
     assert spoilt[0] < 0.9 and spoilt[3] == 0
     assert score(target, source, "", mask, expected=target)[2:4] == (pytest.approx(1), 1)
     assert "success" in good[4] and good[5].shape[0] == 1 and good[5].shape[-1] == 3
+
+
+def test_a_mask_over_all_of_the_picture_leaves_nothing_to_keep():
+    pictures = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    whole = score(pictures[:1], pictures[1:], mask=torch.ones(1, 16, 16))
+    assert whole[0] == 1.0 and whole[1] > 0 and "nothing to keep" in whole[4] and "nan" not in whole[4]
+    none = score(pictures[:1], pictures[1:], mask=torch.zeros(1, 16, 16))
+    assert none[1] == 0.0 and "nothing to change" in none[4] and "nan" not in none[4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -5.0])
+def test_an_edit_out_of_range_is_refused_or_measured_as_it_is_seen(value):
+    source = torch.full((1, 16, 16, 3), 0.5)
+    edited = source.clone()
+    edited[0, :4] = value
+    if not math.isfinite(value):
+        with pytest.raises(ValueError, match="edited"):
+            score(edited, source)
+        return
+    assert score(edited, source)[:4] == score(edited.clamp(0, 1), source)[:4]
 
 
 def test_photographs_get_distances_and_no_verdict():

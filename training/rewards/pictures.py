@@ -120,26 +120,43 @@ class Ranking:
 
 
 def rank(chosen: Chosen, images: Tensor, beside: Beside, *, side: int = 192, columns: int = 4) -> Ranking:
-    """Judge a batch and sort it. Pictures that could not be judged come last, with NaN."""
+    """Judge a batch and sort it. Pictures that could not be judged come last, with NaN.
+
+    Raises ValueError if none could be.
+    """
     beside.check(chosen)
     images = pixels.as_image(images)
     scores = beside.score(chosen, images)
     single = len(scores.raw) == 1
     total = next(iter(scores.raw.values())) if single else scores.combined
     sign = -1 if single and chosen.entries[0].weight < 0 else 1
+    if total.isnan().all():
+        raise ValueError(_nothing_judged(chosen, len(images), beside))
     ranked = torch.where(total.isnan(), -torch.inf, sign * total)
     order = ranked.argsort(descending=True, stable=True).tolist()
     lines, rows = [], []
     for place, number in enumerate(order, 1):
-        parts = [] if single else [f"{float(total[number]):+.3f}"]
-        parts += [f"{name} {float(values[number]):.4g}" for name, values in scores.raw.items()]
+        parts = [] if single else [_said("", total[number], "+.3f")]
+        parts += [_said(f"{name} ", values[number]) for name, values in scores.raw.items()]
         lines.append(f"{place}. picture {number + 1}: {', '.join(parts)}")
         rows.append(([pixels.rgb(images[number : number + 1])[0]], f"{place}. {' '.join(parts)}"))
-    means = [f"{name} {float(values.nanmean()):.4g}" for name, values in scores.raw.items()]
+    means = [_said(f"{name} ", values.nanmean()) for name, values in scores.raw.items()]
     lines.append(f"mean: {', '.join(means)}")
     lines += [f"{name} could not judge {n} pictures" for name, n in scores.failures.items() if n]
     sheet = as_image(contact_sheet(rows, side=side, columns=_columns(len(rows), columns)))
     return Ranking(order, [float(total[i]) for i in order], images[order], sheet, "\n".join(lines))
+
+
+def _said(what: str, value: Tensor, form: str = ".4g") -> str:
+    return f"{what}not judged" if value.isnan() else f"{what}{float(value):{form}}"
+
+
+def _nothing_judged(chosen: Chosen, count: int, beside: Beside) -> str:
+    names = ", ".join(entry.name for entry in chosen.entries)
+    why = "see the log for why"
+    if beside.mask is not None and pixels.as_mask(beside.mask).min() >= 0.5:
+        why = "the mask covers all of the image, so nothing is to be kept: connect the mask of the edit alone"
+    return f"{names} could judge none of {count} images: {why}, or choose another reward."
 
 
 def _columns(count: int, most: int) -> int:
