@@ -209,3 +209,33 @@ def the_reward_trained_lora_mends_the_edit_that_its_workflow_shows(host):
         }
     kept = host.run(prompt).kept
     assert [kept[key] for key in sorted(splits, key=int)] == [0.0, 1.0]
+
+
+@case
+def best_of_six_mends_the_edit_that_one_start_gets_wrong(host):
+    prompt = convert(host, "best_of_n_tiny")
+    number = {node["class_type"]: key for key, node in prompt.items()}
+    demo = number["DiptychDemoImage"]
+    splits = sorted((k for k, node in prompt.items() if node["class_type"] == "DiptychSplit"), key=int)
+    for key in splits:
+        judged = {"edited": [key, 0], "source": [demo, 0], "expected": [demo, 3]}
+        prompt[f"judge {key}"] = {"class_type": "DiptychEditScore", "inputs": judged}
+        kept = {"value": [f"judge {key}", 3], "name": key}
+        prompt[f"keep {key}"] = {"class_type": "TestKeepValue", "inputs": kept}
+    kept = host.run(prompt).kept
+    assert [kept[key] for key in splits] == [0.0, 1.0]  # one start, best of six
+
+
+@case
+def eight_edits_of_the_score_template_have_eight_different_scores(host):
+    prompt = convert(host, "reward_score_tiny")
+    node = next(key for key, node in prompt.items() if node["class_type"] == "DiptychRewardScore")
+    for name, slot in (("best", 0), ("report", 1)):
+        kept = {"value": [node, slot], "name": name}
+        prompt[f"keep {name}"] = {"class_type": "TestKeepValue", "inputs": kept}
+    run = host.run(prompt)
+    places = [line.split(": ")[1].split(",") for line in run.kept["report"].splitlines()[:8]]
+    totals = [float(place[0]) for place in places]
+    assert len(set(totals)) == 8 and totals == sorted(totals, reverse=True) and run.kept["best"] > 0
+    assert len({place[1] for place in places}) > 2 and "nan" not in run.kept["report"]
+    assert run.outputs[node]["images"], "the node shows no sheet"
