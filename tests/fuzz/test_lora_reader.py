@@ -36,8 +36,8 @@ lora_A.weight lora_B.weight lora_A.default.weight lora_B.bias lora_down.weight l
 lora_A.expert_0.weight lora_A.expert_1.weight lora_B.expert_0.weight lora_B.expert_1.weight lora_route.weight
 alpha scale dora_scale lora_magnitude_vector rescale scalar diff diff_b set_weight w_norm b_norm weight bias
 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 hada_w1_a hada_w1_b hada_w2_a hada_w2_b
-hada_t1 hada_t2 oft_blocks oft_blocks.0 oft_blocks.1 oft_diag oft_R.weight boft_R boft_s a1.weight a2.weight b1.weight
-b2.weight bm.weight reshape_weight wd_for_diff lora_embedding_A on_input oft_r
+hada_t1 hada_t2 oft_blocks oft_blocks.0 oft_blocks.1 oft_diag oft_R.weight boft_R boft_s a1.weight a2.weight
+b1.weight b2.weight bm.weight reshape_weight wd_for_diff lora_embedding_A on_input oft_r
 """.split()
 GROUPS = [  # roles that belong together, so that shapes often nearly fit
     ["lora_A.weight", "lora_B.weight", "alpha", "dora_scale"],
