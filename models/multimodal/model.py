@@ -271,7 +271,8 @@ class GenerativeMultimodalModel(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B,256,7,7] to IMAGE [B,S,S,3] float32 in 0..1."""
-        pixels = self.image_decoder.decode_from_latent(latents.to(self.log_scale.dtype)).float()
+        parts = latents.to(self.log_scale.dtype).split(BATCH)
+        pixels = torch.cat([self.image_decoder.decode_from_latent(part) for part in parts]).float()
         return (pixels / 2 + 0.5).clamp(0, 1).movedim(1, -1)
 
     @torch.no_grad()
