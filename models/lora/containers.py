@@ -90,7 +90,16 @@ def _map(file: Path, opened) -> dict[str, Tensor]:
 
 
 def _torch_file(file: Path, size: int) -> dict[str, Tensor]:
-    """Tensors of a torch.save zip, mapped. torch.save never packs: a packed entry is no weights file's."""
+    """Tensors of a torch.save zip, mapped."""
+    return _unwrap(load_zip(file, size))
+
+
+def load_zip(file: Path, size: int) -> object:
+    """What a torch.save zip of `size` bytes holds, mapped; it takes no more memory than the file has bytes.
+
+    torch.save never packs: a packed entry is no weights file's. Raises whatever damage makes its readers
+    raise; ValueError for claims of more than the file has.
+    """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries):
@@ -98,7 +107,7 @@ def _torch_file(file: Path, size: int) -> dict[str, Tensor]:
     if sum(e.file_size for e in entries) > size:
         raise ValueError("its entries claim more bytes than it has")
     # mmap also makes torch check each tensor against the bytes that are there
-    return _unwrap(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _unwrap(loaded: object) -> dict[str, Tensor]:
@@ -121,12 +130,12 @@ def _unwrap(loaded: object) -> dict[str, Tensor]:
             continue
         if not isinstance(key, str):
             raise ValueError(f"a tensor's name is {type(key).__name__}, not text")
-        tensors[key] = _plain(key, value)
+        tensors[key] = plain(key, value)
     return tensors
 
 
-def _plain(key: str, tensor: Tensor) -> Tensor:
-    """The tensor as an ordinary one that has as many bytes as it claims."""
+def plain(key: str, tensor: Tensor) -> Tensor:
+    """The tensor as an ordinary one that has as many bytes as it claims. Raises ValueError."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise ValueError(f"{key[:80]} is no ordinary tensor")

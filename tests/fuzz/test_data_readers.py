@@ -190,3 +190,64 @@ def test_folders_of_any_files(tmp_path_factory, contents):
             read_all(f"{kind}:{folder}")
         except ValueError as error:
             assert type(error) is ValueError and str(folder) in str(error)
+
+
+@pytest.fixture(scope="module")
+def encoded_row(tmp_path_factory):
+    """One row of precomputed data, all of it right."""
+    folder = tmp_path_factory.mktemp("precomputed")
+    parts = {
+        "prompt_embed": torch.zeros(3, 4),
+        "pooled_prompt_embeds": torch.zeros(4),
+        "text_ids": torch.zeros(3, 3),
+        "masked_latents": torch.zeros(16, 2, 2),
+        "mask_latents": torch.ones(1, 2, 2),
+    }
+    row = {"caption": "x"}
+    for name, tensor in parts.items():
+        (folder / name).mkdir()
+        torch.save(tensor, folder / name / "0.pt")
+        row["text_ids" if name == "text_ids" else f"{name}_path"] = "0.pt"
+    (folder / "index.json").write_text(json.dumps([row]))
+    return folder
+
+
+@given(data=st.data())
+def test_a_damaged_tensor_file_is_a_broken_row(encoded_row, data):
+    path = encoded_row / data.draw(st.sampled_from(["prompt_embed", "masked_latents"])) / "0.pt"
+    whole = path.read_bytes()
+    torn = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(torn) - 1))
+        torn[at] ^= 1 << data.draw(st.integers(0, 7))
+    if data.draw(st.booleans()):
+        del torn[data.draw(st.integers(0, len(torn) - 1)) :]
+    try:
+        path.write_bytes(bytes(torn))
+        open_source(f"precomputed:{encoded_row / 'index.json'}")[0]
+    except BrokenSample:
+        pass
+    finally:
+        path.unlink()  # a mapped file must not change under its tensors
+        path.write_bytes(whole)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = ("caption", "prompt_embed_path", "text_ids", "masked_latents_path", "latents_path", "layout", "weight")
+
+
+@given(changes=st.dictionaries(st.sampled_from(KEYS), json_values, min_size=1, max_size=3))
+def test_an_index_row_of_anything_is_a_sample_or_broken(encoded_row, tmp_path_factory, changes):
+    (row,) = json.loads((encoded_row / "index.json").read_text())
+    index = encoded_row / "changed.json"
+    index.write_text(json.dumps([row | changes]))
+    try:
+        source = open_source(f"precomputed:{index}")
+        assert source.fingerprint
+        source[0]
+    except BrokenSample:
+        pass

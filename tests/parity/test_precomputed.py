@@ -182,6 +182,22 @@ def test_texts_of_any_length_share_a_batch_unchanged(write, tmp_path):
             assert torch.allclose(together[place], alone[0], atol=2e-5)
 
 
+def test_a_dropped_prompt_is_the_encoders_own_beside_stored_texts(write, tmp_path):
+    """Supervised training, with targets: a dropped row of another length than its stored text."""
+    spec, parts = write(lengths=(24, 7, 7, 24), latents=lambda h, w: torch.ones(16, h, w), **WIDE)
+    options = {"prompt_drop": 0.5, "optimizer": "adamw", "lr": 1e-3, "max_sequence_length": 16}
+    trainer = trainer_of(tmp_path, spec, config.TrainConfig, **options)
+    batch = trainer.batches([1, 2], [False, True])
+    assert batch["tokens"].shape[1] == 24 and batch["text_bias"].isinf().sum(1).tolist() == [17, 8]
+    assert torch.equal(batch["tokens"][0, :7], parts[1]["prompt_embed"])
+    trainer.task.wake_text()
+    with torch.no_grad():
+        dropped = trainer.task.encode_text([" "])["tokens"][0]
+    assert torch.allclose(batch["tokens"][1, :16], dropped, atol=1e-5)
+    trainer.train_step()
+    assert all(value.isfinite().all() for value in trainer.names.values())
+
+
 def test_rows_with_one_caption_keep_their_own_text(write, tmp_path):
     spec, parts = write(**WIDE)
     batch = trainer_of(tmp_path, spec).batches([2, 3], [False, False])

@@ -170,6 +170,41 @@ def test_precomputed_tensors_of_the_wrong_kind_are_refused(tmp_path, wrong, reas
         write_precomputed(tmp_path, **wrong)[0]
 
 
+def test_precomputed_rows_of_other_systems_and_of_no_folder_of_ours(tmp_path):
+    write_precomputed(tmp_path)
+    index = tmp_path / "index.json"
+    text = index.read_text()
+    (tmp_path / "masked_latents" / "sub").mkdir()
+    (tmp_path / "masked_latents" / "fill_0.pt").rename(tmp_path / "masked_latents" / "sub" / "fill_0.pt")
+    row = json.loads(text)[0] | {"masked_latents_path": "sub\\fill_0.pt"}
+    index.write_bytes(json.dumps([row]).encode("utf-16"))
+    assert open_source(f"precomputed:{index}?inside=true")[0].encoded.masked_latents.shape == (16, 4, 6)
+    outside = row | {"text_ids": "../text_ids/fill_0.pt"}
+    index.write_text(
+        json.dumps([outside, row | {"layout": "left"}, row | {"weight": "nan"}, row | {"caption": 3}])
+    )
+    open_source(f"precomputed:{index}")[0]
+    source = open_source(f"precomputed:{index}?inside=true")
+    for number, reason in enumerate(
+        ("outside of the data folder", "diptych or inpaint", "0 to 1000", "'caption'")
+    ):
+        with pytest.raises(BrokenSample, match=reason):
+            source[number]
+
+
+def test_a_packed_tensor_file_is_not_unpacked(tmp_path):
+    import zipfile
+
+    source, path = write_precomputed(tmp_path), tmp_path / "masked_latents" / "fill_0.pt"
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(BrokenSample, match="not a plain tensor file"):
+        source[0]
+
+
 def test_precomputed_files_that_would_run_code_are_refused(tmp_path):
     source = write_precomputed(tmp_path)
 

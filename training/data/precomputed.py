@@ -22,6 +22,7 @@ that needs more is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,9 +30,12 @@ from pathlib import Path
 
 import torch
 
+from ...models.lora.containers import load_zip, plain
 from ...models.prompt import instruction_of
 from ..disk import write_whole
+from . import rows
 from .broken import BrokenSample
+from .folders import decode
 from .sample import Sample, stamp
 
 
@@ -56,6 +60,8 @@ class Encoded:
         return self.mask_latents[0].float().repeat_interleave(8, 0).repeat_interleave(8, 1)
 
 
+LAYOUTS = (None, "diptych", "inpaint")
+
 # tensor name -> (index key, folder, number of axes)
 _PARTS = {
     "prompt_embed": ("prompt_embed_path", "prompt_embed", 2),
@@ -72,28 +78,31 @@ class Precomputed:
     caption.
     """
 
-    def __init__(self, index: str | Path):
-        self.index = Path(index)
+    def __init__(self, index: str | Path, inside: str | bool = False):
+        """inside: refuse tensors outside of the index's folder. Raises FileNotFoundError or ValueError."""
+        self.index, self.inside = Path(index), str(inside).lower() in ("true", "1", "yes")
         if not self.index.is_file():
             raise FileNotFoundError(f"index {index} does not exist")
         try:
-            rows = json.loads(self.index.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
+            found = json.loads(decode(self.index.read_bytes()))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"index {index} is not JSON ({error}): write a list of objects") from error
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        if not isinstance(found, list) or not found or not all(isinstance(row, dict) for row in found):
             raise ValueError(
                 f"index {index} is not a list of objects: see the table in {Path(__file__).name}"
             )
-        self._rows = rows
+        self._rows = found
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the rows and of their files' sizes and times: tensors computed anew are read anew."""
         files = []
-        for row in self._rows:
-            for key, folder, _ in _PARTS.values():
-                path = self.index.parent / folder / str(row.get(key))
-                files.append((path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None)
+        for index, row in enumerate(self._rows):
+            for part, (key, _, _) in _PARTS.items():
+                with contextlib.suppress(BrokenSample, OSError, ValueError):
+                    if row.get(key):
+                        status = self._path(index, part).stat()
+                        files.append((index, part, status.st_size, status.st_mtime_ns))
         return stamp("precomputed", str(self.index.resolve()), self._rows, files)
 
     def __len__(self) -> int:
@@ -106,20 +115,27 @@ class Precomputed:
         height, width = self._tensor(index, "mask_latents").shape[1:]
         return height * 8, width * 8
 
+    def _path(self, index: int, part: str) -> Path:
+        key, folder, _ = _PARTS[part]
+        name, where = self.name(index), self._rows[index].get(key)
+        if not isinstance(where, str):
+            raise BrokenSample(name, f"the key {key!r} is missing or no text")
+        return rows.locate(self.index.parent / folder, where, self.inside, name)
+
     def _tensor(self, index: int, part: str) -> torch.Tensor:
-        key, folder, axes = _PARTS[part]
-        name, row = self.name(index), self._rows[index]
-        if not isinstance(row.get(key), str):
-            raise BrokenSample(name, f"the key {key!r} is missing")
-        path = self.index.parent / folder / row[key]
+        name, axes, path = self.name(index), _PARTS[part][2], self._path(index, part)
         try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
+            tensor = load_zip(path, path.stat().st_size)
         except FileNotFoundError:
             raise BrokenSample(name, f"{path} is missing") from None
         except Exception as error:  # a damaged or foreign pickle raises anything
             raise BrokenSample(name, f"{path} is not a plain tensor file ({type(error).__name__})") from error
         if not isinstance(tensor, torch.Tensor):
             raise BrokenSample(name, f"{path} holds a {type(tensor).__name__}, not a tensor")
+        try:
+            tensor = plain(path.name, tensor)
+        except ValueError as error:
+            raise BrokenSample(name, f"{path}: {error}") from None
         if tensor.ndim == axes + 1 and tensor.shape[0] == 1:
             tensor = tensor[0]
         if tensor.ndim != axes or (part != "text_ids" and not tensor.is_floating_point()):
@@ -136,6 +152,8 @@ class Precomputed:
         caption = row.get("caption")
         if not isinstance(caption, str):
             raise BrokenSample(name, "the key 'caption' is missing or no text")
+        if row.get("layout") not in LAYOUTS:
+            raise BrokenSample(name, f"layout is {str(row['layout'])[:40]!r}: write diptych or inpaint")
         parts = {
             part: self._tensor(index, part) for part in _PARTS if part != "latents" or row.get("latents_path")
         }
@@ -143,16 +161,12 @@ class Precomputed:
         instruction = self._instruction(row, caption, parts["mask_latents"])
         encoded = Encoded(**parts, diptych=instruction is not None)
         words = instruction or caption
-        weight = row.get("weight", 1.0)
-        if not isinstance(weight, (int, float)):
-            raise BrokenSample(name, f"weight is {weight!r}, not a number")
-        return Sample(
-            words, caption=caption, mask=encoded.mask, name=name, weight=float(weight), encoded=encoded
-        )
+        weight = rows.weight(row, name)
+        return Sample(words, caption=caption, mask=encoded.mask, name=name, weight=weight, encoded=encoded)
 
     def _instruction(self, row: dict, caption: str, mask: torch.Tensor) -> str | None:
         """What a diptych's caption asks for; None where the row is one image."""
-        layout, words = row.get("layout", ""), instruction_of(caption)
+        layout, words = row.get("layout"), instruction_of(caption)
         if layout:
             return (words or caption) if layout == "diptych" else None
         middle = mask.shape[-1] // 2

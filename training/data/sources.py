@@ -286,7 +286,7 @@ def spec_of(folder: str | Path, inside: bool = False) -> str:
         if tables := [path for path in files if path.suffix.lower() == suffix]:
             return _spec("jsonl", tables[0], "?inside=true" if inside else "")
     if (folder / "masked_latents").is_dir() and (index := [path for path in files if path.suffix == ".json"]):
-        return _spec("precomputed", index[0])
+        return _spec("precomputed", index[0], "?inside=true" if inside else "")
     if tables := files_below(folder, ".parquet"):
         from .hub import column_names
 
