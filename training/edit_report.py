@@ -80,7 +80,7 @@ def judge(
 
 
 def _picture(image: Tensor, name: str) -> Tensor:
-    return pixels.rgb(pixels.as_image(image, name)).float().cpu().clamp(0, 1)
+    return pixels.on_white(pixels.as_image(image, name)).cpu().clamp(0, 1)
 
 
 def _kept(value: Tensor) -> str:

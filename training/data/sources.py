@@ -282,9 +282,9 @@ def spec_of(folder: str | Path, inside: bool = False) -> str:
     files = visible_files(folder)
     if any(path.stem.endswith(("_source", "_target")) for path in files):
         return _spec("pairs", folder)
-    for suffix in (".jsonl", ".csv"):
-        if tables := [path for path in files if path.suffix.lower() == suffix]:
-            return _spec("jsonl", tables[0], "?inside=true" if inside else "")
+    rows = [path for path in files if path.suffix.lower() == ".jsonl"]
+    if rows := rows or [path for path in files if path.name.lower() == "metadata.csv"]:
+        return _spec("jsonl", rows[0], "?inside=true" if inside else "")
     if (folder / "masked_latents").is_dir() and (index := [path for path in files if path.suffix == ".json"]):
         return _spec("precomputed", index[0], "?inside=true" if inside else "")
     if tables := files_below(folder, ".parquet"):

@@ -48,18 +48,18 @@ class Beside:
 
     def score(self, chosen: Chosen, images: Tensor, groups: Tensor | None = None) -> CompositeScores:
         """Score images [N,H,W,C]; sources and masks are brought to their size."""
-        images = pixels.rgb(pixels.as_image(images)).float().cpu()
+        images = pixels.on_white(pixels.as_image(images)).cpu()
         count, size = len(images), tuple(images.shape[1:3])
 
         def picture(image: Tensor | None) -> Tensor | None:
             if image is None:
                 return None
-            image = pixels.rgb(pixels.as_image(image)).float().cpu()
+            image = pixels.on_white(pixels.as_image(image)).cpu()
             return pixels.repeat_batch(pixels.resize_image(image, *size), count)
 
         mask = self.mask
         if mask is not None:
-            mask = pixels.resize_mask(pixels.as_mask(mask).float().cpu(), *size)
+            mask = pixels.binarise(pixels.resize_mask(pixels.as_mask(mask).cpu(), *size))
             mask = pixels.repeat_batch(mask, count)
         return chosen.composite.score(
             images,
