@@ -7,16 +7,14 @@ import io
 import torch
 from torch import Tensor
 
+from ...models.pixels import binarise, resize_mask
 from .base import Reward, register
 from .weights import device_of
 
 
 def _as_pixels(masks: Tensor, images: Tensor) -> Tensor:
     """Masks [N,H,W] at the images' size, hard, shaped [N,H,W,1]; 1 = edited."""
-    masks = masks.to(images).unsqueeze(1)
-    if masks.shape[-2:] != images.shape[1:3]:
-        masks = torch.nn.functional.interpolate(masks, images.shape[1:3], mode="nearest")
-    return (masks >= 0.5).to(images).movedim(1, -1)
+    return binarise(resize_mask(masks.to(images), *images.shape[1:3]))[..., None]
 
 
 @register("keep_l1")
