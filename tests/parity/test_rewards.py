@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from comfyui_diptych.training.rewards.clip import ClipImage, ClipModel, ClipText, centre_crop, letterbox
-from comfyui_diptych.training.rewards.hps import convert_open_clip
+from comfyui_diptych.training.rewards.clip import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ClipImage,
+    ClipModel,
+    ClipText,
+    centre_crop,
+    letterbox,
+)
+from comfyui_diptych.training.rewards.hps import convert_open_clip, load_hps_clip
 from comfyui_diptych.training.rewards.vision import DinoImage, aesthetic_head
+from safetensors.torch import load_file
 
 WORDS = ["<|startoftext|>", "<|endoftext|>", "a", "red", "circle", "blue", "square"]
 
@@ -76,52 +86,54 @@ def test_crops_match_their_definitions():
     assert boxed[:, :, :5].abs().max() == 0 and boxed[:, :, 15:].abs().max() == 0
 
 
-def test_open_clip_conversion_computes_the_same_features(clip, images):
-    """Write the tiny model in open_clip's names by the rule of its source, convert back, compare outputs."""
-    theirs = {}
-    for key, value in clip.model.state_dict().items():
-        theirs |= _to_open_clip(key, value, clip.model.state_dict())
-    converted = convert_open_clip(theirs | {"attn_mask": torch.zeros(8, 8)})
-    for key, value in clip.model.state_dict().items():
-        if "position_ids" not in key:
-            torch.testing.assert_close(converted[key], value, atol=0, rtol=0)
+class Ids:
+    """The kept token ids as a tokenizer of transformers gives them: filled up with the end."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, texts, padding, truncation, max_length, return_tensors):
+        over = (self.ids == 6).cumsum(1) > 0
+        ids = torch.where(over, 6, self.ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _to_open_clip(key, value, state):
-    names = {
-        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.final_layer_norm": "ln_final",
-        "vision_model.embeddings.class_embedding": "visual.class_embedding",
-        "vision_model.embeddings.patch_embedding": "visual.conv1",
-        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-        "vision_model.pre_layrnorm": "visual.ln_pre",
-        "vision_model.post_layernorm": "visual.ln_post",
+def test_hps_weights_give_the_features_that_open_clip_gives(tmp_path):
+    """A model of open_clip's own code, its answers made by it and kept (`data/make_open_clip.py`)."""
+    stored = load_file(Path(__file__).parent / "data" / "open_clip.safetensors")
+    state = {k.removeprefix("state."): v for k, v in stored.items() if k.startswith("state.")}
+    torch.save({"state_dict": state}, tmp_path / "tiny.pt")
+    tower = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"hidden_act": "gelu", "projection_dim": 8}
+    text = {**tower, "vocab_size": 7, "max_position_embeddings": 8, "bos_token_id": 5, "eos_token_id": 6}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    config = {"projection_dim": 8, "text_config": text, "vision_config": vision}
+    clip = ClipModel(load_hps_clip(str(tmp_path / "tiny.pt"), config), Ids(stored["asked.tokens"]))
+    texts = clip.text_features(["a", "b", "c"])
+    torch.testing.assert_close(texts, stored["said.text"], atol=1e-5, rtol=1e-5)
+    std, mean = (torch.tensor(values)[:, None, None] for values in (CLIP_STD, CLIP_MEAN))
+    images = (stored["asked.pixels"] * std + mean).movedim(1, -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip, "resize", lambda images, size: images.movedim(-1, 1))  # they have its size
+        features = clip.image_features(images)
+    torch.testing.assert_close(features, stored["said.image"], atol=1e-5, rtol=1e-5)
+    assert clip.logit_scale == pytest.approx(stored["state.logit_scale"].exp().item())
+
+
+def test_a_checkpoint_that_does_not_fill_the_model_is_refused(tmp_path):
+    stored = load_file(Path(__file__).parent / "data" / "open_clip.safetensors")
+    state = {k.removeprefix("state."): v for k, v in stored.items() if k.startswith("state.")}
+    del state["visual.proj"]
+    torch.save(state, tmp_path / "tiny.pt")
+    small = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 7, "max_position_embeddings": 8}
+    config = {
+        "projection_dim": 8,
+        "text_config": text,
+        "vision_config": {**small, "image_size": 32, "patch_size": 8},
     }
-    if key in ("visual_projection.weight", "text_projection.weight"):
-        return {"visual.proj" if key.startswith("visual") else "text_projection": value.T}
-    if ".encoder.layers." in key:
-        tower, rest = key.split(".encoder.layers.")
-        number, rest = rest.split(".", 1)
-        prefix = ("visual." if tower == "vision_model" else "") + f"transformer.resblocks.{number}."
-        if "q_proj" in rest:
-            parts = [state[key.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            return {prefix + "attn.in_proj_" + rest.rsplit(".", 1)[1]: torch.cat(parts)}
-        if "k_proj" in rest or "v_proj" in rest:
-            return {}
-        for ours, other in (
-            ("layer_norm1", "ln_1"),
-            ("layer_norm2", "ln_2"),
-            ("self_attn.out_proj", "attn.out_proj"),
-            ("mlp.fc1", "mlp.c_fc"),
-            ("mlp.fc2", "mlp.c_proj"),
-        ):
-            rest = rest.replace(ours, other)
-        return {prefix + rest: value}
-    for ours, other in names.items():
-        if key.startswith(ours):
-            return {key.replace(ours, other): value}
-    return {} if "position_ids" in key else {key: value}
+    with pytest.raises(ValueError, match="missing .'visual_projection.weight'"):
+        load_hps_clip(str(tmp_path / "tiny.pt"), config)
 
 
 def test_unknown_open_clip_key_is_named():
