@@ -317,10 +317,24 @@ def _attach(
         # what is multiplied out in float32 at each call keeps the file's type
         narrow = dtype.is_floating_point and dtype.itemsize > 1 and not isinstance(delta, WeightDelta)
         bank.append(delta.to(dtype) if narrow else delta)
+    _refuse_compiled(model)
     key = f"diptych_lora_{uuid.uuid4().hex}"
     patcher = comfy.model_patcher.ModelPatcher(bank, model.load_device, model.offload_device)
     model.set_additional_models(key, [patcher])
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _Runtime(deltas, window))
+
+
+COMPILED = (
+    "torch.compile keeps the layers of its first call, but this LoRA (a sigma window or experts) changes them "
+    "from call to call: leave out the compile node, or the window"
+)
+
+
+def _refuse_compiled(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Raise LoraError if a node before this one compiles the model, whole or in parts."""
+    wrapped = any("compile" in key for key in model.wrappers.get(WrappersMP.APPLY_MODEL, {}))
+    if wrapped or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values()):
+        raise LoraError(COMPILED)
 
 
 class _Runtime:
@@ -328,9 +342,13 @@ class _Runtime:
 
     def __init__(self, deltas: list[tuple[str, Delta]], window: tuple[float, float] | None) -> None:
         self.deltas, self.window = deltas, window
+        parts = [name.split(".") for name, _ in deltas]
+        self.around = {".".join(part[: end + 1]) for part in parts for end in range(len(part))}
 
     def __call__(self, executor, x: Tensor, t: Tensor, *args, **kwargs):
         base = executor.class_obj
+        if self._is_compiled(executor):  # by a node behind this one
+            raise LoraError(COMPILED)
         if self.window is not None and not in_window(_sigma(base, t), self.window):
             return executor(x, t, *args, **kwargs)
         hooks = []
@@ -342,6 +360,13 @@ class _Runtime:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _is_compiled(self, executor) -> bool:
+        later = executor.wrappers[executor.idx :]  # core compiles in a wrapper of its own
+        if any("compile" in getattr(wrapper, "__module__", "") for wrapper in later):
+            return True
+        base = executor.class_obj
+        return any(hasattr(comfy.utils.get_attr(base, name), "_orig_mod") for name in self.around)
 
 
 def _adding(delta: Delta):

@@ -408,10 +408,8 @@ def the_node_uses_the_files_window_unless_told_otherwise(host):
     assert "0.8 >= sigma > 0.2" in report
 
 
-@case
-def a_stable_diffusion_lora_of_ours_loads_here_and_in_core(host):
-    """Core takes kohya names only for a UNet; every module must arrive in both."""
-    import comfy.lora
+def tiny_unet():
+    """A nine-channel Stable Diffusion 1.5 UNet as a ModelPatcher."""
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -435,7 +433,15 @@ def a_stable_diffusion_lora_of_ours_loads_here_and_in_core(host):
     }
     conf = comfy.supported_models.SD15(config)
     conf.set_inference_dtype(torch.float32, None)
-    model = comfy.model_patcher.ModelPatcher(conf.get_model({}, ""), torch.device("cpu"), torch.device("cpu"))
+    return comfy.model_patcher.ModelPatcher(conf.get_model({}, ""), torch.device("cpu"), torch.device("cpu"))
+
+
+@case
+def a_stable_diffusion_lora_of_ours_loads_here_and_in_core(host):
+    """Core takes kohya names only for a UNet; every module must arrive in both."""
+    import comfy.lora
+
+    model = tiny_unet()
     lora = host.pack("models.lora")
     block = "down_blocks.0.attentions.0.transformer_blocks.0."
     shapes = {
@@ -451,6 +457,59 @@ def a_stable_diffusion_lora_of_ours_loads_here_and_in_core(host):
     sd = comfy.utils.load_torch_file(str(path))
     core = comfy.lora.load_lora(sd, comfy.lora.model_lora_keys_unet(model.model, {}))
     assert len(core) == len(shapes)
+
+
+@case
+def a_window_of_stable_diffusion_is_open_at_the_trained_timesteps(host):
+    """Those that training visits in steps 2 and 3 of 10, whichever of core's schedulers passes them."""
+    import comfy.samplers
+
+    ddim, runtime = host.pack("samplers.ddim"), host.pack("models.lora.comfy")
+    model = tiny_unet()
+    sampling = model.get_model_object("model_sampling")
+    timesteps = ddim.schedule(10).timesteps.tolist()
+    window = ddim.noise_level(timesteps[2]), ddim.noise_level(timesteps[4])
+    in_window = host.pack("models.lora.delta").in_window
+    open_at = [
+        t for t in timesteps if in_window(runtime._sigma(model.model, sampling.sigmas[t][None]), window)
+    ]
+    assert open_at == timesteps[2:4] == [701, 601], open_at
+    steps = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", 10)[:-1]
+    levels = [runtime._sigma(model.model, sigma[None]) for sigma in steps]
+    assert [in_window(level, window) for level in levels] == [t in (701, 601) for t in timesteps], levels
+
+
+@case
+def a_compiled_model_is_refused_where_the_lora_works_at_run_time(host):
+    """Before the loader and behind it, whole or in parts; a LoRA that is merged stays allowed."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    lora = host.pack("models.lora")
+    weights = weights_of(host, factors(layers()))
+
+    def compiled(model):
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager")
+        return model
+
+    def in_parts(model):
+        model, name = model.clone(), "diffusion_model.double_blocks.0"
+        model.add_object_patch(name, torch.compile(model.get_model_object(name), backend="eager"))
+        return model
+
+    def refused(function):
+        try:
+            function()
+        except lora.LoraError as error:
+            return "leave out the compile node" in str(error)
+        return False
+
+    for compile_model in (compiled, in_parts):
+        before = compile_model(tiny_flux())
+        assert refused(lambda before=before: apply(host, before, weights, window=(1.0, 0.5)))
+        assert not refused(lambda before=before: apply(host, before, weights))
+        behind = compile_model(apply(host, tiny_flux(), weights, window=(1.0, 0.5))[0])
+        assert refused(lambda behind=behind: predict(behind, 0.7)), compile_model.__name__
 
 
 @case
