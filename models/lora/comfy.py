@@ -325,8 +325,8 @@ def _attach(
 
 
 COMPILED = (
-    "torch.compile keeps the layers of its first call, but this LoRA (a sigma window or experts) changes them "
-    "from call to call: leave out the compile node, or the window"
+    "torch.compile keeps the layers of its first call, but this LoRA (a sigma window or experts) changes "
+    "them from call to call: leave out the compile node, or the window"
 )
 
 
