@@ -111,5 +111,5 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:
-    times = -(-SHOWN_HEIGHT // picture.height)
+    times = max(min(-(-SHOWN_HEIGHT // picture.height), 8 * SHOWN_HEIGHT // picture.width), 1)
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)

@@ -594,3 +594,19 @@ def test_one_prompt_serves_images_without_words(tmp_path):
     assert open_source(f"images:{tmp_path}?edit=true").fingerprint != plain.fingerprint
     with pytest.raises(BrokenSample, match="a.txt"):
         plain[0]
+
+
+@pytest.mark.parametrize("frame", [(1, 4000), (4000, 1)])
+@pytest.mark.parametrize("policy", ["crop", "stretch"])
+def test_a_thin_image_takes_no_more_memory_than_a_square_one(frame, policy, monkeypatch):
+    largest = []
+    real = torch.nn.functional.interpolate
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "interpolate",
+        lambda *a, **k: largest.append(real(*a, **k).numel()) or real(*a, **k),
+    )
+    sample = Sample("p", target=torch.rand(*frame, 3), source=torch.rand(9, 9, 3), mask=torch.ones(9, 9))
+    made = fit(sample, (64, 64), policy=policy)
+    assert made.target.shape == made.source.shape == (64, 64, 3) and bool(made.mask.all())
+    assert max(largest) <= 3 * 64 * 4000

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...models import image_files, pixels
+from ...models import geometry, image_files, pixels
 from .broken import BrokenSample
 
 GREY = 0.5  # 0 in the models' -1..1 range: what a hole looks like to Flux Fill and to SD inpainting
@@ -143,22 +143,8 @@ def fit(sample: Sample, size: tuple[int, int], *, policy: str = "crop") -> Sampl
 
 
 def _fit(picture: torch.Tensor, frame: tuple[int, int], size: tuple[int, int], policy: str) -> torch.Tensor:
-    picture = _resize(picture, frame)
-    if policy == "stretch":
-        return _resize(picture, size)
-    scale = max(size[0] / frame[0], size[1] / frame[1])
-    picture = _resize(
-        picture, tuple(max(want, round(have * scale)) for have, want in zip(frame, size, strict=True))
-    )
-    top, left = ((have - want) // 2 for have, want in zip(picture.shape[:2], size, strict=True))
-    return picture[top : top + size[0], left : left + size[1]].contiguous()
-
-
-def _resize(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    if tuple(picture.shape[:2]) == tuple(size):
-        return picture
+    """An image [H,W,3] or mask [H,W] that shows `frame`, cut before it is resized: a thin one stays small."""
+    fit = geometry.place(frame, size, policy)
     if picture.ndim == 2:
-        return pixels.resize_mask(picture[None], *size)[0]
-    channels_first = picture.movedim(-1, 0)[None]
-    resized = torch.nn.functional.interpolate(channels_first, size=size, mode="bicubic", antialias=True)
-    return resized[0].movedim(0, -1).clamp(0, 1).contiguous()
+        return pixels.fit_mask(pixels.resize_mask(picture[None], *frame), fit)[0].contiguous()
+    return pixels.fit_image(pixels.resize_image(picture[None], *frame), fit)[0].contiguous()

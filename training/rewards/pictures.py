@@ -94,7 +94,18 @@ class CanvasJudge:
         return cls(chosen, beside, layout)
 
     def __call__(self, canvases: Tensor, groups: Tensor | None = None) -> Tensor:
-        """Canvases [N,H,W,3] -> scores [N]; groups [N] says which of them compete with one another."""
+        """Canvases [N,H,W,3] -> scores [N]; groups [N] says which of them compete with one another.
+
+        A canvas that holds NaN or infinity was not painted: its score is NaN.
+        """
+        painted = canvases.flatten(1).isfinite().all(dim=1)
+        if not painted.all():
+            scores = torch.full((len(canvases),), torch.nan)
+            if painted.any():
+                scores[painted.cpu()] = self(
+                    canvases[painted], None if groups is None else groups[painted.cpu()]
+                )
+            return scores
         if self.layout is not None:
             canvases = diptych.split(canvases, self.layout).edited
         scores = self.beside.score(self.chosen, canvases, groups)
