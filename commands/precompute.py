@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--model", required=True, metavar="DIR_OR_HUB_ID", help="FLUX Fill as diffusers folder or hub id")
     add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where index.json and tensors go")
-    add("--targets", action="store_true", help="the finished images' latents too, for supervised training")
+    add("--targets", action="store_true", help="the target images' latents too, for supervised training")
     add(
         "--set",
         action="append",

@@ -19,7 +19,7 @@ class Arranged:
     """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None;
     touched [1,H,W], where the edit is, if the loss asks for it; edited [h,w], the row's own mask at the size
     of one panel, of which nothing is encoded; the prompt; whether it is [source | edit];
-    whether it shows a finished edit, not the source in its place."""
+    whether it shows a target image, not the source in its place."""
 
     pixels: Tensor
     prompt: str

@@ -37,7 +37,7 @@ def silent(items: Iterable, label: str) -> Iterable:
 class Entry:
     """One trainable row: example `index` of the source with its mask `variant`, and where its latents are.
 
-    diptych: the image is [source | edit]. target: there is a finished image, not the source in its place.
+    diptych: the image is [source | edit]. target: there is a target image, not the source in its place.
     text, tokens, ids: of rows that bring their prompt encoded, the key of that embedding, its length, and a
     hash of its positions if they are not the usual zeros.
     """
@@ -118,7 +118,7 @@ class Corpus:
             )
         if c.needs_targets and sample.encoded.latents is None:
             raise ValueError(
-                f"{sample.name} has no latents_path, the finished image that supervised training learns: "
+                f"{sample.name} has no latents_path, the target image that supervised training learns: "
                 "train on it by reward (diptych grpo), or encode it again with diptych precompute --targets"
             )
 

@@ -73,7 +73,7 @@ class GRPOConfig(TrainConfig):
     reward_options: list[str] = option(
         [], "Options of rewards as NAME.KEY=VALUE, for example hpsv2.path=FILE."
     )
-    use_targets: bool = option(True, "Rewards may see the finished images, where the data has them.")
+    use_targets: bool = option(True, "Rewards may see the target images, where the data has them.")
     inner_updates: int = option(1, "Optimiser steps per rollout collection.")
     clip: float = option(1e-4, "Clip range of the ratio of mean log-probabilities (a tenth of it for cps).")
     advantage_scale: str = option("global", "global | group: whose standard deviation divides.")
@@ -164,7 +164,7 @@ class GRPOConfig(TrainConfig):
 
     @property
     def needs_targets(self) -> bool:
-        """Whether rows without a finished image are of no use: only where supervised rows are learnt too."""
+        """Whether rows without a target image are of no use: only where supervised rows are learnt too."""
         return bool(self.data_rows)
 
     @property

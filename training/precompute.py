@@ -46,7 +46,7 @@ def precompute(
 ) -> Path:
     """Encode every example of the configuration's data once; returns the index file.
 
-    targets: write the latents of the finished images too, for supervised training. should_stop: asked after
+    targets: write the latents of the target images too, for supervised training. should_stop: asked after
     every group of rows. What is there already is kept, so an interrupted run goes on; however it ends, the
     index lists what is complete. Raises ValueError for a configuration or data that cannot be written so, a
     folder that holds something else, and a disk without room.

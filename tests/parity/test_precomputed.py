@@ -1,5 +1,5 @@
 """Reward training from Flux Fill data that was encoded beforehand, in the format of its table: tensors and a
-caption, no finished image."""
+caption, no target image."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Flux Fill conditions encoded beforehand: a JSON index beside one folder per kind of tensor.
 
-For reward training, needing no finished image; `training/precompute.py` makes it. Index: a list of objects
+For reward training, needing no target image; `training/precompute.py` makes it. Index: a list of objects
 with "caption" (the text that rewards see) and five file names, each looked up in its own folder beside it:
 
 | key | folder | tensor |
@@ -10,7 +10,7 @@ with "caption" (the text that rewards see) and five file names, each looked up i
 | text_ids | text_ids/ | text positions [L, 3] |
 | masked_latents_path | masked_latents/ | latents of source * (1 - mask), model space [16, H/8, W/8] |
 | mask_latents_path | mask_latents/ | mask at latent size [1, H/8, W/8], 1 = repaint; soft values are kept |
-| latents_path (optional) | latents/ | latents of the finished image, to train on supervised |
+| latents_path (optional) | latents/ | latents of the target image, to train on supervised |
 
 Optional too: "weight", which multiplies the row's loss, and "layout": "diptych" where the image is
 [source | edit], so that rewards see the edit alone beside its source ("inpaint" where it is not). A caption
