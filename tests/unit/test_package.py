@@ -50,6 +50,20 @@ def test_every_package_folder_is_installed():
         assert f'"comfyui_diptych.{".".join(init.parent.relative_to(ROOT).parts)}"' in listed
 
 
+def test_an_installed_package_has_every_file_that_the_code_reads():
+    """By the globs of pyproject.toml, which are all that says what goes into a wheel."""
+    tomllib = pytest.importorskip("tomllib")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = [ROOT.joinpath(*name.split(".")[1:]) for name in listed["packages"]]
+    packed = {path for folder in folders for path in folder.glob("*.py")}
+    for pattern in listed["package-data"]["comfyui_diptych"]:
+        packed |= set(ROOT.glob(pattern))
+    rooms = ("commands", "models", "nodes", "samplers", "training", "web", "locales", "example_workflows")
+    needed = {path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
+    needed = {path for path in needed if "__pycache__" not in path.parts and path.name != ".DS_Store"}
+    assert len(needed) > 100 and not sorted(str(path) for path in needed - packed)
+
+
 def test_every_node_speaks_chinese():
     import comfyui_diptych
 
