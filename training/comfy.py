@@ -6,6 +6,8 @@ models are unloaded before and never touched.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import session
+from . import disk, session
+
+logger = logging.getLogger(__name__)
 
 
 class Bar:
@@ -60,6 +64,16 @@ def _pil(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture.clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
 
 
+def tell(report: str) -> None:
+    """Show a report below the running node and in the console: an interrupted node returns none."""
+    logger.info("%s", report)
+    with contextlib.suppress(ImportError, AttributeError):  # not in every ComfyUI, not without its server
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(report, get_executing_context().node_id)
+
+
 def root() -> Path:
     """Where runs and caches are kept: output/diptych_training."""
     return Path(folder_paths.get_output_directory()) / "diptych_training"
@@ -72,6 +86,8 @@ def run(choices: session.Choices, how: ModuleType = session) -> tuple[Path, sess
     Raises ValueError for choices that cannot work, before any memory is freed, and ComfyUI's interruption
     after the checkpoint of a stopped run is on disk.
     """
+    loras = Path(folder_paths.get_folder_paths("loras")[0])
+    disk.check_folder(loras, "ComfyUI's loras folder")
     config = how.configure(choices, root())
     memory.unload_all_models()
     memory.soft_empty_cache()
@@ -89,6 +105,6 @@ def run(choices: session.Choices, how: ModuleType = session) -> tuple[Path, sess
     finally:
         memory.soft_empty_cache()
     if outcome.lora is None:
+        tell(outcome.report)
         bar.finish()
-    loras = Path(folder_paths.get_folder_paths("loras")[0])
     return session.publish(outcome.lora, loras, Path(config.output_dir)), outcome

@@ -99,12 +99,16 @@ def encode_corpus(
     waiting: dict[tuple, list[tuple[Entry, Arranged]]] = {}
     done: dict[int, list[Entry]] = {}
     wanted: dict[int, int] = {}  # variants of each row under way
+    looked: list[bool] = []  # whether there is room for the rest
 
     def encode(group: list[tuple[Entry, Arranged]]) -> None:
         batch = latents.cast(task.encode_pictures([item for _, item in group]))
         for i, (entry, _) in enumerate(group):
             latents.pictures.put(entry.key, {name: t[i] for name, t in batch.items()})
             done[entry.index].append(entry)
+        if not looked:
+            looked.append(True)
+            latents.pictures.check_room(len(todo) * max(wanted.values()) - len(group))
         group.clear()
 
     def write() -> None:
@@ -194,9 +198,9 @@ def read_entries(corpus: Corpus, latents: Latents, folder: Path) -> list[Entry]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 item = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            entry = Entry(**{**item, "size": tuple(item["size"])})
+                entry = Entry(**{**item, "size": tuple(item["size"])})
+            except (ValueError, TypeError, KeyError):
+                continue  # the last line of a killed run, or one of another version: encoded again
             if entry.key in latents.pictures:
                 found[(entry.index, entry.variant)] = entry
     by_first: dict[int, list[Entry]] = {}

@@ -201,7 +201,7 @@ def _report(c: GRPOConfig, step: int, history: dict[int, float], lora: Path | No
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
         lines.append(f"reward of the rollouts: {first:.4f} at the start, {last:.4f} at the end")
     if lora is None:
-        lines.append("run the node again with the same settings to go on from the checkpoint")
+        lines.append(f"run the node again with the same settings to go on from the checkpoint of step {step}")
     elif c.fuse_loras:
         lines.append("load it after the LoRA it started from, not instead of it")
     lines.append(f"run folder: {c.output_dir}")

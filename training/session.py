@@ -259,7 +259,7 @@ def _report(config: TrainConfig, step: int, history: dict[int, float], lora: Pat
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
         lines.append(f"loss: {first:.4f} at the start, {last:.4f} at the end")
     if lora is None:
-        lines.append("run the node again with the same settings to go on from the checkpoint")
+        lines.append(f"run the node again with the same settings to go on from the checkpoint of step {step}")
     lines.append(f"run folder: {config.output_dir}")
     return "\n".join(lines)
 
@@ -278,8 +278,11 @@ def publish(lora: Path, folder: Path, run: Path) -> Path:
     while target.exists() and target.name != known:
         target = folder / f"{lora.stem}_{number}{lora.suffix}"
         number += 1
-    partial = target.with_suffix(".part")
-    shutil.copyfile(lora, partial)
-    os.replace(partial, target)
+    try:
+        disk.write_whole(target, lambda place: shutil.copyfile(lora, place))
+    except OSError as error:
+        raise ValueError(
+            f"the LoRA is whole in {lora}, but cannot be copied to {folder} ({disk.reason(error)}): copy it"
+        ) from error
     note.write_text(target.name, encoding="utf-8")
     return target

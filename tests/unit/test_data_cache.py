@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
+from comfyui_diptych.training import disk
 from comfyui_diptych.training.data.cache import ContentCache, fingerprint, image_key, text_key
+from safetensors import SafetensorError
 
 
 def encoder(seed=0):
@@ -58,6 +61,37 @@ def test_a_killed_run_encodes_only_what_is_missing(tmp_path):
     again.fill(items, lambda p: seen.extend(p) or [{"x": torch.ones(1)} for _ in p])
     assert seen == [f"prompt {i}" for i in range(6, 10)]
     assert all(key in ContentCache(tmp_path) for key, _ in items)
+
+
+def test_room_for_all_is_looked_for_after_the_first_batch(tmp_path, monkeypatch):
+    asked = []
+
+    def usage(folder):
+        asked.append(folder)
+        return shutil._ntuple_diskusage(1 << 40, 0, 4 * 10 * 100)
+
+    monkeypatch.setattr(disk.shutil, "disk_usage", usage)
+    items = [(text_key(p, "t"), p) for p, _ in numbered(101)]
+    seen = []
+    with pytest.raises(ValueError, match="cache of 101 entries in .* needs about 4 kB but its disk has 4 kB"):
+        ContentCache(tmp_path).fill(
+            items, lambda p: seen.extend(p) or [{"x": torch.ones(10)} for _ in p], batch_size=2
+        )
+    assert seen == ["prompt 0", "prompt 1"] and len(asked) == 1
+    assert len(ContentCache(tmp_path)) == 2  # what was encoded is kept
+    ContentCache(tmp_path).fill(items[:100], lambda p: [{"x": torch.ones(10)} for _ in p])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")])
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    cache = ContentCache(tmp_path)
+    cache.put("a", {"x": torch.ones(1)})
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(ValueError, match="cannot write to .*No space left.*free space or choose another"):
+        cache.flush()
 
 
 def test_two_processes_share_one_folder(tmp_path):

@@ -123,6 +123,18 @@ def test_a_lora_of_another_origin_is_never_overwritten(tmp_path):
     assert [place.read_bytes() for place in places[:2]] == [b"\x00", b"\x01"]
 
 
+def test_a_lora_that_cannot_be_copied_says_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "cat.safetensors").write_bytes(b"x")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session.shutil, "copyfile", full)
+    with pytest.raises(ValueError, match="whole in .*cat.safetensors, but cannot .*No space left on device"):
+        session.publish(tmp_path / "cat.safetensors", tmp_path / "loras", tmp_path)
+    assert not list((tmp_path / "loras").iterdir())
+
+
 def test_folders_are_recognised_by_their_files(tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
     assert spec_of(tmp_path) == f"jsonl:{tmp_path / 'data.jsonl'}"

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .. import disk
+
 SHARD_BYTES = 256 << 20
 
 
@@ -78,6 +80,7 @@ class ContentCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
         self._pending_bytes = 0
+        self._put, self._put_bytes = 0, 0  # all that this object was given
         self._where: dict[str, dict[str, Path]] = {}
         self._handles: dict[Path, object] = {}
         self._known: set[Path] = set()
@@ -130,9 +133,17 @@ class ContentCache:
             return
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         self._pending[key] = copies
-        self._pending_bytes += sum(tensor.nbytes for tensor in copies.values())
+        size = sum(tensor.nbytes for tensor in copies.values())
+        self._pending_bytes += size
+        self._put, self._put_bytes = self._put + 1, self._put_bytes + size
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
+
+    def check_room(self, more: int) -> None:
+        """Raise ValueError where `more` entries of the mean size so far find no room on the disk."""
+        if self._put:
+            need = self._pending_bytes + more * self._put_bytes // self._put
+            disk.check_room(self.folder, need, f"the cache of {more + len(self)} entries in {self.folder}")
 
     def flush(self) -> None:
         """Write what is pending as one shard: to a temporary name, synced, then renamed into place."""
@@ -149,10 +160,12 @@ class ContentCache:
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except OSError as error:
+        except Exception as error:
             partial.unlink(missing_ok=True)
+            if not disk.failed_write(error):
+                raise
             raise ValueError(
-                f"the cache cannot write to {self.folder} ({error}): free space or choose another"
+                f"the cache cannot write to {self.folder} ({error}): free space or choose another cache_dir"
             ) from error
         self._pending, self._pending_bytes = {}, 0
         self.refresh()
@@ -177,6 +190,8 @@ class ContentCache:
                 some = keys[start : start + batch_size]
                 for key, tensors in zip(some, encode([missing[key] for key in some]), strict=True):
                     self.put(key, tensors)
+                if start == 0:
+                    self.check_room(len(keys) - len(some))
         finally:
             self.flush()
         return len(keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -79,14 +80,23 @@ def an_interrupt_saves_a_checkpoint_and_the_same_settings_go_on(host):
             if value == 2:
                 comfy.model_management.interrupt_current_processing()
 
+    told: list[str] = []
+    console = logging.Handler()
+    console.emit = lambda record: told.append(record.getMessage())
+    level = logging.getLogger().level
+    logging.getLogger().addHandler(console)
+    logging.getLogger().setLevel(logging.INFO)
     comfy.utils.set_progress_bar_global_hook(press_stop)
     try:
         run = host.run(train(host, "stopped", steps=4, training_seed=5), may_fail=True)
     finally:
+        logging.getLogger().removeHandler(console)
+        logging.getLogger().setLevel(level)
         comfy.utils.set_progress_bar_global_hook(None)
         comfy.model_management.interrupt_current_processing(False)
     assert run.message("execution_interrupted"), run.error
     assert seen and all(shown for _, shown in seen) and not (loras() / "stopped.safetensors").exists()
+    assert any("to go on from the checkpoint of step" in text for text in told)
     stopped = [value for value, _ in seen][-1]
     seen.clear()
     comfy.utils.set_progress_bar_global_hook(
