@@ -12,6 +12,7 @@ from ..models import outpaint
 from ..models.outpaint.amounts import UNITS
 from ..models.outpaint.canvas import GROUND
 from ..models.pixels import painted
+from ..samplers import tiles
 
 CATEGORY = "diptych/outpaint"
 LAYOUT = "DIPTYCH_CANVAS_LAYOUT"
@@ -420,4 +421,83 @@ class DiptychPasteBack:
         return (outpaint.paste_back(image, original, layout, painted(mask), **more),)
 
 
-NODES = [DiptychOutpaintCanvas, DiptychFillHole, DiptychContextCrop, DiptychPasteBack]
+class DiptychTiledSampler:
+    DISPLAY_NAME = "Tiled Sampler"
+    DESCRIPTION = (
+        "Runs any sampler window by window over a canvas of any size: each window sees what is known by "
+        "then, from the picture outwards. Works with every model that paints pictures; masks, masked "
+        "pictures and references are cut along. Memory is that of one window."
+    )
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("SAMPLER",)
+    RETURN_NAMES = ("sampler",)
+    OUTPUT_TOOLTIPS = ("To SamplerCustomAdvanced or SamplerCustom.",)
+    FUNCTION = "build"
+    SEARCH_ALIASES = ["tiled diffusion", "panorama", "infinite canvas", "large canvas", "glid", "tiles"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "sampler": ("SAMPLER", {"tooltip": "What samples each window."}),
+                "window": _whole(
+                    512,
+                    "Side of a window in px: what the model works best at (SD 1.5: 512, FLUX: 1024). At most "
+                    "the canvas.",
+                    least=16,
+                    step=16,
+                ),
+                "stride": _whole(
+                    256, "From one window to the next, in px; half a window is usual.", least=16, step=16
+                ),
+            },
+            "optional": {
+                "mask": (
+                    "MASK",
+                    {
+                        "tooltip": "White is unknown. Open or empty: the latent's noise mask, else the mask "
+                        "in the conditioning (Fill and inpainting models), else the whole canvas."
+                    },
+                ),
+                "order": (
+                    list(tiles.ORDERS),
+                    {
+                        "default": tiles.ORDERS[0],
+                        "tooltip": "outward: always the window that knows most. glid: row by row, as "
+                        "glid-3-xl-stable does.",
+                    },
+                ),
+                "blend": _whole(
+                    32, "Fade over so many px into what earlier windows painted.", most=1024, step=8
+                ),
+                "known": (
+                    list(tiles.KNOWN),
+                    {
+                        "default": tiles.KNOWN[0],
+                        "advanced": True,
+                        "tooltip": "keep: latents that are known stay. overwrite: each window is taken "
+                        "whole, as glid does.",
+                    },
+                ),
+            },
+        }
+
+    def build(
+        self,
+        sampler: Any,
+        window: int,
+        stride: int,
+        mask: Tensor | None = None,
+        order: str = tiles.ORDERS[0],
+        blend: int = 32,
+        known: str = tiles.KNOWN[0],
+    ) -> tuple[Any]:
+        from ..samplers.comfy_tiles import TiledSampler
+
+        if stride > window:
+            raise ValueError(f"stride is {stride} and window is {window} px: at most the window.")
+        sizes = {"window": window, "stride": stride, "blend": blend}
+        return (TiledSampler(sampler, **sizes, order=order, known=known, mask=painted(mask)),)
+
+
+NODES = [DiptychOutpaintCanvas, DiptychFillHole, DiptychContextCrop, DiptychPasteBack, DiptychTiledSampler]

@@ -172,7 +172,7 @@ def sample(
         raise ValueError(f"known is {known!r}: choose one of {', '.join(KNOWN)}.")
     if blend != int(blend) or blend < 0:
         raise ValueError(f"blend is {blend}: give a whole number of cells from 0 on.")
-    missing = _as_cells(unknown)
+    missing = _as_cells(unknown).clone()
     if canvas.ndim != 4 or tuple(canvas.shape[2:]) != tuple(missing.shape):
         raise ValueError(
             f"canvas has shape {tuple(canvas.shape)} but unknown is {missing.shape[1]}x{missing.shape[0]}"

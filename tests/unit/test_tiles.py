@@ -173,8 +173,10 @@ def outpaint(direction="left", amount=64, order="outward", **options):
         calls.append((context.clone(), unknown.clone(), noise.clone(), tile))
         return context.mean() + noise
 
-    plan = tiles.plan(~known, order=order)
-    result = tiles.sample(paint, canvas, ~known, plan, **options)
+    unknown = ~known
+    plan = tiles.plan(unknown, order=order)
+    result = tiles.sample(paint, canvas, unknown, plan, **options)
+    assert torch.equal(unknown, ~known)  # what is given is not written to
     return canvas, known, result, calls
 
 

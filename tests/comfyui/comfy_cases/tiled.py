@@ -1,0 +1,142 @@
+"""Tiled Sampler in ComfyUI: one window is plain sampling, several are what core does window by window."""
+
+from __future__ import annotations
+
+import torch
+
+from . import SkipCase, case
+from .sampling import Bench
+
+WINDOW, STRIDE, STEPS = 8, 4, 3  # cells
+
+
+class Recorder:
+    """A model_function_wrapper that keeps what the model was given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, apply_model, arguments):
+        given = arguments["c"].get("c_concat")
+        self.calls.append((arguments["input"].clone(), None if given is None else given.clone()))
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+
+@case(each=lambda: ["plain", "cfg", "noise_mask"])
+def a_window_as_large_as_the_canvas_is_plain_sampling(host, setting):
+    bench = Bench(host, **{"plain": {}, "cfg": {"cfg": 3.0}, "noise_mask": {"masked": True}}[setting])
+    tiled = {"window": 128, "stride": 128, "order": "outward", "known": "keep", "blend": 0}
+    bench.sample("ours", bench.graph.add("DiptychTiledSampler", sampler=bench.euler(), **tiled)[0])
+    bench.sample("theirs", bench.euler())
+    bench.graph.keep(source=bench.latent)
+    got = bench.run()
+    if setting == "noise_mask":
+        torch.testing.assert_close(got["ours"][..., :8], got["source"][..., :8], rtol=0, atol=5e-6)
+        torch.testing.assert_close(got["ours"], got["theirs"], rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(got["ours"], got["theirs"])
+
+
+@case(each=lambda: ["plain", "noise_mask"])
+def a_plain_model_keeps_what_is_known_and_sees_no_more_than_a_window(host, setting):
+    bench = Bench(host, width=32, masked=setting == "noise_mask")
+    recorder = Recorder()
+    tiled = {"window": 64, "stride": 32, "order": "outward", "known": "keep", "blend": 16}
+    model = bench.host.nodes["TestRandomFlux"]().make(8, 32, 2, False)[0]
+    model.set_model_unet_function_wrapper(recorder)
+    conditioning = bench.graph.add("TestRandomFlux", height=8, width=32, batch=2, masked=False)[1]
+    guider = bench.graph.add("BasicGuider", model=bench.graph.given(model), conditioning=conditioning)[0]
+    bench.sample(
+        "ours", bench.graph.add("DiptychTiledSampler", sampler=bench.euler(), **tiled)[0], guider=guider
+    )
+    bench.graph.keep(source=bench.latent)
+    got = bench.run()
+    assert {tuple(x.shape[-2:]) for x, _ in recorder.calls} == {(8, 8)}
+    assert torch.isfinite(got["ours"]).all()
+    windows = 4 if setting == "noise_mask" else 7
+    assert len(recorder.calls) == windows * 6
+    if setting == "noise_mask":
+        torch.testing.assert_close(got["ours"][..., :16], got["source"][..., :16], rtol=0, atol=5e-6)
+
+
+@case
+def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host):
+    if not host.pack("models.tiny").card().get("trained"):
+        raise SkipCase("the bundled tiny models are not trained yet")
+    import comfy.sample
+    import comfy.samplers
+
+    nodes = host.nodes
+    with torch.inference_mode():
+        model, clip, vae = nodes["DiptychTinyModelLoader"]().load("fill")
+        picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+        canvas, mask, _ = nodes["DiptychOutpaintCanvas"]().expand(picture, 0, 0, 64, 0, "px")
+        (text,) = nodes["CLIPTextEncode"]().encode(clip, "a red circle")
+        positive, negative, latent = nodes["DiptychFluxFillConditioner"]().condition(
+            text, text, vae, canvas, mask
+        )
+        (sigmas,) = nodes["DiptychFlowMatchScheduler"]().schedule(STEPS, latent=latent)
+        euler = comfy.samplers.sampler_object("euler")
+        noise = comfy.sample.prepare_noise(latent["samples"], 3)
+
+        recorder, watched = Recorder(), model.clone()
+        watched.set_model_unet_function_wrapper(recorder)
+        (tiled,) = nodes["DiptychTiledSampler"]().build(euler, WINDOW * 8, STRIDE * 8, blend=0)
+        steps = []
+        ours = comfy.sample.sample_custom(
+            watched,
+            noise,
+            1.0,
+            tiled,
+            sigmas,
+            positive,
+            negative,
+            latent["samples"],
+            callback=lambda step, x0, x, total: steps.append((step, total, tuple(x0.shape))),
+            disable_pbar=True,
+            seed=3,
+        )
+
+        values = positive[0][1]
+        seen, told = values["concat_latent_image"].clone(), values["concat_mask"].clone()
+        result, unknown = latent["samples"].clone(), mask[0, ::8, ::8] > 0
+        plan = host.pack("samplers.tiles").plan(unknown, window=WINDOW, stride=STRIDE)
+        for tile in plan:
+            at = (slice(None), slice(None), tile.rows, tile.columns)
+            pixels = tuple(slice(8 * part.start, 8 * part.stop) for part in (tile.rows, tile.columns))
+            cut = {
+                "concat_latent_image": seen[at],
+                "concat_mask": told.reshape(1, 1, *told.shape[-2:])[:, :, pixels[0], pixels[1]],
+            }
+            condition = [[positive[0][0], {**values, **cut}]]
+            done = comfy.sample.sample_custom(
+                model,
+                noise[at],
+                1.0,
+                euler,
+                sigmas,
+                condition,
+                condition,
+                result[at],
+                disable_pbar=True,
+                seed=3,
+            )
+            hole = unknown[tile.rows, tile.columns].to(done.device)
+            result[at] = torch.where(hole, done, result[at])
+            seen[at] = torch.where(hole, done, seen[at])
+            told.reshape(1, 1, *told.shape[-2:])[:, :, pixels[0], pixels[1]] = 0
+            unknown[tile.rows, tile.columns] = False
+    torch.testing.assert_close(ours, result, rtol=0, atol=2e-4)
+    torch.testing.assert_close(ours[..., :8], latent["samples"][..., :8], rtol=0, atol=5e-6)
+    assert {tuple(x.shape[-2:]) for x, _ in recorder.calls} == {(WINDOW, WINDOW)}
+    assert [step for step, _, _ in steps] == list(range(len(plan) * STEPS))
+    assert {total for _, total, _ in steps} == {len(plan) * STEPS} and steps[0][2] == tuple(noise.shape)
+
+
+@case
+def what_cannot_be_cut_is_named_before_anything_is_sampled(host):
+    bench = Bench(host)
+    tiled = {"window": 512, "stride": 256, "order": "outward", "known": "keep", "blend": 0}
+    bench.sample("ours", bench.graph.add("DiptychTiledSampler", sampler=bench.euler(), **tiled)[0])
+    failed = host.run(bench.graph, may_fail=True)
+    assert "window is 64 cells but the canvas is only 16x8" in failed.error
