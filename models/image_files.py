@@ -135,7 +135,9 @@ def _read(
             factor = _factor(picture.size, most)
         try:
             picture.load()
+            _check_size(picture.size, WHOLE_PIXELS if most is None else MAX_PIXELS)
             width, height = picture.size
+            factor = _factor(picture.size, most)  # an icon's size is known only now
             rows = max(_STRIP // (width * factor), 1) * factor
             whole = None
             for top in range(0, height, rows):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...models.geometry import check_whole
 from .folders import files_below, visible_files
 from .sample import Sample, stamp
 
@@ -126,6 +127,8 @@ class Shapes:
 
         if task not in ("edit", "inpaint", "base"):
             raise ValueError(f"shapes task is {task!r}: use 'edit', 'inpaint' or 'base'")
+        check_whole("the count", n, 1, 1_000_000)  # of them are drawn at once, a kilobyte each
+        check_whole("size", size, 16, 1024)
         self._edits = list(shapes.random_edits(seed, n, split))
         self._render, self._masks = shapes.render, shapes.place_masks
         self._size, self._task, self._split, self._seed = size, task, split, seed
