@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         description="Keep the leading singular directions of every module of a LoRA: a smaller file that "
         "changes the model almost alike. What it lost can be trained back (init_lora of train and grpo).",
     )
-    parser.add_argument("lora", help="LoRA file or folder, of any format but MoE and LyCORIS")
+    parser.add_argument("lora", help="LoRA file or folder, of plain factors: not MoE, LyCORIS, DoRA or OFT")
     parser.add_argument("--rank", type=positive, required=True, help="largest rank that is kept")
     parser.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
     parser.set_defaults(run=run)

@@ -205,7 +205,7 @@ class TrainConfig:
 
     # adapters
     fuse_loras: list[str] = option(
-        [], "LoRA files merged into the frozen base before training, as PATH or PATH:STRENGTH."
+        [], "LoRA files of any format but MoE, merged into the frozen base, as PATH or PATH:STRENGTH."
     )
     rank: int = option(32, "LoRA rank.")
     lora_alpha: Optional[float] = option(None, "LoRA alpha; the rank if empty.")  # noqa: UP045
