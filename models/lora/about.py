@@ -14,6 +14,8 @@ from .errors import printable
 from .files import RawFile
 from .weights import FullTensor, LoraInfo, Module
 
+# What our own trainer's tasks are made for; it stores the base's path, which may be called anything.
+_TASKS = {"fill": "FLUX.1 Fill", "kontext": "FLUX.1 Kontext"}
 # Where trainers name the model they trained on.
 _BASES = ("modelspec.architecture", "ss_base_model_version", "base_model", "base_model_name_or_path")
 
@@ -37,7 +39,8 @@ def info(
         notes.append("ranks: " + ", ".join(f"{n} modules of rank {r}" for r, n in sorted(ranks.items())))
     if 0.0 in scales:
         notes.append(f"{scales[0.0]} modules have an alpha of 0: they change nothing")
-    stated, family = _text(ours.get("base")) or _stated(raw), describe.guess_base(modules, full)
+    stated = _TASKS.get(str(ours.get("task"))) or _text(ours.get("base")) or _stated(raw)
+    family = describe.guess_base(modules, full)
     window = _window(ours.get("sigma_window"), notes)
     if window is not None and family == describe.UNET and _of_first_version(ours):
         window = level_of_noise(window[0]), level_of_noise(window[1])

@@ -48,6 +48,7 @@ def read(path: str | Path, *, scale: float | None = None, top_k: int | None = No
 def canonical(raw: files.RawFile, *, scale: float | None = None, top_k: int | None = None) -> LoraWeights:
     """The canonical form of tensors already in memory."""
     parse.refuse_unsupported(raw.name, raw.tensors)
+    _refuse_residuals(raw)
     return _Reader(raw, scale, top_k).result()
 
 
@@ -69,6 +70,8 @@ class _Reader:
         self.notes: list[str] = []
         self.styles: set[str] = set()
         self.used: dict[str, Tensor] = {}
+        config = raw.sidecars.get("adapter_config.json", {})
+        self.biases_are_trained = config.get("bias") in ("all", "lora_only", "oft_only", "boft_only")
 
     def result(self) -> LoraWeights:
         self._sort()
@@ -239,7 +242,8 @@ class _Reader:
         for key, tensor in self.plain.items():
             name, flat = names.strip(key) if len(key) <= parse.LONGEST_KEY else ("", False)
             name = name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")
-            if ".base_layer." in name and not is_checkpoint:
+            trained_bias = name.endswith(".bias") and self.biases_are_trained
+            if ".base_layer." in name and not is_checkpoint and not trained_bias:
                 self._skip(key, "the base model's own weights, stored beside the LoRA")
                 continue
             layer, _, param = name.replace(".base_layer.", ".").rpartition(".")
@@ -260,6 +264,16 @@ class _Reader:
             return f"{self.raw.name} holds text encoder weights only: use core's Load LoRA for CLIP"
         shown = ", ".join(k[:80] for k in keys[:2]) if keys else "nothing"
         return f"{self.raw.name} holds no LoRA known here (its keys: {shown}): check that it is a LoRA file"
+
+
+def _refuse_residuals(raw: files.RawFile) -> None:
+    """peft's initialisations that move part of the base weights into the factors: no change of that base."""
+    start = str(raw.sidecars.get("adapter_config.json", {}).get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise LoraError(
+            f"{raw.name} was begun with {start[:20]}, so its factors hold a part of the base's own weights: "
+            "save it with peft's path_initial_model_for_weight_conversion"
+        )
 
 
 def _top_k(asked: int | None, ours: dict, name: str) -> int | None:

@@ -26,6 +26,7 @@ def configs():
         "lora": peft.LoraConfig(**lora),
         "rslora": peft.LoraConfig(**lora, use_rslora=True),
         "patterns": peft.LoraConfig(**lora, rank_pattern={"to_q": 2}, alpha_pattern={r"attn\.to_[qk]": 3}),
+        "biases": peft.LoraConfig(**lora, bias="all"),
         "dora": peft.LoraConfig(**lora, use_dora=True),
         "loha": peft.LoHaConfig(r=3, alpha=5),
         "lokr": peft.LoKrConfig(r=2, alpha=5),
@@ -51,7 +52,8 @@ def by_peft(request, fill_pipeline, tmp_path):
         model = peft.get_peft_model(copy.deepcopy(fill_pipeline.transformer), config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if any(kind in name for kind in ("lora_", "hada_", "lokr_", "oft_R", "boft_")):
+        biases = request.param == "biases" and name.endswith("to_q.base_layer.bias")
+        if biases or any(kind in name for kind in ("lora_", "hada_", "lokr_", "oft_R", "boft_")):
             near_one = "boft_s" in name or "magnitude" in name
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data = parameter.data * (1 + noise) if near_one else noise

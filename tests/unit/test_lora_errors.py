@@ -191,6 +191,12 @@ def dora_without_its_magnitudes(folder):
     return saved(folder, plain(), name="adapter_model.safetensors")
 
 
+def factors_of_the_base_itself(folder):
+    config = {"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_16"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return saved(folder, plain(), name="adapter_model.safetensors")
+
+
 def dora_of_another_size(folder):
     return saved(folder, plain(**{f"{KEY}.lora_magnitude_vector": torch.ones(5)}))
 
@@ -276,6 +282,7 @@ CASES = {
     nunchaku: "quantised",
     dora_without_its_magnitudes: "use_dora",
     dora_of_another_size: "DoRA scale",
+    factors_of_the_base_itself: "path_initial_model_for_weight_conversion",
     broken_config: "not readable JSON",
     old_oft: "adapter kind",
     oft_without_blocks: "oft_blocks of shape",

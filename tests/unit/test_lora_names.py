@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from comfyui_diptych.models.lora import LoraError, apply_to_diffusers, read
 from comfyui_diptych.models.lora.files import RawFile
-from comfyui_diptych.models.lora.fit import fit_module
+from comfyui_diptych.models.lora.fit import base_notes, fit_module
 from comfyui_diptych.models.lora.kinds import LowRank
 from comfyui_diptych.models.lora.read import canonical
 from safetensors.torch import save_file
@@ -171,3 +172,12 @@ def test_only_the_noise_latents_columns_are_padded(columns, width, result):
             fit_module("x_embedder", module, H, width, [])
     else:
         assert fit_module("x_embedder", module, H, width, []).shape == (H, result)
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "told"), [("kontext", 384, True), ("fill", 64, True), ("fill", 384, False)]
+)
+def test_our_own_files_say_their_base_by_their_task(task, inputs, told):
+    header = json.dumps({"base": "models/my_model", "task": task})
+    info = parsed(entry("diffusers")[0], diptych=header).info
+    assert bool(base_notes(info, inputs)) == told and info.base == "models/my_model"
