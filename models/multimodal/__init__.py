@@ -11,7 +11,8 @@ from __future__ import annotations
 from .images import ImageDecoder, ImageEncoder
 from .latent_diffusion import LatentDiffusionUNet
 from .losses import Losses, caption_loss, contrastive_loss, diffusion_loss, foreground, reconstruction_loss
-from .model import GenerativeMultimodalModel, Pairs
+from .model import GenerativeMultimodalModel
+from .pairs import Pairs
 from .presets import PRESETS, Architecture
 from .text import TextDecoder, TextEncoder
 from .tokens import word_tokenizer

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,28 +27,15 @@ from .losses import (
     Losses,
     caption_loss,
     contrastive_loss,
-    foreground,
     reconstruction_loss,
-    same_captions,
 )
+from .pairs import Pairs, make_pairs
 from .presets import BERT, GPT2, Architecture, preset
-from .text import TextDecoder, TextEncoder
+from .text import TextDecoder, TextEncoder, fresh_bert, fresh_gpt2
 
 STAGES = ("align", "diffuse", "joint")
 MAX_SCALE = 100.0  # of the contrastive similarities, as in CLIP
 BATCH = 16  # pictures at a time
-
-
-class Pairs(NamedTuple):
-    """Pictures and their captions as the losses take them; made by `GenerativeMultimodalModel.pairs`."""
-
-    pixels: Tensor  # [B,3,S,S] in -1..1
-    input_ids: Tensor  # [B,L] for the text encoder
-    attention_mask: Tensor  # [B,L]
-    caption_ids: Tensor  # [B,M] for the text decoder
-    caption_mask: Tensor  # [B,M]
-    same: Tensor  # [B,B] which captions are equal
-    foreground: Tensor | None  # [B,1,S,S] what the reconstruction has to get right above all
 
 
 class GenerativeMultimodalModel(nn.Module):
@@ -71,8 +58,8 @@ class GenerativeMultimodalModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.caption_tokenizer = caption_tokenizer or tokenizer
-        bert = bert or _fresh_bert(architecture, tokenizer)
-        gpt2 = gpt2 or _fresh_gpt2(architecture, self.caption_tokenizer)
+        bert = bert or fresh_bert(architecture.bert, tokenizer)
+        gpt2 = gpt2 or fresh_gpt2(architecture.gpt2, self.caption_tokenizer)
         self.architecture = a = replace(
             architecture, bert=bert.config.to_diff_dict(), gpt2=gpt2.config.to_diff_dict()
         )
@@ -176,17 +163,10 @@ class GenerativeMultimodalModel(nn.Module):
         even_ground: the pictures show things on an even ground, so that reconstruction can weigh the things.
         Raises ValueError if there are not as many captions as pictures.
         """
-        captions, pixels = tokens.check_texts("captions", captions), self.pixels(images)
-        if len(captions) != len(pixels):
-            raise ValueError(f"captions are {len(captions)} but images {len(pixels)}: give one caption each")
-        limit = self.architecture.max_tokens
-        batch = (
-            *tokens.text_ids(self.tokenizer, captions, limit),
-            *tokens.caption_ids(self.caption_tokenizer, captions, limit),
-            same_captions(captions),
+        captions, limit = tokens.check_texts("captions", captions), self.architecture.max_tokens
+        return make_pairs(
+            self.pixels(images), captions, self.tokenizer, self.caption_tokenizer, limit, even_ground
         )
-        mask = foreground(pixels) if even_ground else None
-        return Pairs(pixels, *(tensor.to(self.device) for tensor in batch), mask)
 
     def forward(
         self,
@@ -349,18 +329,3 @@ class GenerativeMultimodalModel(nn.Module):
             f"cross_modal_generation is deprecated: call {target.__name__}", DeprecationWarning, stacklevel=2
         )
         return target(source, **options)
-
-
-def _fresh_bert(architecture: Architecture, tokenizer: Any) -> Any:
-    from transformers import BertConfig, BertModel
-
-    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **architecture.bert}
-    return BertModel(BertConfig.from_dict(sizes), add_pooling_layer=False)
-
-
-def _fresh_gpt2(architecture: Architecture, tokenizer: Any) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    end = tokens.end_id(tokenizer)
-    sizes = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, **architecture.gpt2}
-    return GPT2LMHeadModel(GPT2Config.from_dict(sizes))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .tokens import end_id
 
 
 class TextEncoder(nn.Module):
@@ -128,3 +131,20 @@ class TextDecoder(nn.Module):
                 **options,
             )
         return ids if temperature > 0 else ids.repeat_interleave(num_captions, dim=0)
+
+
+def fresh_bert(sizes: Mapping[str, Any], tokenizer: Any) -> Any:
+    """An untrained `BertModel` that knows the tokenizer's vocabulary; sizes: keys of `BertConfig`."""
+    from transformers import BertConfig, BertModel
+
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return BertModel(BertConfig.from_dict({**vocabulary, **sizes}), add_pooling_layer=False)
+
+
+def fresh_gpt2(sizes: Mapping[str, Any], tokenizer: Any) -> Any:
+    """An untrained `GPT2LMHeadModel` that knows the tokenizer's vocabulary; sizes: keys of `GPT2Config`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    end = end_id(tokenizer)
+    vocabulary = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}
+    return GPT2LMHeadModel(GPT2Config.from_dict({**vocabulary, **sizes}))
