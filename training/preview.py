@@ -28,7 +28,7 @@ def contact_sheet(task: Any, batches: Any, seed: int, to_device: Callable) -> Te
         given = batch.get("masked_latents", batch.get("references"))
         pictures = [task.host.decode(given)] if given is not None else []
         pictures.append(task.sample(batch, noise))
-        if "latents" in batch:
+        if batches.targets:
             pictures.append(task.host.decode(batch["latents"]))
         rows.append(torch.cat([p.float().cpu() for p in pictures], dim=2)[0])
     width = max(row.shape[1] for row in rows)

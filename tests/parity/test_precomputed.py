@@ -12,9 +12,9 @@ import torch
 from comfyui_diptych import cli
 from comfyui_diptych.models import lora, tiny
 from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
-from comfyui_diptych.training import config, grpo, judging, sft, shapes
+from comfyui_diptych.training import config, given, grpo, judging, sft, shapes
 from comfyui_diptych.training.data.sample import read_image, to_pil
-from comfyui_diptych.training.data.sources import open_source
+from comfyui_diptych.training.data.sources import open_source, spec_of
 from comfyui_diptych.training.grpo_config import GRPOConfig
 from PIL import Image
 
@@ -220,6 +220,17 @@ def test_judges_see_the_decoded_masked_picture(write, tmp_path):
     assert torch.equal(row.mask, parts["mask_latents"][0].repeat_interleave(8, 0).repeat_interleave(8, 1))
 
 
+def test_a_target_that_is_there_is_shown_to_rewards(write, tmp_path):
+    spec, (parts, *_) = write(latents=lambda h, w: torch.full((16, h, w), 0.3), **WIDE)
+    trainer = trainer_of(tmp_path, spec)
+    with torch.no_grad():
+        wanted = trainer.task.host.decode(parts["latents"][None])[0]
+    assert torch.allclose(judging.read_row(trainer.batches, 0).target, wanted, atol=1e-5)
+    assert trainer.judge_of(trainer.batches).targets
+    blind = trainer_of(tmp_path / "blind", spec, use_targets=False)
+    assert not blind.judge_of(blind.batches).targets
+
+
 @pytest.mark.parametrize("named", ["by its caption", "by the option"])
 def test_a_diptych_is_judged_by_its_edited_half(write, tmp_path, named):
     right = torch.cat([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)], -1)
@@ -317,6 +328,12 @@ def test_precompute_writes_exactly_the_format(encoded):
     }
     assert shapes_of["masked_latents"] == (16, 8, 16) and shapes_of["mask_latents"] == (1, 8, 16)
     assert shapes_of["text_ids"] == (64, 3) and shapes_of["prompt_embed"][0] == 64
+
+
+def test_a_folder_of_such_rows_is_recognised(encoded):
+    """So ComfyUI's training nodes offer it; and rows may not reach outside of it there."""
+    assert spec_of(encoded, inside=True) == f"precomputed:{encoded / 'index.json'}?inside=true"
+    assert given.has_targets(encoded) and len(open_source(spec_of(encoded))) == 4
 
 
 def test_precomputed_rows_are_what_training_from_the_images_sees(encoded, pairs, tmp_path):
