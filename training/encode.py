@@ -55,6 +55,7 @@ def prepare(trainer: Any) -> None:
         task.wake_text()
         entries = list_corpus(corpus)
         samples = entries if sample_corpus is corpus else list_corpus(sample_corpus)
+    trainer.notes += filter(None, [corpus.arranger.report()])
     trainer.batches = Batches(entries, task, trainer.latents, corpus)
     trainer.sample_batches = Batches(samples[: c.held_out_rows], task, trainer.latents, sample_corpus)
     order = (c.batch_size, c.seed, trainer.rank, trainer.world)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,8 @@ def train(
         shown = before_after(trainer) if finished else None
     curve = pictures.curve(list(history.values()), steps=list(history), title="reward of the rollouts")
     lora = path if finished else None
-    return session.Outcome(lora, step, pictures.as_image(curve), shown, _report(config, step, history, lora))
+    report = _report(config, step, history, lora, trainer.notes)
+    return session.Outcome(lora, step, pictures.as_image(curve), shown, report)
 
 
 def reward_history(folder: Path) -> dict[int, float]:
@@ -186,7 +187,9 @@ def _reward(measures: dict[str, float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _report(c: GRPOConfig, step: int, history: dict[int, float], lora: Path | None) -> str:
+def _report(
+    c: GRPOConfig, step: int, history: dict[int, float], lora: Path | None, notes: Sequence[str] = ()
+) -> str:
     values = list(history.values())
     tenth = max(1, len(values) // 10)
     lines = [
@@ -196,6 +199,7 @@ def _report(c: GRPOConfig, step: int, history: dict[int, float], lora: Path | No
         f"rewards: {', '.join(c.rewards)}",
         f"base: {c.model} ({c.base_dtype})" + (f" with {', '.join(c.fuse_loras)}" if c.fuse_loras else ""),
         f"data: {', '.join(c.data)}",
+        *notes,
     ]
     if values:
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth

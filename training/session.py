@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ def train(
     )
     with own_process_state(cpu):
         path = trainer.run()
-        step = trainer.step
+        step, notes = trainer.step, trainer.notes
         del trainer
     finished = step >= config.max_steps and path.suffix == ".safetensors"
     curve = pictures.as_image(pictures.curve(list(history.values()), steps=list(history), title="loss"))
@@ -216,7 +216,7 @@ def train(
         step,
         curve,
         sheets[-1][None] if sheets else None,
-        _report(config, step, history, path if finished else None),
+        _report(config, step, history, path if finished else None, notes),
     )
 
 
@@ -244,7 +244,9 @@ def _history(folder: Path) -> dict[int, float]:
     return dict(sorted(history.items()))
 
 
-def _report(config: TrainConfig, step: int, history: dict[int, float], lora: Path | None) -> str:
+def _report(
+    config: TrainConfig, step: int, history: dict[int, float], lora: Path | None, notes: Sequence[str] = ()
+) -> str:
     values = list(history.values())
     tenth = max(1, len(values) // 10)
     lines = [
@@ -254,6 +256,7 @@ def _report(config: TrainConfig, step: int, history: dict[int, float], lora: Pat
         f"{config.accumulation}",
         f"base: {config.model} ({config.base_dtype})",
         f"data: {', '.join(config.data)}",
+        *notes,
     ]
     if values:
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth

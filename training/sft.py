@@ -92,6 +92,7 @@ class Trainer:
         )
         self.updating = False  # whether the weights are between two steps
         self.accelerator: Any = None
+        self.notes: list[str] = []  # for the report: what was done to the data
 
     # ---------------------------------------------------------------- preparation
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 @pytest.fixture
 def photo(tmp_path) -> str:
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    Image.new("L", (1, 20000)).save(tmp_path / "thin.png")
     path = tmp_path / "photo.png"
     Image.new("RGB", (40, 30), "red").save(path)
     return str(path)
@@ -53,6 +55,8 @@ WRONG = [
     (["{photo}", "x", "--panel-width", "30"], "panel_width is 30: use a multiple of 16"),
     (["{photo}", "x", "--lora", "{tmp}/none.safetensors:0.8"], "LoRA {tmp}/none.safetensors does not exist"),
     (["{photo}", "x", "--mask", "{tmp}/none.png"], "image {tmp}/none.png does not exist"),
+    (["{photo}", "x", "--mask", "{tmp}/black.png"], "mask {tmp}/black.png is empty, nowhere as white as 0.5"),
+    (["{tmp}/thin.png", "x"], "a panel has at most 33 megapixels"),
     (["{photo}", "x", "--reference", "{photo}"], "--reference works with --engine kontext only"),
     (["{photo}", "x", "--cfg", "3"], "--cfg works with --engine kontext only"),
     (["{photo}", "x", "--device", "cuda:99"], "--device is cuda:99 but torch finds"),

@@ -203,3 +203,19 @@ def test_photographs_get_distances_and_no_verdict():
     assert success == -1 and len(report.splitlines()) == 3
     with pytest.raises(ValueError, match="source is 20x20 but edited is 30x40"):
         score(photo, torch.zeros(1, 20, 20, 3))
+
+
+def test_a_dataset_of_the_menu_names_no_file_outside_of_itself(tmp_path, monkeypatch):
+    """Anybody who may upload into ComfyUI's input folder may write such a file."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "private.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "../private.png", "text": "x"}')
+    monkeypatch.setattr(nodes, "datasets", lambda: {"data": folder})
+    with pytest.raises(ValueError, match="outside of the data folder"):
+        open_source(nodes.data_spec("data", "fill"))[0]
+
+
+def test_what_was_done_to_the_data_stands_in_the_report():
+    config = session.TrainConfig()
+    assert "\n3 images were stretched" in session._report(config, 1, {}, None, ["3 images were stretched"])
