@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if request.tiny is not None:
         _say_what_tiny_is(request.tiny)
     print(f"the model sees the image, {request.sizing}")
-    _quiet()
+    quiet()
     with Stop("stopped before the picture was made: nothing was written"):
         denoiser = _load(request, args)
         handles = _apply_loras(denoiser, request)
@@ -233,7 +233,7 @@ def _say_what_tiny_is(card: dict[str, Any]) -> None:
         )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """One progress bar, ours: the libraries' own bars and warnings about optional parts go."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

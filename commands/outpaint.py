@@ -1,0 +1,114 @@
+"""`diptych outpaint`: a picture made larger on any side, the known part exactly as it was."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from . import painting, pictures
+from .values import number, whole
+
+SIDES = ("left", "top", "right", "bottom")
+
+
+def amount(text: str) -> tuple[float, str]:
+    """`256` or `50%`: (number, unit), the percentage of the picture's own side as a fraction."""
+    word = text.strip()
+    try:
+        value = float(word.rstrip("%"))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (not word.endswith("%") and value != int(value)):
+        raise argparse.ArgumentTypeError(f"it is {text!r}: give whole pixels, such as 256, or 50%")
+    return (value / 100, "fraction") if word.endswith("%") else (value, "px")
+
+
+def aspect(text: str) -> float:
+    """`16:9` or `1.78`."""
+    width, colon, height = text.partition(":")
+    try:
+        value = float(width) / float(height if colon else 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value < 1000:
+        raise argparse.ArgumentTypeError(f"it is {text!r}: give width:height, such as 16:9")
+    return value
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "outpaint",
+        help="make a picture larger, painting what is around it",
+        description="Make a picture larger on any side; what is known comes back bit for bit. Amounts are "
+        "pixels or, with %%, parts of the picture's own side; below 0 they crop (--left=-32). Without "
+        "--model the bundled tiny model paints, which knows only small pictures of coloured shapes.",
+    )
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="picture to enlarge")
+    add("prompt", metavar="PROMPT", help="what the whole finished picture shows")
+    for side in SIDES:
+        add(f"--{side}", type=amount, metavar="PX_OR_%", help=f"how much to add on the {side}")
+    add("--aspect", type=aspect, metavar="W:H", help="instead: grow evenly until the picture has this aspect")
+    add("--overlap", type=whole(0, 4096), default=0, help="px of the picture's edge to repaint as well")
+    add(
+        "--fill",
+        default="edge",
+        help="what stands in the hole first: edge (default), mirror, blur, noise, ...",
+    )
+    add("--lama", type=Path, metavar="FILE", help="for --fill lama: its file, such as big-lama.pt")
+    add("--noise-q", type=number(0, 4), help="for --fill noise: 0 rough to 2 smooth (default 1)")
+    painting.add_arguments(parser, "outpainted.png")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..models import outpaint
+
+    engine = painting.check_engine(args)
+    prompt = painting.check_prompt(args.prompt)
+    image = pictures.load_image(args.image)
+    pictures.check_writable(args.output, image)
+    canvas, mask, layout = outpaint.expand(
+        image,
+        **_sides(args, image.shape[1:3]),
+        unit="aspect" if args.aspect else "px",
+        multiple=engine.multiple,
+        overlap=args.overlap,
+    )
+    if not bool(layout.mask.any()):
+        raise ValueError("nothing is to be painted: add with --left, --top, --right, --bottom or --aspect")
+    canvas = outpaint.fill(canvas, mask, args.fill, **_fill_options(args))
+    result = painting.paint(engine, canvas, mask, prompt, args)
+    finished = outpaint.paste_back(
+        result, image, layout, feather=args.feather, match_colour=not args.keep_colours
+    )
+    painting.save(image, finished, prompt, args.output)
+    return 0
+
+
+def _sides(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, float]:
+    """The four amounts: pixels, or the aspect to reach on every side."""
+    given = {side: getattr(args, side) for side in SIDES if getattr(args, side) is not None}
+    if args.aspect:
+        if given:
+            raise ValueError(f"--{next(iter(given))} and --aspect are two ways to say it: give one")
+        return dict.fromkeys(SIDES, args.aspect)
+    lengths = dict(zip(SIDES, (size[1], size[0]) * 2, strict=True))
+    pixels = dict.fromkeys(SIDES, 0)
+    for side, (value, unit) in given.items():
+        pixels[side] = math.floor(value * lengths[side] + 1e-9) if unit == "fraction" else int(value)
+    return pixels
+
+
+def _fill_options(args: argparse.Namespace) -> dict:
+    options = {}
+    for name, fill, option in (("lama", "lama", "model"), ("noise_q", "noise", "noise_q")):
+        value = getattr(args, name)
+        if value is not None:
+            if args.fill != fill:
+                raise ValueError(f"--{name.replace('_', '-')} is for --fill {fill}: leave it out")
+            options[option] = value
+    if args.fill in ("noise", "gaussian", "perlin"):
+        options["seed"] = args.seed
+    return options

@@ -1,0 +1,149 @@
+"""What `diptych outpaint` and `diptych inpaint` share: choosing the model, painting a canvas, writing files.
+
+Everything that can be wrong with the input is found before a model is loaded. The canvas is
+`models/outpaint/`, the sampling `models/editing.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import pictures
+from .edit import quiet
+from .stopping import Stop
+from .values import check_device, finite, seed, steps, whole
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = {"fill": 16, "sd_inpaint": 8}  # and what the sides of its pictures divide by
+SIZES = {"fill": 1024, "sd_inpaint": 512}  # pixels a side that it was trained at
+STEPS = {"fill": 28, "sd_inpaint": 50}
+
+
+def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    add = parser.add_argument
+    add("-o", "--output", type=Path, default=Path(output), metavar="OUT.png", help=f"default {output}")
+    add("--engine", choices=ENGINES, help="FLUX Fill, or Stable Diffusion inpainting (default: by the model)")
+    add("--model", metavar="DIR_OR_HUB_ID", help="diffusers folder or Hugging Face id (default: bundled)")
+    add("--steps", type=steps, help="sampling steps (default 28, or 50 for sd_inpaint)")
+    add("--guidance", type=finite, help="fill: embedded guidance (default 30)")
+    add("--negative", default="", help="sd_inpaint: negative prompt")
+    add("--cfg", type=finite, help="sd_inpaint: scale of the prompt against the negative one (default 7.5)")
+    add("--seed", type=seed, default=0, help="of the noise (default 0)")
+    add("--feather", type=whole(0, 4096), default=0, help="px of known picture over which the seam fades")
+    add("--keep-colours", action="store_true", help="do not match the new part's colours to the picture")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--dtype", default="auto", choices=DTYPES, help="default bfloat16, float32 for the tiny models")
+    add("--offload", action="store_true", help="fill: keep model parts in main memory until used")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A checked choice of model: `folder` is a diffusers folder or hub id, `tiny` the bundled ones' card."""
+
+    name: str
+    folder: str
+    tiny: dict[str, Any] | None
+
+    @property
+    def multiple(self) -> int:
+        return ENGINES[self.name]
+
+    @property
+    def size(self) -> int:
+        """Pixels a side that it was trained at."""
+        return self.tiny["panel"] if self.tiny else SIZES[self.name]
+
+
+def check_engine(args: argparse.Namespace) -> Engine:
+    """Raises ValueError or FileNotFoundError in one sentence for options that no model can follow."""
+    from ..models import tiny
+    from ..models.flux import check_folder
+
+    pictures.check_writable(args.output)
+    check_device(args.device)
+    name = args.engine or _engine_of(args.model)
+    others = {"fill": ("negative", "cfg"), "sd_inpaint": ("guidance", "offload")}[name]
+    for option in others:
+        if getattr(args, option) not in (None, "", False):
+            raise ValueError(f"--{option} does nothing with --engine {name}: leave it out")
+    card = None
+    if not args.model:
+        from ..models.tiny import build
+
+        card = {"panel": build.PANEL, **tiny.card()}
+    folder = args.model or str(tiny.folder() / name)
+    part, channels = ("transformer", 384) if name == "fill" else ("unet", 9)
+    check_folder(folder, part, channels, "FLUX.1 Fill" if name == "fill" else "SD inpainting")
+    return Engine(name, folder, card)
+
+
+def _engine_of(model: str | None) -> str:
+    """By the folder: a UNet is Stable Diffusion's; else by the name of a hub id."""
+    if model is None or not Path(model).is_dir():
+        return (
+            "sd_inpaint" if model and "inpaint" in model.lower() and "flux" not in model.lower() else "fill"
+        )
+    return "sd_inpaint" if (Path(model) / "unet").is_dir() else "fill"
+
+
+def check_prompt(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: describe the whole finished picture")
+    return prompt.strip()
+
+
+def paint(engine: Engine, canvas: Tensor, mask: Tensor, prompt: str, args: argparse.Namespace) -> Tensor:
+    """The canvas [1,H,W,3] with its hole [1,H,W] painted; loads the model and shows its progress."""
+    from tqdm import tqdm
+
+    from ..models import editing
+
+    if engine.tiny is not None:
+        print("bundled tiny model: it knows small pictures of coloured shapes; --model names a real one")
+    print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
+    quiet()
+    with Stop("stopped before the picture was made: nothing was written"):
+        denoiser = _load(engine, args)
+        count = args.steps or (engine.tiny or {}).get("steps") or STEPS[engine.name]
+        with tqdm(total=count, desc=f"painting ({engine.name})", unit="step") as bar:
+            sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
+            if engine.name == "fill":
+                usual = (engine.tiny or {}).get("guidance", {}).get("fill", editing.FILL_GUIDANCE)
+                guidance = usual if args.guidance is None else args.guidance
+                return editing.fill_canvas(
+                    denoiser, canvas, mask, prompt, guidance=guidance, sampling=sampling
+                )
+            cfg = args.cfg if args.cfg is not None else 2.5 if engine.tiny else 7.5
+            return editing.inpaint_sd(
+                denoiser, canvas, mask, prompt, negative=args.negative, cfg=cfg, sampling=sampling
+            )
+
+
+def _load(engine: Engine, args: argparse.Namespace) -> Any:
+    import torch
+
+    from ..models.flux_fill import FluxFill
+    from ..models.sd_inpaint import SDInpaint
+
+    name = args.dtype if args.dtype != "auto" else "float32" if engine.tiny else "bfloat16"
+    device = args.device or ("cpu" if engine.tiny else None)
+    try:
+        if engine.name == "fill":
+            return FluxFill.load(engine.folder, getattr(torch, name), device, offload=args.offload)
+        return SDInpaint.load(engine.folder, getattr(torch, name), device)
+    except OSError as error:  # not downloaded, not allowed, or damaged
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {engine.folder} cannot be loaded ({reason}): see diptych doctor") from error
+
+
+def save(before: Tensor, after: Tensor, prompt: str, output: Path) -> None:
+    """Write the picture, and beside it before and after in one."""
+    place = pictures.save(pictures.to_pil(after[0]), output)
+    sheet = pictures.side_by_side(before[0], after[0], prompt)
+    beside = pictures.save(sheet, pictures.side_by_side_path(place))
+    print(f"wrote {place} and {beside}")

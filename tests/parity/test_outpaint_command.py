@@ -1,0 +1,122 @@
+"""`diptych outpaint` and `diptych inpaint`, from pictures on disk to pictures on disk, on tiny models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_diptych import cli
+from comfyui_diptych.commands import outpaint, pictures
+from comfyui_diptych.models import editing
+from comfyui_diptych.models.flux_fill import FluxFill
+from comfyui_diptych.models.outpaint import expand, fill, paste_back
+
+
+@pytest.fixture(scope="session")
+def models(fill_pipeline, sd_inpaint_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outpaint_models")
+    fill_pipeline.save_pretrained(folder / "fill")
+    sd_inpaint_pipeline.save_pretrained(folder / "sd_inpaint")
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path, picture):
+    path = tmp_path / "photo.png"
+    pictures.to_pil(picture(1, 48, 64)[0]).save(path)
+    return path
+
+
+@pytest.fixture
+def command(models, tmp_path):
+    """Run a subcommand in float32 with two steps; returns the picture it wrote."""
+
+    def run(name: str, *words, engine: str = "fill") -> torch.Tensor:
+        out = tmp_path / "out.png"
+        model = ["--model", models / engine, "--dtype", "float32", "--device", "cpu", "--steps", "2"]
+        assert cli.main([name, *map(str, [*words, *model, "-o", out])]) == 0
+        assert (tmp_path / "out_side_by_side.png").is_file()
+        return pictures.load_image(out)
+
+    return run
+
+
+def seen(image: torch.Tensor) -> torch.Tensor:
+    """The picture as 8 bits give it back."""
+    return (image * 255).round() / 255
+
+
+def test_the_picture_returns_and_the_rest_is_what_the_rooms_make(command, photo, models):
+    made = command("outpaint", photo, "a red circle", "--right", "50%", "--top=8", "--keep-colours")
+    image = pictures.load_image(photo)
+    assert made.shape == (1, 56, 96, 3) and torch.equal(made[:, 8:, :64], image)
+    canvas, mask, layout = expand(image, right=32, top=8)
+    canvas = fill(canvas, mask, "edge")
+    denoiser = FluxFill.load(models / "fill", torch.float32, "cpu")
+    result = editing.fill_canvas(denoiser, canvas, mask, "a red circle", sampling=editing.Sampling(steps=2))
+    expected = paste_back(result, image, layout)
+    assert float((made - seen(expected)).abs().max()) <= 1 / 255 + 1e-6
+
+
+def test_sd_inpainting_outpaints_too_and_takes_an_aspect(command, photo):
+    made = command(
+        "outpaint", photo, "a red circle", "--aspect", "2:1", "--fill", "blur", engine="sd_inpaint"
+    )
+    assert made.shape == (1, 48, 96, 3)
+    assert torch.equal(made[:, :, 16:80], pictures.load_image(photo))
+
+
+@pytest.mark.parametrize("size", [[], ["--size", "32"]], ids=["whole", "cropped"])
+def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, size):
+    mask = torch.zeros(48, 64, 3)
+    mask[20:30, 30:45] = 1
+    pictures.to_pil(mask).save(tmp_path / "mask.png")
+    made = command("inpaint", photo, "a red circle", "--mask", tmp_path / "mask.png", "--blend", 0, *size)
+    image = pictures.load_image(photo)
+    outside = mask[None] == 0
+    assert torch.equal(made[outside], image[outside])
+    assert float((made - image)[:, 20:30, 30:45].abs().mean()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["outpaint", "{photo}", "x"], "nothing is to be painted"),
+        (["outpaint", "{photo}", " ", "--left", "8"], "the prompt is empty"),
+        (["outpaint", "{photo}", "x", "--left=-70"], "left is -70 and right is 0 px but the image has 64"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--aspect", "2:1"], "--left and --aspect"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--fill", "magic"], "how is 'magic'"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--lama", "a.pt"], "--lama is for --fill lama"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--fill", "lama"], "fill 'lama' needs a LaMa file"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--cfg", "3"], "--cfg does nothing with --engine fill"),
+        (["outpaint", "{tmp}/none.png", "x", "--left", "8"], "none.png does not exist"),
+        (["inpaint", "{photo}", "x", "--mask", "{tmp}/small.png"], "mask is 8x8 but the image is 64x48"),
+        (["inpaint", "{photo}", "x", "--mask", "{tmp}/black.png"], "mask is empty"),
+    ],
+)
+def test_wrong_input_is_one_sentence_before_a_model_is_loaded(
+    words, message, photo, tmp_path, models, capsys, monkeypatch
+):
+    pictures.to_pil(torch.ones(8, 8, 3)).save(tmp_path / "small.png")
+    pictures.to_pil(torch.zeros(48, 64, 3)).save(tmp_path / "black.png")
+    monkeypatch.setattr(FluxFill, "load", classmethod(lambda *_: pytest.fail("a model was loaded")))
+    words = [word.format(photo=photo, tmp=tmp_path) for word in words]
+    assert cli.main([*words, "--model", str(models / "fill"), "-o", str(tmp_path / "out.png")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("256", (256, "px")), ("-8", (-8, "px")), ("50%", (0.5, "fraction")), ("-25%", (-0.25, "fraction"))],
+)
+def test_amounts(text, value):
+    assert outpaint.amount(text) == value
+
+
+@pytest.mark.parametrize("option, text", [("--left", "8.5"), ("--left", "wide"), ("--aspect", "16:0")])
+def test_amounts_that_are_none_are_refused_in_one_line(option, text, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["outpaint", "a.png", "x", option, text])
+    error = capsys.readouterr().err
+    assert f"{option}: it is '{text}'" in error and error.count("\n") == 1
