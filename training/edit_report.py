@@ -48,12 +48,11 @@ def judge(
     if mask is not None:
         mask = pixels.binarise(pixels.resize_mask(pixels.as_mask(mask), *edited.shape[1:3]))
         mask = pixels.repeat_batch(mask, batch)
-    elif all(edits):
-        mask = shapes.place_masks([edit.places for edit in edits], edited.shape[1])
-    elif expected is not None:
-        mask = metrics.changed_region(source, expected)
     else:
-        mask = metrics.changed_region(source, edited)
+        mask = metrics.changed_region(source, edited if expected is None else expected)
+        for row, edit in enumerate(edits):
+            if edit is not None:
+                mask[row] = shapes.place_masks([edit.places], edited.shape[1])[0]
     kept = 1 - metrics.kept_l1(edited, source, mask)
     changed = metrics.kept_l1(edited, source, 1 - mask)
     similarity = metrics.ssim(edited, source if expected is None else expected)

@@ -89,10 +89,12 @@ def stack(group: Sequence[Case], name: str) -> Tensor:
 
 
 def edit_masks(group: Sequence[Case]) -> Tensor:
-    """Edit masks, or where source and target differ."""
+    """Edit masks [N,H,W]; of samples without one, where source and target differ."""
     if all(case.sample.mask is not None for case in group):
         return stack(group, "mask")
-    return metrics.changed_region(stack(group, "source"), stack(group, "target"))
+    changed = metrics.changed_region(stack(group, "source"), stack(group, "target"))
+    own = [case.sample.mask for case in group]
+    return torch.stack([c if o is None else o for c, o in zip(changed, own, strict=True)])
 
 
 def edits_of(group: Sequence[Case]) -> list:

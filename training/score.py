@@ -232,6 +232,15 @@ def score_vae(
     )
 
 
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    columns: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (bool, int, float)):
+                columns[name].append(float(value))
+    return columns
+
+
 def _prompts(group: Sequence[Case]) -> list[str]:
     return [case.sample.prompt for case in group]
 
@@ -267,6 +276,9 @@ def _run(denoiser, cases, settings, make, measure, sheet, total, shown) -> Score
                     scores.shown.append((show(case, made[row]), sample.prompt + mark))
             bar.update(len(group))
             bar.set_postfix({k: f"{v:.3f}" for k, v in scores.figures().items() if "/" not in k})
+    for name, values in _columns(scores.rows).items():
+        if not any(math.isfinite(value) for value in values):
+            scores.notes[name] = "nothing to measure on any image"
     if not scores.rows:
         raise ValueError(
             "there is nothing to score: point --data at a folder with examples, or use --world shapes"

@@ -77,6 +77,13 @@ def test_choices_that_do_not_go_together_are_refused(tmp_path, change, message):
         grpo_session.configure(choices(model_at(tmp_path / "m"), **change), tmp_path)
 
 
+def test_a_reward_without_weights_is_refused_before_anything_is_freed(tmp_path):
+    """`comfy.run` configures first, and unloads ComfyUI's models then."""
+    change = {"rewards": ("shapes=1", "hpsv2=0.5"), "reward_options": (f"hpsv2.path={tmp_path / 'gone.pt'}",)}
+    with pytest.raises(ValueError, match="reward hpsv2 has no weights: .*gone.pt does not exist"):
+        grpo_session.configure(choices(model_at(tmp_path / "m"), **change), tmp_path)
+
+
 def test_a_folder_of_sources_and_instructions_is_enough(tmp_path):
     folder = tmp_path / "cats"
     folder.mkdir()

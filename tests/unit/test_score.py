@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -109,6 +110,25 @@ def test_data_without_a_mask_is_judged_outside_what_changed():
     sample = judges.Sample("p", target[0], source[0])
     numbers = judges.edit_numbers([judges.Case(sample)], target * 0.5)
     assert numbers["kept_l1"].item() == 0 and "success" not in numbers
+
+
+def test_a_mask_over_all_of_the_picture_is_said_and_no_figure(monkeypatch, cases):
+    whole = [c._replace(sample=dataclasses.replace(c.sample, mask=torch.ones(64, 64))) for c in cases[:2]]
+    editor(monkeypatch, whole, lambda case: case.sample.target)
+    scores = score.score_edits(HOST, whole, QUIET)
+    assert "kept_l1" not in scores.figures() and scores.notes["kept_l1"] == "nothing to measure on any image"
+
+
+def test_masks_of_some_rows_are_not_lost_where_others_have_none(cases):
+    own = torch.zeros(64, 64)
+    own[:3] = 1
+    group = [
+        case._replace(sample=dataclasses.replace(case.sample, mask=mask))
+        for case, mask in zip(cases[:2], (own, None), strict=True)
+    ]
+    masks = judges.edit_masks(group)
+    changed = (cases[1].sample.source - cases[1].sample.target).abs().mean(-1) > 0.1
+    assert torch.equal(masks[0], own) and torch.equal(masks[1], changed.float()) and changed.any()
 
 
 def test_models_that_are_not_on_disk_are_reported_not_downloaded():
