@@ -64,21 +64,27 @@ def test_20_steps_equal_9_then_kill_then_11_bit_for_bit(folders, tmp_path):
         assert all(torch.equal(values[0][k], values[1][k]) for k in values[0])
 
 
-# accelerate offers FSDP on accelerators only: the child claims to be one, everything else is the real path.
-SHARDED = """
-import sys
-from accelerate.state import DistributedType, PartialState
-PartialState(cpu=True)
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+# One launch for two runs, plain and sharded, since it takes longer than they do. accelerate offers FSDP on
+# accelerators only: for the second run the child claims to be one, everything else is the real path.
+PLAIN_THEN_SHARDED = """
+import os, sys
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from comfyui_diptych.cli import main
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-FSDP = {
+end, Accelerator.end_training = Accelerator.end_training, lambda self: None
+assert main(["train", sys.argv[1]]) == 0
+Accelerator.end_training = end
+AcceleratorState._reset_state()
+GradientState._reset_state()
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+os.environ |= {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "FluxTransformerBlock,FluxSingleTransformerBlock",
 }
+sys.exit(main(["train", sys.argv[2]]))
+"""
 
 
 # So does it for DeepSpeed, which has to find the two processes itself.
@@ -104,25 +110,27 @@ def zero(stage):
     }
 
 
-def in_two_processes(recipe, *arguments, script="", environment=None):
-    """`diptych train`, or a script that comes to the same."""
-    if script:
-        file = recipe.with_suffix(".py")
-        file.write_text(script)
-        two_processes(file, recipe, *arguments, environment=environment)
-    else:
-        two_processes("-m", "comfyui_diptych", "train", recipe, *arguments, environment=environment)
+@pytest.fixture(scope="module")
+def in_one_and_two(folders, tmp_path_factory):
+    """The folder of one run with twice the batch, and of two runs of two processes."""
+    root = tmp_path_factory.mktemp("in_one_and_two")
+    cache = {"cache_dir": str(root / "cache")}
+    run(toy(folders, root / "one", batch_size=4, **cache))
+    recipes = [
+        write_recipe(toy(folders, root / name, batch_size=2, **cache), root / f"{name}.yaml")
+        for name in ("ddp", "fsdp")
+    ]
+    (root / "runs.py").write_text(PLAIN_THEN_SHARDED)
+    two_processes(root / "runs.py", *recipes)
+    return root
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_equal_one_with_twice_the_batch(folders, tmp_path, fsdp):
-    cache = {"cache_dir": str(tmp_path / "cache")}
-    _, path = run(toy(folders, tmp_path / "one", batch_size=4, **cache))
-    c = toy(folders, tmp_path / "two", batch_size=2, **cache)
-    recipe = write_recipe(c, tmp_path / "two.yaml")
-    in_two_processes(recipe, **({"script": SHARDED, "environment": FSDP} if fsdp else {}))
-    one, two = load_file(path), load_file(tmp_path / "two" / path.name)
-    assert json.loads((tmp_path / "two/checkpoints/step_00000004/state.json").read_text())["world"] == 2
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_twice_the_batch(in_one_and_two, kind):
+    one, two = (load_file(next((in_one_and_two / name).glob("*.safetensors"))) for name in ("one", kind))
+    state = checkpoint.read_state(in_one_and_two / kind / "checkpoints/step_00000004")
+    sharded = (in_one_and_two / kind / "checkpoints/step_00000004/engine").is_dir()
+    assert state["world"] == 2 and sharded == (kind == "fsdp")
     moved = max(t.abs().max().item() for k, t in one.items() if "lora_B" in k)
     assert moved > 1e-3
     assert max((one[k] - two[k]).abs().max().item() for k in one) <= 1e-5
@@ -134,7 +142,9 @@ def test_deepspeed_in_two_processes_equals_one_and_resumes(folders, tmp_path, st
     options = {"save_every": 2, "keep_last": 9, "cache_dir": str(tmp_path / "cache")}
     _, path = run(toy(folders, tmp_path / "one", batch_size=4, **options))
     recipe = write_recipe(toy(folders, tmp_path / "two", batch_size=2, **options), tmp_path / "two.yaml")
-    in_two_processes(recipe, script=DEEPSPEED, environment=zero(stage))
+    script = tmp_path / "deepspeed_runs.py"
+    script.write_text(DEEPSPEED)
+    two_processes(script, recipe, environment=zero(stage))
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     for one, two in zip(*[[json.loads(line) for line in lines] for lines in logs], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
@@ -144,7 +154,7 @@ def test_deepspeed_in_two_processes_equals_one_and_resumes(folders, tmp_path, st
     # Adam's first steps are as long where the gradient is nothing but rounding.
     assert (apart > 1e-5).float().mean() < 1e-3 and apart.mean() < 1e-6
     shutil.rmtree(tmp_path / "two/checkpoints/step_00000004")
-    in_two_processes(recipe, "--resume", "auto", script=DEEPSPEED, environment=zero(stage))
+    two_processes(script, recipe, "--resume", "auto", environment=zero(stage))
     again = load_file(tmp_path / "two" / path.name)
     assert all(torch.equal(two[k], again[k]) for k in two)
 
