@@ -21,6 +21,8 @@ from .errors import LoraError, printable
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _WRAPPERS = ("state_dict", "model", "module", "lora")
 _DEEPEST = 4
+_MOST_TENSORS = 100_000  # FLUX has 780, and its LoRA of three tensors a layer 1,500
+_LONGEST_HEADER = 32_000_000
 
 
 def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -62,6 +64,10 @@ def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _safetensors_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if _LONGEST_HEADER < length < file.stat().st_size:
+        raise ValueError(f"a header of {length} bytes is no LoRA's")
     with safe_open(str(file), framework="pt", device="cpu") as opened:
         return _map(file, opened), opened.metadata() or {}
 
@@ -77,6 +83,7 @@ def _map(file: Path, opened) -> dict[str, Tensor]:
     entries.pop("__metadata__", None)
     if not entries:
         return {}
+    _check_count(len(entries))
     data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)[8 + length :]
     tensors = {}
     for key, entry in entries.items():
@@ -112,16 +119,12 @@ def load_zip(file: Path, size: int) -> object:
 
 def _unwrap(loaded: object) -> dict[str, Tensor]:
     for _ in range(_DEEPEST):
-        inner = (
-            next((loaded[n] for n in _WRAPPERS if isinstance(loaded.get(n), dict)), None)
-            if (isinstance(loaded, dict))
-            else None
-        )
-        if inner is None:
+        if not isinstance(loaded, dict):
             break
-        loaded = inner
+        loaded = next((loaded[n] for n in _WRAPPERS if isinstance(loaded.get(n), dict)), loaded)
     if not isinstance(loaded, dict) or not any(isinstance(v, Tensor) for v in loaded.values()):
         raise ValueError("it holds no named tensors")
+    _check_count(len(loaded))
     tensors = {}
     for key, value in loaded.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -132,6 +135,11 @@ def _unwrap(loaded: object) -> dict[str, Tensor]:
             raise ValueError(f"a tensor's name is {type(key).__name__}, not text")
         tensors[key] = plain(key, value)
     return tensors
+
+
+def _check_count(tensors: int) -> None:
+    if tensors > _MOST_TENSORS:
+        raise ValueError(f"{tensors} tensors are no LoRA's, at most {_MOST_TENSORS} are read")
 
 
 def plain(key: str, tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ NO_SUCH_LAYER = "this model has no such layer"
 _EMBEDDER = "x_embedder"
 _NOISE = 64  # the noise latents are the first inputs of every FLUX, conditions follow
 _FAMILY = {64: "FLUX dev or Kontext", 128: "FLUX control", 384: "FLUX Fill"}
-_VAE = ("encoder.down_blocks", "decoder.up_blocks", "first_stage_model.", "decoder.mid_block", "decoder.mid.")
+_VAE = ("encoder.down", "decoder.up", "first_stage_model.", "decoder.mid")
 
 
 def check_applicable(weights: LoraWeights, strength: float = 1.0) -> None:

@@ -29,7 +29,7 @@ _OTHER_KINDS = re.compile(
     r"\.(?:(ia3_\w*|on_input)|(vera_\w*)|(oft_[rs])|(lora_embedding_[AB])|(glora_\w*)|(hra_u|ether_\w*)"
     r"|(fourierft_\w*)|(waveft_\w*)|(randlora_\w*)|(c3a_\w*)|(miss_\w*|bone_\w*))(?:\.|$)"
 )
-LONGEST_KEY = 512  # layers' names are a tenth of it; the patterns here are quadratic in the worst case
+LONGEST_KEY = 256  # twice the longest layer's name; the patterns here are quadratic in the worst case
 _QUANTISED = re.compile(
     r"(\.qweight|\.wscales|\.wzeros|\.smooth(_orig|_factor)?|\.proj_down|\.proj_up|svdq|\.SCB|\.absmax"
     r"|\.quant_state|\.lora_down|\.lora_up|\.qzeros)$"

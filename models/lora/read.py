@@ -261,6 +261,8 @@ class _Reader:
     def _nothing_found(self) -> str:
         keys = list(self.raw.tensors)
         if keys and all(names.is_text_encoder(k) for k in keys):
+            if not any(parse.classify(k) for k in keys):
+                return f"{self.raw.name} is a text encoder, not a LoRA: load it with Load CLIP"
             return f"{self.raw.name} holds text encoder weights only: use core's Load LoRA for CLIP"
         shown = ", ".join(k[:80] for k in keys[:2]) if keys else "nothing"
         return f"{self.raw.name} holds no LoRA known here (its keys: {shown}): check that it is a LoRA file"

@@ -222,6 +222,17 @@ def text_encoder_only(folder):
     return saved(folder, {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": A})
 
 
+def text_encoder_itself(folder):
+    return saved(folder, {"text_model.encoder.layers.0.mlp.fc1.weight": A})
+
+
+def too_many_tensors(folder):
+    entries = {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)}
+    header = json.dumps(entries).encode()
+    (folder / "lora.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder / "lora.safetensors"
+
+
 def two_adapters(folder):
     return saved(folder, {f"{KEY}.lora_{ab}.{n}.weight": t for ab, t in (("A", A), ("B", B)) for n in "xy"})
 
@@ -288,6 +299,8 @@ CASES = {
     oft_without_blocks: "oft_blocks of shape",
     no_lora: "holds no LoRA",
     text_encoder_only: "text encoder weights only",
+    text_encoder_itself: "is a text encoder.*Load CLIP",
+    too_many_tensors: "100001 tensors are no LoRA's",
     two_adapters: "several adapters",
     experts_without_router: "no lora_route",
     missing_expert: "incomplete",

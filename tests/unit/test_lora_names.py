@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_diptych.commands import loras
+from comfyui_diptych.models import tiny
 from comfyui_diptych.models.lora import LoraError, apply_to_diffusers, read
 from comfyui_diptych.models.lora.files import RawFile
 from comfyui_diptych.models.lora.fit import base_notes, fit_module
@@ -181,3 +183,24 @@ def test_our_own_files_say_their_base_by_their_task(task, inputs, told):
     header = json.dumps({"base": "models/my_model", "task": task})
     info = parsed(entry("diffusers")[0], diptych=header).info
     assert bool(base_notes(info, inputs)) == told and info.base == "models/my_model"
+
+
+def test_the_command_line_says_what_a_lora_left_out(capsys):
+    module = nn.Module()
+    module.proj_out = nn.Linear(H, H)
+    tensors = {**entry("diffusers")[0], "proj_out.lora_A.weight": torch.ones(R, H)}
+    tensors |= {"proj_out.lora_B.weight": torch.ones(H, R), "text_encoder.x.lora_A.weight": torch.ones(1)}
+    loras.apply(module, [(parsed(tensors), 1.0)])
+    said = capsys.readouterr().err
+    assert (
+        f"skipped 1: {TO_Q}: this model has no such layer" in said and "use core's Load LoRA for CLIP" in said
+    )
+
+
+def test_a_vae_chosen_as_a_lora_is_told_apart_from_a_model():
+    path = tiny.folder() / "fill" / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(LoraError, match="is a VAE, not a LoRA: load it with Load VAE"):
+        apply_to_diffusers(nn.Module(), read(path))
+    path = tiny.folder() / "fill" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(LoraError, match="full fine-tuned model.*Load Diffusion Model"):
+        apply_to_diffusers(nn.Module(), read(path))
