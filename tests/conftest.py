@@ -61,3 +61,13 @@ def pytest_addoption(parser):
         metavar="OPTION",
         help="run the real ComfyUI with an option of its main.py, such as --comfyui-option=--cache-none",
     )
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow") or "slow" in (config.option.markexpr or ""):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]

@@ -37,7 +37,9 @@ def pytest_generate_tests(metafunc):
         ]
         metafunc.parametrize("comfyui", found, ids=names, scope="session", indirect=True)
     if "comfy_case" in metafunc.fixturenames:
-        metafunc.parametrize("comfy_case", comfy_cases.case_ids())
+        marks = {True: [pytest.mark.slow], False: []}
+        cases = [pytest.param(i, marks=marks[comfy_cases.is_slow(i)]) for i in comfy_cases.case_ids()]
+        metafunc.parametrize("comfy_case", cases)
 
 
 def pytest_collection_finish(session):

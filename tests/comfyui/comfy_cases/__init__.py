@@ -14,17 +14,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 CASES: dict[str, tuple[Callable, Callable[[], Iterable[str]] | None]] = {}
+SLOW: set[str] = set()  # names of cases that run on demand only
 
 
 class SkipCase(Exception):
     """Raised by a case that cannot run here, with the reason."""
 
 
-def case(function: Callable | None = None, *, each: Callable[[], Iterable[str]] | None = None):
-    """Register a claim; with `each`, one case per name that it yields."""
+def case(
+    function: Callable | None = None,
+    *,
+    each: Callable[[], Iterable[str]] | None = None,
+    slow: bool = False,
+):
+    """Register a claim; with `each`, one case per name that it yields; a slow one runs with --slow only."""
     if function is None:
-        return lambda real: case(real, each=each)
-    CASES[f"{function.__module__.rpartition('.')[2]}::{function.__name__}"] = (function, each)
+        return lambda real: case(real, each=each, slow=slow)
+    name = f"{function.__module__.rpartition('.')[2]}::{function.__name__}"
+    CASES[name] = (function, each)
+    if slow:
+        SLOW.add(name)
     return function
 
 
@@ -41,6 +50,10 @@ def case_ids() -> list[str]:
         for name, (_, each) in CASES.items()
         for full in ([name] if each is None else [f"{name}[{parameter}]" for parameter in each()])
     ]
+
+
+def is_slow(case_id: str) -> bool:
+    return case_id.partition("[")[0] in SLOW
 
 
 def find(case_id: str) -> tuple[Callable, tuple[str, ...]]:
