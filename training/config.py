@@ -43,7 +43,7 @@ CHOICES = {
 # What ICEdit's YAML and diffusers' DreamBooth scripts call an option.
 ELSEWHERE = {
     "flux_path": "model (the recipes icedit and icedit_moe are ICEdit's two configurations)",
-    "train": "no section (the recipes icedit and icedit_moe are ICEdit's two configurations)",
+    "train": "not a section of its own (the recipes icedit and icedit_moe are ICEdit's two configurations)",
     "pretrained_model_name_or_path": "model",
     "dtype": "base_dtype",
     "condition_size": "resolution",
@@ -437,7 +437,7 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
             hint = difflib.get_close_matches(key, names, 1)
             remedy = f"did you mean {hint[0]!r}?" if hint else "see `diptych train --help-config`"
             if key in ELSEWHERE:
-                remedy = f"it is {ELSEWHERE[key]} here"
+                remedy = f"here it is {ELSEWHERE[key]}"
             raise ValueError(f"unknown option {key!r} in the recipe: {remedy}")
         if value is False and kind.__dataclass_fields__[key].type in (str, "str"):
             value = "no"  # YAML reads a bare no as false
