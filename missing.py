@@ -1,4 +1,4 @@
-"""What to say when a library of the pack is not installed: which, and the command for the Python that runs.
+"""What to say of what is not here: a library and the command that installs it, a page of the documentation.
 
 Standard library only. Nodes and the command line say the same.
 """
@@ -18,7 +18,14 @@ OPTIONAL = (
     "lycoris",
     "open_clip",
 )
+DOCS = "https://github.com/comfyui-diptych/ComfyUI-Diptych/blob/main/docs"
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open_clip_torch"}
+
+
+def page(name: str) -> str:
+    """Where a page of the documentation is: in this tree, or on the web, since a wheel has none."""
+    file = Path(__file__).parent / "docs" / name
+    return str(file) if file.is_file() else f"{DOCS}/{name}"
 
 
 def pip_install() -> str:

@@ -136,6 +136,8 @@ class DiptychBuilder:
         template: str = dp.ICEDIT_TEMPLATE,
         keep_rest: bool = False,
     ) -> tuple[Tensor, Tensor, str, dp.Layout]:
+        if side != "none" and not instruction.strip():
+            raise ValueError("instruction is empty: say what to change, such as: make the hat red.")
         return tuple(
             dp.build(
                 image,

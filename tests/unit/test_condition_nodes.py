@@ -220,6 +220,13 @@ def test_kontext_says_what_is_wrong(options, words):
         kontext(picture(1, 32, 32, 3), **options)
 
 
+def test_an_edit_needs_words_and_a_plain_fill_none():
+    image = torch.rand(1, 32, 32, 3)
+    with pytest.raises(ValueError, match="instruction is empty: say what to change"):
+        DiptychBuilder().build(image, " \n")
+    assert DiptychBuilder().build(image, "", torch.ones(1, 32, 32), side="none", panel_width=32)[2] == ""
+
+
 def test_a_whole_edit_through_the_nodes_returns_the_source_outside_the_mask():
     image, mask = picture(2, 75, 101, 4), torch.zeros(1, 75, 101)
     mask[:, 10:30, 40:80] = 1

@@ -34,3 +34,8 @@ def test_a_node_says_so_too():
 
     with pytest.raises(ImportError, match="no_such_library is not installed: run .* -m pip install"):
         guard(Needy)().run()
+
+
+def test_a_page_is_found_in_the_tree_and_on_the_web():
+    assert missing.page("grpo.md").endswith("docs/grpo.md") and not missing.page("grpo.md").startswith("http")
+    assert missing.page("none.md").startswith("https://")

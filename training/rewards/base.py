@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from ...missing import page
 from . import weights
 
 
@@ -134,7 +135,7 @@ def check(name: str, **options: object) -> dict[str, object]:
             raise ValueError(f"reward {name} has no option {option!r}: {takes}.")
     for option, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and option not in options:
-            raise ValueError(f"reward {name} needs the option {option}: see docs/grpo.md for what it is.")
+            raise ValueError(f"reward {name} needs the option {option}: see {page('grpo.md')}")
     package = getattr(factory, "package", "")
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(f"reward {name} needs the package {package}: pip install {package}.")
@@ -155,5 +156,5 @@ def create(name: str, **options: object) -> Reward:
         return _REGISTRY[name](**options)
     except Exception as error:  # half a download, a damaged file, another model: every library has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = weights.remedy(chosen) if weights.wanted(chosen) else "see its options in docs/grpo.md"
+        what = weights.remedy(chosen) if weights.wanted(chosen) else f"see {page('grpo.md')}"
         raise ValueError(f"reward {name} cannot be loaded ({reason}): {what}.") from error
