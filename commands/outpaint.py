@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 
 from . import painting, pictures
-from .values import number, whole
+from .values import LARGEST_SIDE, number, whole
 
+METHODS = ("direct", "tiles")
 SIDES = ("left", "top", "right", "bottom")
 
 
@@ -41,7 +42,7 @@ def add_parser(subparsers) -> None:
         "outpaint",
         help="make a picture larger, painting what is around it",
         description="Make a picture larger on any side; what is known comes back bit for bit. Amounts are "
-        "pixels or, with %%, parts of the picture's own side; below 0 they crop (--left=-32). Without "
+        "pixels or, with %, parts of the picture's own side; below 0 they crop (--left=-32). Without "
         "--model the bundled tiny model paints, which knows only small pictures of coloured shapes.",
     )
     add = parser.add_argument
@@ -56,6 +57,13 @@ def add_parser(subparsers) -> None:
         default="edge",
         help="what stands in the hole first: edge (default), mirror, blur, noise, ...",
     )
+    add("--method", default="direct", choices=METHODS, help="the canvas at once (default), or by windows")
+    add(
+        "--window",
+        type=whole(16, LARGEST_SIDE),
+        help="for tiles: px a side (default: as the model was trained)",
+    )
+    add("--stride", type=whole(8, LARGEST_SIDE), help="for tiles: px from one to the next (default half)")
     add("--lama", type=Path, metavar="FILE", help="for --fill lama: its file, such as big-lama.pt")
     add("--noise-q", type=number(0, 4), help="for --fill noise: 0 rough to 2 smooth (default 1)")
     painting.add_arguments(parser, "outpainted.png")
@@ -78,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if not bool(layout.mask.any()):
         raise ValueError("nothing is to be painted: add with --left, --top, --right, --bottom or --aspect")
+    windows = _windows(args, engine, layout.canvas_size)
     canvas = outpaint.fill(canvas, mask, args.fill, **_fill_options(args))
-    result = painting.paint(engine, canvas, mask, prompt, args)
+    result = painting.paint(engine, canvas, mask, prompt, args, windows)
     finished = outpaint.paste_back(
         result, image, layout, feather=args.feather, match_colour=not args.keep_colours
     )
@@ -99,6 +108,27 @@ def _sides(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, float]:
     for side, (value, unit) in given.items():
         pixels[side] = math.floor(value * lengths[side] + 1e-9) if unit == "fraction" else int(value)
     return pixels
+
+
+def _windows(args: argparse.Namespace, engine, canvas: tuple[int, int]) -> painting.Windows | None:
+    """Checked before the model is loaded; None for the direct way."""
+    for name in ("window", "stride"):
+        value = getattr(args, name)
+        if value is not None and args.method != "tiles":
+            raise ValueError(f"--{name} is for --method tiles: leave it out")
+        if value is not None and value % 16:
+            raise ValueError(f"--{name} is {value}: give a multiple of 16")
+    if args.method != "tiles":
+        return None
+    window = args.window or engine.size
+    if window > max(canvas):
+        raise ValueError(
+            f"--window is {window} but the canvas is {canvas[1]} x {canvas[0]}: give at most {max(canvas)},"
+            " or --method direct"
+        )
+    if args.stride is not None and args.stride > window:
+        raise ValueError(f"--stride is {args.stride} and the window {window}: give at most the window")
+    return painting.Windows(window, args.stride)
 
 
 def _fill_options(args: argparse.Namespace) -> dict:

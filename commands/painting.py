@@ -97,11 +97,26 @@ def check_prompt(prompt: str) -> str:
     return prompt.strip()
 
 
-def paint(engine: Engine, canvas: Tensor, mask: Tensor, prompt: str, args: argparse.Namespace) -> Tensor:
+@dataclass(frozen=True)
+class Windows:
+    """Paint window by window, sizes in pixels (`models/tiled.py`)."""
+
+    size: int
+    stride: int | None = None
+
+
+def paint(
+    engine: Engine,
+    canvas: Tensor,
+    mask: Tensor,
+    prompt: str,
+    args: argparse.Namespace,
+    windows: Windows | None = None,
+) -> Tensor:
     """The canvas [1,H,W,3] with its hole [1,H,W] painted; loads the model and shows its progress."""
     from tqdm import tqdm
 
-    from ..models import editing
+    from ..models import editing, tiled
 
     if engine.tiny is not None:
         print("bundled tiny model: it knows small pictures of coloured shapes; --model names a real one")
@@ -110,18 +125,34 @@ def paint(engine: Engine, canvas: Tensor, mask: Tensor, prompt: str, args: argpa
     with Stop("stopped before the picture was made: nothing was written"):
         denoiser = _load(engine, args)
         count = args.steps or (engine.tiny or {}).get("steps") or STEPS[engine.name]
-        with tqdm(total=count, desc=f"painting ({engine.name})", unit="step") as bar:
+        with tqdm(total=None if windows else count, desc=f"painting ({engine.name})", unit="step") as bar:
             sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
-            if engine.name == "fill":
-                usual = (engine.tiny or {}).get("guidance", {}).get("fill", editing.FILL_GUIDANCE)
-                guidance = usual if args.guidance is None else args.guidance
-                return editing.fill_canvas(
-                    denoiser, canvas, mask, prompt, guidance=guidance, sampling=sampling
+            how = _guidance(engine, args) | {"sampling": sampling}
+            if windows is not None:
+                return tiled.paint(
+                    denoiser,
+                    canvas,
+                    mask,
+                    prompt,
+                    window=windows.size,
+                    stride=windows.stride,
+                    on_tile=lambda index, tiles: bar.reset(total=tiles * count) if index == 0 else None,
+                    **how,
                 )
-            cfg = args.cfg if args.cfg is not None else 2.5 if engine.tiny else 7.5
-            return editing.inpaint_sd(
-                denoiser, canvas, mask, prompt, negative=args.negative, cfg=cfg, sampling=sampling
-            )
+            if engine.name == "fill":
+                return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
+            return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)
+
+
+def _guidance(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """How strongly the prompt counts, in the engine's own way."""
+    from ..models import editing
+
+    if engine.name == "fill":
+        usual = (engine.tiny or {}).get("guidance", {}).get("fill", editing.FILL_GUIDANCE)
+        return {"guidance": usual if args.guidance is None else args.guidance}
+    usual = 2.5 if engine.tiny else 7.5
+    return {"negative": args.negative, "cfg": usual if args.cfg is None else args.cfg}
 
 
 def _load(engine: Engine, args: argparse.Namespace) -> Any:

@@ -65,6 +65,14 @@ def test_sd_inpainting_outpaints_too_and_takes_an_aspect(command, photo):
     assert torch.equal(made[:, :, 16:80], pictures.load_image(photo))
 
 
+@pytest.mark.parametrize("engine", ["fill", "sd_inpaint"])
+def test_a_panorama_by_windows_keeps_the_picture(command, photo, engine):
+    words = ["--right", 96, "--method", "tiles", "--window", 64]
+    made = command("outpaint", photo, "a red circle", *words, engine=engine)
+    assert made.shape == (1, 48, 160, 3)
+    assert torch.equal(made[:, :, :64], pictures.load_image(photo))
+
+
 @pytest.mark.parametrize("size", [[], ["--size", "32"]], ids=["whole", "cropped"])
 def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, size):
     mask = torch.zeros(48, 64, 3)
@@ -88,6 +96,8 @@ def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, s
         (["outpaint", "{photo}", "x", "--left", "8", "--lama", "a.pt"], "--lama is for --fill lama"),
         (["outpaint", "{photo}", "x", "--left", "8", "--fill", "lama"], "fill 'lama' needs a LaMa file"),
         (["outpaint", "{photo}", "x", "--left", "8", "--cfg", "3"], "--cfg does nothing with --engine fill"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--window", "64"], "--window is for --method tiles"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--method", "tiles"], "--window is 1024 but the canvas"),
         (["outpaint", "{tmp}/none.png", "x", "--left", "8"], "none.png does not exist"),
         (["inpaint", "{photo}", "x", "--mask", "{tmp}/small.png"], "mask is 8x8 but the image is 64x48"),
         (["inpaint", "{photo}", "x", "--mask", "{tmp}/black.png"], "mask is empty"),

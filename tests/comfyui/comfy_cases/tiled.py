@@ -134,6 +134,41 @@ def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host
 
 
 @case
+def the_shell_paints_the_same_windows(host):
+    if not host.pack("models.tiny").card().get("trained"):
+        raise SkipCase("the bundled tiny models are not trained yet")
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    graph = host.graph()
+    model, clip, vae, *_ = graph.add("DiptychTinyModelLoader", which="fill")
+    canvas, mask, *_ = graph.add("DiptychOutpaintCanvas", image=graph.given(picture), right=64.0)
+    filled = graph.add("DiptychFillHole", image=canvas, mask=mask, how="edge")[0]
+    encoded = graph.add("CLIPTextEncode", clip=clip, text="a red circle")[0]
+    guided = graph.add("FluxGuidance", conditioning=encoded, guidance=30.0)[0]
+    positive, _, latent, *_ = graph.add(
+        "DiptychFluxFillConditioner", positive=guided, negative=guided, vae=vae, image=filled, mask=mask
+    )
+    window = graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)[0]
+    sampler = graph.add("DiptychFlowMatchEulerSampler")[0]
+    made = graph.add(
+        "SamplerCustomAdvanced",
+        noise=graph.add("RandomNoise", noise_seed=7)[0],
+        guider=graph.add("BasicGuider", model=model, conditioning=positive)[0],
+        sampler=graph.add("DiptychTiledSampler", sampler=sampler, window=64, stride=32, blend=16)[0],
+        sigmas=graph.add("DiptychFlowMatchScheduler", latent=window, steps=STEPS)[0],
+        latent_image=latent,
+    )[0]
+    graph.keep(image=graph.add("VAEDecode", samples=made, vae=vae)[0], canvas=filled, mask=mask)
+    kept = host.run(graph).kept
+
+    tiny, editing = host.pack("models.tiny"), host.pack("models.editing")
+    fill = host.pack("models.flux_fill").FluxFill.load(tiny.folder() / "fill", torch.float32, "cpu")
+    sampling = editing.Sampling(steps=STEPS, seed=7)
+    options = {"window": 64, "stride": 32, "blend": 16, "sampling": sampling}
+    shell = host.pack("models.tiled").paint(fill, kept["canvas"], kept["mask"], "a red circle", **options)
+    torch.testing.assert_close(kept["image"].cpu(), shell, rtol=0, atol=1e-4)
+
+
+@case
 def what_cannot_be_cut_is_named_before_anything_is_sampled(host):
     bench = Bench(host)
     tiled = {"window": 512, "stride": 256, "order": "outward", "known": "keep", "blend": 0}
