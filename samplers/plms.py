@@ -1,8 +1,8 @@
 """PLMS as glid-3-xl-stable samples: pseudo linear multistep after three pseudo Runge-Kutta steps.
 
 Liu et al., "Pseudo Numerical Methods for Diffusion Models", 2022, in the form of guided-diffusion's forks.
-That is not diffusers' PNDMScheduler: half steps between two timesteps take the mean of both and of their alphas,
-and the result is the last step's x0 from its raw epsilon. The plain DDIM of the same models is here too.
+That is not diffusers' PNDMScheduler: half steps between two timesteps take the mean of both and of their
+alphas, and the result is the last step's x0 from its raw epsilon. The plain DDIM of the same models is here too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def ddim_timesteps(steps: int) -> Tensor:
             if len(places) == steps:
                 return torch.tensor(list(places))
     raise ValueError(
-        f"steps is {steps}: glid's DDIM takes numbers of even strides through 1000, such as 10, 50, 100 or 250."
+        f"steps is {steps}: glid's DDIM takes numbers of even strides through 1000, such as 10, 50 or 250."
     )
 
 
