@@ -2,7 +2,8 @@
 
 Liu et al., "Pseudo Numerical Methods for Diffusion Models", 2022, in the form of guided-diffusion's forks.
 That is not diffusers' PNDMScheduler: half steps between two timesteps take the mean of both and of their
-alphas, and the result is the last step's x0 from its raw epsilon. The plain DDIM of the same models is here too.
+alphas, and the result is the last step's x0 from its raw epsilon. The plain DDIM of those models is here
+too.
 """
 
 from __future__ import annotations
