@@ -299,6 +299,9 @@ def test_kl_enters_the_loss_as_the_mean_squared_distance(folders, tmp_path, kl_b
 # One process for all runs, since it takes longer to start than to run: each is a fork of it and is killed.
 KILLED = """
 import json, os, signal, sys
+import accelerate, peft  # here and not in every fork
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from comfyui_diptych.training import config, grpo
 from comfyui_diptych.training.grpo_config import GRPOConfig
 def die(report):
