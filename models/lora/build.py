@@ -1,4 +1,4 @@
-"""One layer's tensors, as a file has them, to its change in canonical form.
+"""A layer's tensors to its change in canonical form: LoRA, experts, LyCORIS factors, GLoRA; DoRA of these.
 
 Each builder takes what it understands out of `parts`; what is left there afterwards is reported by `read.py`.
 Shapes are checked here, so that nothing later can fail for the file's sake.
@@ -7,72 +7,21 @@ Shapes are checked here, so that nothing later can fail for the file's sake.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import names
-from .based import Based, Dora, Glora, Share, Swapped
+from .based import Dora, Glora
+from .build_oft import oft, oft_by_parts, peft_boft, peft_oft
 from .errors import LoraError
-from .kinds import Factored, LowRank, MoeLowRank, swap_halves
+from .kinds import Factored, LowRank, MoeLowRank
+from .layer import Layer
 from .moe import GATES
-from .rotations import Boft, InputBoft, InputOft, Oft, skew_limit
-from .scale import ScaleRule
+from .split import split
 from .weights import Module
 
 LARGEST = 2**28  # elements that folding a Tucker kernel may make; FLUX's largest matrix has a fifth of it
-
-
-@dataclass
-class Layer:
-    """A layer's name in the file, the diffusers modules it stands for, and its tensors by role.
-
-    constraint_per_output: trainers limit OFT's rotation by alpha times outputs, core ComfyUI by alpha.
-    """
-
-    file: str
-    name: str
-    where: tuple[names.Target, ...]
-    parts: dict[str, Tensor]
-    rule: ScaleRule
-    top_k: int | None = None
-    gate: str = "softmax_topk"
-    peft: dict | None = None
-    constraint_per_output: bool = True
-    alpha: float | None = None
-    stated: float | None = None
-
-    def scale(self, rank: int | None) -> tuple[float, str]:
-        """The scale of a change of this rank and where it came from; None: a LoKr with whole factors."""
-        if self.stated is not None and self.rule.override is None:
-            return self.stated, ".scale in the file"
-        return self.rule.of((self.name, self.where[0].path), rank, self.alpha)
-
-    def fail(self, what: str) -> LoraError:
-        return LoraError(f"{self.file}: {self.name} {what}")
-
-    def take(self, role: str, *dims: int) -> Tensor | None:
-        """Removes a role's tensor and returns it; dims: how many dimensions it may have."""
-        tensor = self.parts.pop(role, None)
-        if tensor is None:
-            return None
-        if not tensor.is_floating_point():
-            raise self.fail(f"stores {role} as {tensor.dtype}: it is quantised or damaged, get the original")
-        if dims and (tensor.ndim not in dims or 0 in tensor.shape):
-            raise self.fail(f"has {role} of shape {list(tensor.shape)}: the file is damaged")
-        return tensor
-
-    def number(self, role: str) -> float | None:
-        """The value of a one-element tensor; None if there is none."""
-        tensor = self.parts.pop(role, None)
-        if tensor is None:
-            return None
-        if tensor.numel() != 1 or tensor.is_complex() or not tensor.double().isfinite():
-            raise self.fail(
-                f"has {role} {list(tensor.shape)}, which is not one finite number: the file is damaged"
-            )
-        return float(tensor.double())
 
 
 def build(layer: Layer) -> dict[str, Module]:
@@ -80,16 +29,13 @@ def build(layer: Layer) -> dict[str, Module]:
     layer.alpha, layer.stated = layer.number("alpha"), layer.number("scale")
     layer.parts.pop("reshape_weight", None)  # says the layer grows; the factors' own shape says it too
     if any(role.startswith("oft_blocks.") for role in layer.parts):
-        return _split_oft(layer)
+        return oft_by_parts(layer)
     found = [whole for make in _KINDS if (whole := make(layer)) is not None]
     if len(found) > 1:
         raise layer.fail("holds changes of two kinds: keep one of them")
     if not found:
         return {}
-    return _split(layer, _with_magnitude(layer, found[0]))
-
-
-# -- kinds ----------------------------------------------------------------------------------------------
+    return split(layer, _with_magnitude(layer, found[0]))
 
 
 def _low_rank(layer: Layer) -> LowRank | None:
@@ -221,76 +167,15 @@ def _square(a2: Tensor, b2: Tensor) -> bool:
     return a2.shape[0] == b2.shape[0] == a2.shape[1]
 
 
-def _oft(layer: Layer) -> Oft | Boft | None:
-    blocks = layer.take("oft_blocks", 3, 4)
-    blocks = layer.take("oft_diag", 3) if blocks is None else blocks
-    if blocks is None:
-        return None
-    if blocks.shape[-1] != blocks.shape[-2]:
-        raise layer.fail(f"has oft_blocks {list(blocks.shape)}, which are not square: the file is damaged")
-    return _rotation(layer, blocks, layer.take("rescale", 1, 2, 4))
-
-
-def _rotation(layer: Layer, blocks: Tensor, rescale: Tensor | None) -> Oft | Boft:
-    outputs = blocks.shape[-3] * blocks.shape[-1]
-    if rescale is not None:
-        if rescale.numel() != outputs:
-            raise layer.fail(f"has rescale {list(rescale.shape)} for {outputs} outputs: the file is damaged")
-        rescale = rescale.flatten()
-    constraint = (layer.alpha or 0.0) * (outputs if layer.constraint_per_output else 1)
-    if blocks.ndim == 3:
-        return Oft(blocks, skew_limit(blocks, constraint), rescale)
-    factors, size = blocks.shape[0], blocks.shape[-1]
-    if factors > 16 or size % 2 or outputs % (2 ** (factors - 1) * size):
-        raise layer.fail(f"has oft_blocks {list(blocks.shape)}, which is no butterfly: the file is damaged")
-    return Boft(blocks, skew_limit(blocks, constraint), rescale)
-
-
-def _split_oft(layer: Layer) -> dict[str, Module]:
-    """kohya's `oft_blocks.0`, `.1`, `.2`: a rotation of its own for each part of a fused layer."""
-    blocks = [layer.take(f"oft_blocks.{i}", 3) for i in range(len(layer.where))]
-    if any(b is None or b.shape[1] != b.shape[2] for b in blocks):
-        raise layer.fail(f"has oft_blocks for other than its {len(layer.where)} parts: the file is damaged")
-    made = {t.path: (t, _rotation(layer, b, None)) for t, b in zip(layer.where, blocks, strict=True)}
-    return {path: Swapped(module) if target.swap else module for path, (target, module) in made.items()}
-
-
-def _peft_oft(layer: Layer) -> InputOft | None:
-    upper = layer.take("oft_R", 2)
-    if upper is None:
-        return None
-    size = int((1 + (1 + 8 * upper.shape[1]) ** 0.5) / 2)
-    config = layer.peft or {}
-    if size * (size - 1) // 2 != upper.shape[1] or config.get("coft"):
-        raise layer.fail(f"has oft_R {list(upper.shape)} of a kind of OFT not known here: merge it with peft")
-    exact = config.get("use_cayley_neumann") is False
-    terms = config.get("num_cayley_neumann_terms", 5)
-    if not isinstance(terms, int) or not 1 <= terms <= 64:
-        raise layer.fail(f"has num_cayley_neumann_terms {terms!r} in its config: give a number from 1 to 64")
-    return InputOft(upper, size, None if exact else terms, config.get("block_share") is True)
-
-
-def _peft_boft(layer: Layer) -> InputBoft | None:
-    if not {"boft_R", "boft_s"} & set(layer.parts):
-        return None
-    blocks, rescale = layer.take("boft_R", 4), layer.take("boft_s", 1, 2)
-    if blocks is None or rescale is None:
-        raise layer.fail("has only one of boft_R and boft_s: the file is incomplete")
-    factors, count, size, other = blocks.shape
-    if size != other or factors > 16 or (factors > 1 and (size % 2 or count % 2 ** (factors - 1))):
-        raise layer.fail(f"has boft_R {list(blocks.shape)}, which is no butterfly: the file is damaged")
-    return InputBoft(blocks, rescale.flatten())
-
-
 _KINDS: tuple[Callable[[Layer], Module | None], ...] = (
     _experts,
     _low_rank,
     _lokr,
     _loha,
     _glora,
-    _oft,
-    _peft_oft,
-    _peft_boft,
+    oft,
+    peft_oft,
+    peft_boft,
 )
 
 
@@ -314,68 +199,3 @@ def _with_magnitude(layer: Layer, module: Module) -> Module:
             f"has a DoRA scale {list(magnitude.shape)} for {width} -> {out}: the file is damaged"
         )
     return Dora(module, magnitude.flatten(), by_output)
-
-
-# -- parts of fused layers ------------------------------------------------------------------------------
-
-
-def _split(layer: Layer, whole: Module) -> dict[str, Module]:
-    """The change of each diffusers module that the file's layer stands for."""
-    first = layer.where[0]
-    if first.part is None:
-        return {first.path: _swapped(layer, whole) if first.swap else whole}
-    out, width = whole.shape
-    if out is None:  # turns the inputs, which all parts share
-        return {target.path: whole for target in layer.where}
-    spans = [names.part_rows(target.part, out, width) for target in layer.where]
-    if out % 3 and len(spans) == 3 or any(start >= stop for start, stop in spans):
-        raise layer.fail(f"has {out} outputs, which {len(spans)} layers cannot share: the file is damaged")
-    blocks = _split_blocks(layer, whole, spans) if isinstance(whole, LowRank) else 1
-    if blocks > 1:
-        r = whole.rank // blocks
-        scale, source = layer.scale(r)
-        cut = [slice(i * r, (i + 1) * r) for i in range(blocks)]
-        return {
-            t.path: LowRank(whole.A[c], whole.B[slice(*s), c], scale, source)
-            for t, s, c in zip(layer.where, spans, cut, strict=True)
-        }
-    return {t.path: _part(layer, whole, i, spans) for i, t in enumerate(layer.where)}
-
-
-def _part(layer: Layer, whole: Module, i: int, spans: list[tuple[int, int]]) -> Module:
-    start, stop = spans[i]
-    if isinstance(whole, LowRank):
-        return replace(whole, B=whole.B[start:stop])
-    if isinstance(whole, Factored):
-        return replace(whole, rows=(start, stop))
-    cut = [whole.cut(*span) for span in spans]
-    if all(part is not None for part in cut):
-        return cut[i]
-    members = tuple(target.path for target in layer.where)
-    return Share(whole, members, i, tuple(stop - start for start, stop in spans))
-
-
-def _swapped(layer: Layer, module: Module) -> Module:
-    if module.shape[0] is not None and module.shape[0] % 2:
-        raise layer.fail(f"has {module.shape[0]} outputs, which are no two halves: the file is damaged")
-    if isinstance(module, LowRank):
-        return replace(module, B=swap_halves(module.B))
-    if isinstance(module, Factored):
-        return replace(module, swap=True)
-    if isinstance(module, Based):
-        return Swapped(module)
-    raise layer.fail("has experts on the final modulation: the file is damaged")
-
-
-def _split_blocks(layer: Layer, whole: LowRank, spans: list[tuple[int, int]]) -> int:
-    """kohya's `split_qkv` trains one LoRA per part and stores them block-sparse, alpha unchanged:
-    the trained scale is alpha over one block's rank. Only believed if header and zeros agree."""
-    n = len(spans)
-    if not layer.rule.split_qkv or whole.rank % n:
-        return 1
-    r = whole.rank // n
-    for i, (start, stop) in enumerate(spans):
-        block = whole.B[start:stop]
-        if block[:, : i * r].any() or block[:, (i + 1) * r :].any():
-            return 1
-    return n

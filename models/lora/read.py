@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import about, files, names, parse
-from .build import Layer, build
+from .build import build
 from .errors import LoraError
 from .finite import check_finite
 from .kinds import FullTensor, LowRank, swap_halves
+from .layer import Layer
 from .scale import ScaleRule, number, parse_json, scale_rule
 from .weights import LoraWeights, Module
 
