@@ -65,8 +65,9 @@ def _load_lama(path: str):
     try:
         network = spandrel.ModelLoader(device="cpu").load_from_file(path)
     except Exception as error:  # spandrel has one exception per reason, and torch has more
+        reason = str(error) or type(error).__name__
         raise ValueError(
-            f"model is {path}: spandrel cannot read it ({error}), choose a LaMa file."
+            f"model is {path}: spandrel cannot read it ({reason}), choose a LaMa file."
         ) from error
     if not isinstance(network, spandrel.MaskedImageModelDescriptor):
         name = getattr(getattr(network, "architecture", None), "name", type(network).__name__)

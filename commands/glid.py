@@ -1,0 +1,68 @@
+"""`diptych glid`: glid-3-xl-stable's model files from Stable Diffusion checkpoints, and back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "glid",
+        help="cut a checkpoint into glid-3-xl-stable's files, or put them back",
+        description="glid-3-xl-stable keeps the denoiser (diffusion.pt) and the autoencoder (kl.pt) of a "
+        "Stable Diffusion 1.x checkpoint in files of their own. ComfyUI loads either.",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    split = actions.add_parser("split", help="checkpoint -> diffusion.pt and kl.pt")
+    split.add_argument("checkpoint", type=Path, help=".ckpt or .safetensors")
+    split.add_argument("-o", "--output", type=Path, default=Path("."), metavar="FOLDER", help="default: here")
+    split.set_defaults(run=run_split)
+    merge = actions.add_parser("merge", help="checkpoint and diffusion.pt -> checkpoint")
+    merge.add_argument("checkpoint", type=Path, help="the one that the rest is taken from")
+    merge.add_argument("model", type=Path, help="diffusion.pt or inpaint.pt")
+    merge.add_argument(
+        "-o", "--output", type=Path, default=Path("model-merged.pt"), help="default model-merged.pt"
+    )
+    merge.set_defaults(run=run_merge)
+
+
+def run_split(args: argparse.Namespace) -> int:
+    from ..models import checkpoints
+    from ..training.disk import check_file, keep, write_whole
+
+    targets = {"diffusion.pt": checkpoints.DENOISER, "kl.pt": checkpoints.AUTOENCODER}
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in targets:
+        check_file(args.output / name)
+    state = checkpoints.read(args.checkpoint)
+    parts = {name: checkpoints.part(state, prefix) for name, prefix in targets.items()}
+    for name, tensors in parts.items():
+        place = keep(
+            args.output / name,
+            lambda path, tensors=tensors: write_whole(path, lambda whole: checkpoints.write(whole, tensors)),
+        )
+        print(f"wrote {place}: {len(tensors)} tensors")
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    from ..models import checkpoints
+    from ..training.disk import check_file, keep, write_whole
+
+    if args.output.suffix.lower() not in checkpoints.SUFFIXES:
+        raise ValueError(
+            f"output {args.output} has an unknown suffix: give one of {', '.join(checkpoints.SUFFIXES)}"
+        )
+    check_file(args.output)
+    state, model = checkpoints.read(args.checkpoint), checkpoints.read(args.model)
+    merged = checkpoints.with_part(state, checkpoints.DENOISER, model)
+    place = keep(
+        args.output,
+        lambda path: write_whole(path, lambda whole: checkpoints.write(whole, merged, wrapped=True)),
+    )
+    print(f"wrote {place}")
+    entry = merged.get(f"{checkpoints.DENOISER}input_blocks.0.0.weight")
+    if entry is not None and entry.shape[1] != 4:
+        print(f"its denoiser takes {entry.shape[1]} channels: loaders of ordinary checkpoints refuse it")
+    return 0
