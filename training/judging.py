@@ -85,15 +85,24 @@ def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) 
         for name in ("masked_latents", "latents")
         if name in tensors
     }
-    source, target, mask = pictures["masked_latents"], pictures.get("latents"), sample.mask
+    source, target, mask = pictures["masked_latents"], pictures.get("latents"), _stored_mask(entry, sample)
     if entry.diptych:
         width = source.shape[1] // 2
-        source, mask = source[:, :width], mask[:, width:]
-        target = None if target is None else target[:, width:]
-        if mask.min() >= 0.5:  # of the whole panel: it does not say what the instruction touches
-            known = targets and target is not None
-            mask = metrics.changed_region(source[None], target[None])[0] if known else None
+        source, target = source[:, :width], None if target is None else target[:, width:]
+    if mask is None and targets and target is not None:
+        mask = metrics.changed_region(source[None], target[None])[0]
     return Row(sample.prompt, target, source, mask, entry.diptych)
+
+
+def _stored_mask(entry: Entry, sample: Sample) -> Tensor | None:
+    """The mask [H,W] of a precomputed row's picture or edited panel; None where it does not say what an edit
+    touches, being of the whole panel.
+    """
+    if not entry.diptych:
+        return sample.mask
+    width, edited = sample.mask.shape[1] // 2, sample.encoded.edited
+    panel = (sample.mask if edited is None else edited)[:, width:]
+    return None if edited is None and panel.min() >= 0.5 else panel
 
 
 def make_rewards(entries: Sequence[str], options: Sequence[str]) -> Composite:
@@ -171,7 +180,9 @@ class Judge:
         for number in range(min(LOOKED_AT, len(self.batches.entries))):
             sample = self.batches.corpus.source[self.batches.entries[number].index]
             if sample.encoded is not None:  # not to be decoded before the model is there
-                given = {"prompts", "sources", "masks"} | ({"targets"} if self.targets else set())
+                entry, given = self.batches.entries[number], {"prompts", "sources"}
+                given |= {"targets", "masks"} if self.targets else set()
+                given |= set() if _stored_mask(entry, sample) is None else {"masks"}
             else:
                 given = self._given(self.row(number))
             lacking = {r.name: r.missing(given) for r in self.rewards.rewards if r.name in lacking}

@@ -124,7 +124,8 @@ def _groups(
             raise ValueError(f"{sample.name} is precomputed already, or a class picture: leave it out")
         for variant, item in enumerate(rows):
             file = f"fill_{index}_{variant}.pt" if variant else f"fill_{index}.pt"
-            listed[file] = index_row(sample.prompt, file, targets)
+            has = {"latents": targets, "edit_mask": _edit_mask(item) is not None}
+            listed[file] = index_row(sample.prompt, file, [part for part, there in has.items() if there])
             listed[file]["layout"] = "diptych" if item.diptych else "inpaint"
             if item.weight != 1:
                 listed[file]["weight"] = item.weight
@@ -156,4 +157,16 @@ def _encode(task: Any, items: list[Arranged], targets: bool) -> list[dict[str, T
     }
     if targets:
         columns["latents"] = task.latents(pixels)
-    return [{name: column[i] for name, column in columns.items()} for i in range(len(items))]
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(len(items))]
+    masks = [_edit_mask(item) for item in items]
+    return [
+        row if mask is None else {"edit_mask": mask, **row} for row, mask in zip(rows, masks, strict=True)
+    ]
+
+
+def _edit_mask(item: Arranged) -> Tensor | None:
+    """A diptych row's own mask of what changes, [1,H/8,W/8] over both panels; None where it has none."""
+    if not item.diptych or item.edited is None:
+        return None
+    panel = nn.functional.max_pool2d(item.edited[None], VAE_FACTOR)
+    return nn.functional.pad(panel, (panel.shape[-1], 0))

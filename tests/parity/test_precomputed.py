@@ -330,6 +330,28 @@ def test_precompute_writes_exactly_the_format(encoded):
     assert shapes_of["text_ids"] == (64, 3) and shapes_of["prompt_embed"][0] == 64
 
 
+def test_the_mask_of_an_edit_pair_reaches_the_rewards(pairs, tmp_path):
+    """keep_l1 judges a precomputed pair by its NAME_mask.png, and says at the start where there is none."""
+    folder = tmp_path / "masked"
+    shutil.copytree(pairs, folder)
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 13, 64))
+    for number in range(4):
+        mask.save(folder / f"{number}_mask.png")
+    assert precompute(f"pairs:{folder}", tmp_path / "encoded") == 0
+    spec = f"precomputed:{tmp_path / 'encoded' / 'index.json'}"
+    trainer = trainer_of(tmp_path / "run", spec, resolution=64)
+    row = judging.read_row(trainer.batches, 0)
+    assert row.mask.shape == (64, 64) and row.mask[:, :16].all() and not row.mask[:, 16:].any()
+    assert trainer.batches([0], [False])["mask"][..., 64:].all()  # the panel is repainted all the same
+    assert trainer.judge_of(trainer.batches)(torch.rand(1, 64, 128, 3), [0])["keep_l1"].isfinite().all()
+
+
+def test_pairs_without_masks_say_so_before_the_model_is_loaded(encoded, tmp_path):
+    with pytest.raises(ValueError, match="keep_l1 needs masks, which the data has not"):
+        trainer_of(tmp_path, f"precomputed:{encoded / 'index.json'}", rewards=["keep_l1"])
+
+
 def test_a_folder_of_such_rows_is_recognised(encoded):
     """So ComfyUI's training nodes offer it; and rows may not reach outside of it there."""
     assert spec_of(encoded, inside=True) == f"precomputed:{encoded / 'index.json'}?inside=true"
@@ -353,7 +375,7 @@ def test_precomputed_rows_are_what_training_from_the_images_sees(encoded, pairs,
     assert (mine.source - theirs.source).abs().mean() < 0.02  # the VAE's round trip
 
 
-def test_from_images_to_an_edit_without_a_finished_image(encoded, tmp_path, capsys):
+def test_from_images_to_an_edit_without_a_target_image(encoded, tmp_path, capsys):
     """precompute -> grpo -> LoRA -> edit; the checker judges by the decoded source and the instruction."""
     options = {**QUICK, **REWARD, "rewards": ["shapes", "jpeg_size=0.1"], "group_size": 4, "micro_batch": 4}
     options |= {"output_dir": str(tmp_path / "run"), "max_steps": 2}

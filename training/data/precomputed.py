@@ -11,6 +11,7 @@ with "caption" (the text that rewards see) and five file names, each looked up i
 | masked_latents_path | masked_latents/ | latents of source * (1 - mask), model space [16, H/8, W/8] |
 | mask_latents_path | mask_latents/ | mask at latent size [1, H/8, W/8], 1 = repaint; soft values are kept |
 | latents_path (optional) | latents/ | latents of the target image, to train on supervised |
+| edit_mask_path (optional) | edit_mask/ | [1, H/8, W/8]: what an edit touches, if not all of the mask |
 
 Optional too: "weight", which multiplies the row's loss, and "layout": "diptych" where the image is
 [source | edit], so that rewards see the edit alone beside its source ("inpaint" where it is not). A caption
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,12 +54,22 @@ class Encoded:
     masked_latents: torch.Tensor
     mask_latents: torch.Tensor
     latents: torch.Tensor | None = None
+    edit_mask: torch.Tensor | None = None
     diptych: bool = False
 
     @property
     def mask(self) -> torch.Tensor:
         """[H,W] float32 at pixel size: every latent cell stands for its 8x8 pixels, as FLUX packs them."""
-        return self.mask_latents[0].float().repeat_interleave(8, 0).repeat_interleave(8, 1)
+        return _to_pixels(self.mask_latents)
+
+    @property
+    def edited(self) -> torch.Tensor | None:
+        """`edit_mask` at pixel size, [H,W] float32."""
+        return None if self.edit_mask is None else _to_pixels(self.edit_mask)
+
+
+def _to_pixels(mask: torch.Tensor) -> torch.Tensor:
+    return mask[0].float().repeat_interleave(8, 0).repeat_interleave(8, 1)
 
 
 LAYOUTS = (None, "diptych", "inpaint")
@@ -70,7 +82,9 @@ _PARTS = {
     "masked_latents": ("masked_latents_path", "masked_latents", 3),
     "mask_latents": ("mask_latents_path", "mask_latents", 3),
     "latents": ("latents_path", "latents", 3),
+    "edit_mask": ("edit_mask_path", "edit_mask", 3),
 }
+OPTIONAL = ("latents", "edit_mask")
 
 
 class Precomputed:
@@ -155,7 +169,9 @@ class Precomputed:
         if row.get("layout") not in LAYOUTS:
             raise BrokenSample(name, f"layout is {str(row['layout'])[:40]!r}: write diptych or inpaint")
         parts = {
-            part: self._tensor(index, part) for part in _PARTS if part != "latents" or row.get("latents_path")
+            part: self._tensor(index, part)
+            for part, (key, _, _) in _PARTS.items()
+            if part not in OPTIONAL or row.get(key)
         }
         _check(name, parts)
         instruction = self._instruction(row, caption, parts["mask_latents"])
@@ -184,13 +200,14 @@ def write_row(folder: Path, file: str, parts: dict[str, torch.Tensor]) -> None:
 
 
 def is_written(folder: Path, file: str, targets: bool) -> bool:
-    """Whether all tensors of a row are there."""
-    return all((folder / _PARTS[part][1] / file).is_file() for part in _PARTS if targets or part != "latents")
+    """Whether all tensors of a row are there; an edit mask is written before the others."""
+    wanted = [part for part in _PARTS if part not in OPTIONAL or (part == "latents" and targets)]
+    return all((folder / _PARTS[part][1] / file).is_file() for part in wanted)
 
 
-def index_row(caption: str, file: str, targets: bool) -> dict[str, str]:
-    """A row of the index whose tensors all have one file name."""
-    keys = [key for part, (key, _, _) in _PARTS.items() if targets or part != "latents"]
+def index_row(caption: str, file: str, optional: Collection[str]) -> dict[str, str]:
+    """A row of the index whose tensors all have one file name; optional: those of `OPTIONAL` it has."""
+    keys = [key for part, (key, _, _) in _PARTS.items() if part not in OPTIONAL or part in optional]
     return {"caption": caption} | dict.fromkeys(keys, file)
 
 
@@ -210,6 +227,7 @@ def _check(name: str, parts: dict[str, torch.Tensor]) -> None:
         "masked_latents": (16, *cells),
         "mask_latents": (1, *cells),
         "latents": (16, *cells),
+        "edit_mask": (1, *cells),
     }
     for part, shape in expected.items():
         if part in parts and tuple(parts[part].shape) != shape:
@@ -218,7 +236,8 @@ def _check(name: str, parts: dict[str, torch.Tensor]) -> None:
         raise BrokenSample(
             name, f"latents of {cells[0]}x{cells[1]} cells cannot be packed: sides must be even"
         )
-    mask = parts["mask_latents"]
-    if mask.min() < 0 or mask.max() > 1:
-        low, high = float(mask.min()), float(mask.max())
-        raise BrokenSample(name, f"mask_latents goes from {low:g} to {high:g}: write 0 (keep) to 1 (repaint)")
+    for part in ("mask_latents", "edit_mask"):
+        mask = parts.get(part, torch.zeros(1))
+        if mask.min() < 0 or mask.max() > 1:
+            low, high = float(mask.min()), float(mask.max())
+            raise BrokenSample(name, f"{part} goes from {low:g} to {high:g}: write 0 (keep) to 1 (repaint)")
