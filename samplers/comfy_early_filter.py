@@ -200,7 +200,7 @@ def _report(s: Settings, seed: int, scores: Tensor, chosen: Tensor, cost) -> Non
         values = ", ".join(f"{float(score):.4g}" for score in scores[:, sample])
         who = f"sample {sample + 1}: " if scores.shape[1] > 1 else ""
         lines.append(
-            f"{who}kept seed {', '.join(map(str, kept))}; scores of {seed}, {seed} + 1, ...: {values}"
+            f"{who}kept seed {', '.join(map(str, kept))}; scores of the seeds from {seed} on: {values}"
         )
     text = "\n".join([*lines, str(cost)])
     logger.info("early filter: %s", text)
