@@ -11,11 +11,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..models import image_files
+from ..models.image_files import to_pil
 
 WRITABLE = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 OPAQUE = (".jpg", ".jpeg", ".bmp")
@@ -49,11 +49,6 @@ def _named(path: str | Path) -> Iterator[None]:
         yield
     except image_files.ImageFileError as error:
         raise ValueError(f"image {path} cannot be read as a picture: {error}") from error
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """One picture of an IMAGE, [H,W,3] or [H,W,4] 0..1, rounded to 8 bits."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def check_writable(path: Path, image: Tensor | None = None) -> None:

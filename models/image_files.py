@@ -2,7 +2,7 @@
 
 Every format that Pillow decodes without starting another program, 8 and 16 bits, the first frame of an
 animation, upright by EXIF. Memory is bounded before pixels are decoded. What an image means (a source, a mask
-of what) is the caller's business, and so is writing files.
+of what) is the caller's business, and so is where files are written; `to_pil` is the way back.
 """
 
 from __future__ import annotations
@@ -108,6 +108,12 @@ def read_mask(where: Where, *, most: int | None = None) -> Tensor:
 
     grey, hole = _read(where, most, convert, _max).unbind(-1)
     return (hole if bool(hole.any()) else grey).clamp(0, 1).contiguous()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """An image [H,W,C] of 1, 3 or 4 channels or a mask [H,W] in 0..1, rounded to 8 bits; NaN is black."""
+    levels = (image.detach().float().clamp(0, 1).nan_to_num(0.0) * 255).round().to(torch.uint8).cpu()
+    return Image.fromarray((levels[..., 0] if levels.shape[2:] == (1,) else levels).numpy())
 
 
 def _mean(values: Tensor, factor: int) -> Tensor:

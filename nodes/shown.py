@@ -43,16 +43,14 @@ def _saved(image: Tensor) -> list[dict[str, str]]:
         import folder_paths
     except ImportError:
         return []
-    from PIL import Image
+    from ..models.image_files import to_pil
 
     folder, entries = Path(folder_paths.get_temp_directory()), []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in image.detach().cpu().float().clamp(0, 1):
+        for picture in image:
             name = f"diptych_{uuid.uuid4().hex}.png"
-            Image.fromarray((picture.numpy() * 255).round().astype("uint8")).save(
-                folder / name, compress_level=1
-            )
+            to_pil(picture).save(folder / name, compress_level=1)
             entries.append({"filename": name, "subfolder": "", "type": "temp"})
     except OSError as error:  # a preview is not worth losing the result for
         logger.warning("no preview could be written to %s: %s", folder, error)

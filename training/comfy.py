@@ -17,9 +17,9 @@ import comfy.model_management as memory
 import comfy.utils
 import folder_paths
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..models.image_files import to_pil
 from . import disk, session
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Bar:
         self.bar, self.stopped = comfy.utils.ProgressBar(total), None
 
     def update(self, value: int, total: int, picture: Tensor | None = None) -> None:
-        preview = None if picture is None else ("JPEG", _pil(picture), 768)
+        preview = None if picture is None else ("JPEG", to_pil(picture), 768)
         try:
             self.bar.update_absolute(value, total, preview)
         except memory.InterruptProcessingException as stopped:
@@ -58,10 +58,6 @@ class Bar:
         if self.stopped is not None:
             raise self.stopped
         memory.throw_exception_if_processing_interrupted()
-
-
-def _pil(picture: Tensor) -> Image.Image:
-    return Image.fromarray((picture.clamp(0, 1).cpu().numpy() * 255).round().astype("uint8"))
 
 
 def tell(report: str) -> None:

@@ -10,18 +10,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..models.image_files import to_pil
+
 INK, PALE, PAPER, LINE = (30, 30, 34), (150, 150, 156), (250, 250, 248), (38, 99, 186)
-
-
-def to_pil(picture: Tensor) -> Image.Image:
-    """[H,W,C] in 0..1 as an 8-bit picture, alpha dropped."""
-    pixels = (picture.detach().float().cpu().clamp(0, 1)[..., :3].numpy() * 255).round()
-    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def tile(picture: Tensor, side: int) -> Image.Image:
     """[H,W,3] in 0..1 as a picture whose longer side is `side`; small ones enlarged pixel by pixel."""
-    image = to_pil(picture)
+    image = to_pil(picture[..., :3])
     scale = side / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)

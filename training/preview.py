@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..models.image_files import to_pil
 from .feed import latents_like
 from .losses import row_noise
 
@@ -65,4 +64,4 @@ def track(accelerator: Any, picture: Tensor, step: int) -> None:
 def write(picture: Tensor, path: Path) -> None:
     """Save an IMAGE [H,W,3] as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8)).save(path)
+    to_pil(picture).save(path)

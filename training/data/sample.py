@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ...models import geometry, image_files, pixels
+from ...models.image_files import to_pil
 from .broken import BrokenSample
 
 GREY = 0.5  # 0 in the models' -1..1 range: what a hole looks like to Flux Fill and to SD inpainting
@@ -73,17 +73,12 @@ class Sample:
     @property
     def mask_pil(self) -> Image.Image:
         """8-bit, white = repaint."""
-        return Image.fromarray((self.mask.numpy() * 255).round().astype(np.uint8))
+        return to_pil(self.mask)
 
 
 def stamp(*parts: object) -> str:
     """A short hash of whatever identifies a source."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """[H,W,3] 0..1 -> RGB."""
-    return Image.fromarray((image.detach().cpu().float().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
 def read_size(where, name: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...models.image_files import to_pil
 from .base import Reward
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,8 @@ class CallableReward(Reward):
 
 def _png(image: Tensor) -> str:
     """Image [H,W,C] or mask [H,W] in 0..1 -> base64 PNG."""
-    from PIL import Image
-
     buffer = io.BytesIO()
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -7,6 +7,7 @@ import io
 import torch
 from torch import Tensor
 
+from ...models.image_files import to_pil
 from ...models.pixels import binarise, resize_mask
 from .base import Reward, register
 from .weights import device_of
@@ -53,13 +54,10 @@ class JpegSize(Reward):
     name, range = "jpeg_size", (-1.0, 0.0)
 
     def _score(self, images, prompts, sources, masks, targets):
-        from PIL import Image
-
         sizes = []
         for image in images:
             buffer = io.BytesIO()
-            pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-            Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+            to_pil(image).save(buffer, "JPEG", quality=95)
             sizes.append(-buffer.tell() / 500_000)
         return torch.tensor(sizes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...models.image_files import to_pil
 from .base import Reward, register
 from .weights import device_of
 
@@ -47,12 +48,7 @@ class YesNo(Reward):
         )
 
     def _answer(self, image, prompt, source):
-        from PIL import Image
-
-        def picture(pixels):
-            return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
-
-        pictures = [picture(image)] if source is None else [picture(source), picture(image)]
+        pictures = [to_pil(shown) for shown in (source, image) if shown is not None]
         template = self.template or (IMAGE_QUESTION if source is None else EDIT_QUESTION)
         content = [{"type": "image"} for _ in pictures]
         content.append({"type": "text", "text": template.replace("{prompt}", prompt)})
