@@ -39,11 +39,11 @@ def fill_input(
         raise ValueError(f"{count} connected: connect one of them.")
     image = pixels.as_image(image)
     size = tuple(image.shape[1:3])
-    fit = geometry.check_panel(size, geometry.keep_scale(size, policy))
+    fit = geometry.check_panel(size, geometry.keep_scale(size, policy, masked=True))
     image = pixels.fit_image(image, fit)
     if mask is not None:
         mask = pixels.resize_mask(pixels.painted(mask, needed=True), *size)
-        mask = pixels.binarise(pixels.fit_mask(mask, fit))
+        mask = pixels.fit_painted(mask, fit)
     else:
         if not isinstance(mask_tokens, Tensor):
             kind = type(mask_tokens).__name__
@@ -98,18 +98,19 @@ def reference(
     check_choice("size", size, SIZE_POLICIES)
     source = pixels.as_image(image)
     source_size = tuple(source.shape[1:3])
-    if size == "keep":
-        fit = geometry.keep_scale(source_size, policy)
-    elif size == "preferred":
-        fit = geometry.place(source_size, geometry.kontext_size(source_size), policy)
-    else:
-        fit = geometry.place(source_size, geometry.area_size(source_size, megapixels), policy)
-    geometry.check_panel(source_size, fit)
     mask = pixels.painted(mask)
+    masked = mask is not None
+    if size == "keep":
+        fit = geometry.keep_scale(source_size, policy, masked)
+    elif size == "preferred":
+        fit = geometry.place(source_size, geometry.kontext_size(source_size), policy, masked)
+    else:
+        fit = geometry.place(source_size, geometry.area_size(source_size, megapixels), policy, masked)
+    geometry.check_panel(source_size, fit)
     if mask is not None:
         mask = pixels.binarise(pixels.resize_mask(mask, *source_size)).to(source.device)
         batch = max(len(source), len(mask))
         source, mask = pixels.repeat_batch(source, batch), pixels.repeat_batch(mask, batch)
     layout = Layout(source_size, fit.panel, "none", fit.policy, fit.shown, fit.filled, source, mask)
-    panel_mask = None if mask is None else pixels.fit_mask(mask, fit)[:, None]
+    panel_mask = None if mask is None else pixels.fit_painted(mask, fit)[:, None]
     return Reference(pixels.fit_image(source, fit), panel_mask, layout)

@@ -157,7 +157,12 @@ def build(
     source = pixels.as_image(image)
     hard = pixels.painted(edit_mask, "edit_mask")
     size = tuple(source.shape[1:3])
-    fit = geometry.fit_width(size, panel_width, policy) if panel_width else geometry.keep_scale(size, policy)
+    masked = hard is not None
+    fit = (
+        geometry.fit_width(size, panel_width, policy, masked)
+        if panel_width
+        else geometry.keep_scale(size, policy, masked)
+    )
     geometry.check_panel(size, fit)
     if side == "none":
         prompt = (instruction or "").strip()
@@ -175,7 +180,7 @@ def build(
     if side != "none":
         canvas[:, edit.rows, edit.columns] = canvas[:, beside.rows, beside.columns]
     mask = torch.zeros(canvas.shape[:3], device=source.device)
-    mask[:, edit.rows, edit.columns] = 1.0 if hard is None else pixels.fit_mask(hard, layout.fit)
+    mask[:, edit.rows, edit.columns] = 1.0 if hard is None else pixels.fit_painted(hard, fit, "edit_mask")
     if second != "copy":
         canvas = torch.where(mask[..., None] > 0, _filling(second, canvas, seed), canvas)
     return Diptych(canvas, mask, prompt, layout)

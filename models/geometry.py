@@ -96,8 +96,10 @@ def distortion(source: tuple[int, int], panel: tuple[int, int]) -> float:
     return max(ratio, 1 / ratio)
 
 
-def resolve(policy: str, source: tuple[int, int], panel: tuple[int, int]) -> str:
+def resolve(policy: str, source: tuple[int, int], panel: tuple[int, int], masked: bool = False) -> str:
     """The policy itself, or for `auto`: stretch up to 5 % of the aspect, crop up to 10 %, else pad.
+
+    `masked`: there is a mask, of which cropping might lose a part, so pad instead.
 
     The nearest of Kontext's sizes differs by up to 8.5 %, unless the source is wider or taller than all.
     """
@@ -105,7 +107,7 @@ def resolve(policy: str, source: tuple[int, int], panel: tuple[int, int]) -> str
     if policy != "auto":
         return policy
     factor = distortion(source, panel)
-    return "stretch" if factor <= STRETCHED else "crop" if factor <= CROPPED else "pad"
+    return "stretch" if factor <= STRETCHED else "crop" if factor <= CROPPED and not masked else "pad"
 
 
 def check_panel(source: tuple[int, int], fit: Fit) -> Fit:
@@ -131,13 +133,13 @@ def _inside(outer: tuple[int, int], inner: tuple[int, int]) -> Box:
     return Box((outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2, *inner)
 
 
-def place(source: tuple[int, int], panel: tuple[int, int], policy: str) -> Fit:
+def place(source: tuple[int, int], panel: tuple[int, int], policy: str, masked: bool = False) -> Fit:
     """Fit a source of (height, width) to a panel of given size.
 
     `stretch` changes the aspect, `crop` loses borders of the source, `pad` leaves borders in the panel; for
     `auto` see `resolve`. Raises ValueError for another policy.
     """
-    policy = resolve(policy, source, panel)
+    policy = resolve(policy, source, panel, masked)
     whole_source, whole_panel = Box(0, 0, *source), Box(0, 0, *panel)
     scales = [p / s for p, s in zip(panel, source, strict=True)]
     if policy == "crop":
@@ -151,14 +153,14 @@ def place(source: tuple[int, int], panel: tuple[int, int], policy: str) -> Fit:
     return Fit(panel, whole_source, whole_panel, policy)
 
 
-def keep_scale(source: tuple[int, int], policy: str) -> Fit:
+def keep_scale(source: tuple[int, int], policy: str, masked: bool = False) -> Fit:
     """Fit without resampling where the policy allows it.
 
     `crop` takes the largest multiple of 16 inside the source and `pad` the smallest around it, both at scale
     1; `stretch` resizes to the nearest, which is no resampling only if the source already divides by 16. A
     side shorter than 16 cannot be cropped and is padded.
     """
-    policy = resolve(policy, source, tuple(map(snap, source)))
+    policy = resolve(policy, source, tuple(map(snap, source)), masked)
     rounding = {"stretch": "nearest", "crop": "down", "pad": "up"}[policy]
     panel = tuple(snap(side, rounding) for side in source)
     if policy == "stretch":
@@ -167,7 +169,7 @@ def keep_scale(source: tuple[int, int], policy: str) -> Fit:
     return Fit(panel, _inside(source, size), _inside(panel, size), policy)
 
 
-def fit_width(source: tuple[int, int], width: int, policy: str) -> Fit:
+def fit_width(source: tuple[int, int], width: int, policy: str, masked: bool = False) -> Fit:
     """Fit to a panel of the given width (a multiple of 16); the height follows from the aspect.
 
     The height is the nearest multiple of 16, for `pad` the next one, so that padding is only below and above.
@@ -179,7 +181,7 @@ def fit_width(source: tuple[int, int], width: int, policy: str) -> Fit:
             " or 0 to keep the size."
         )
     height = round(source[0] * width / source[1])
-    policy = resolve(policy, source, (snap(height), width))
+    policy = resolve(policy, source, (snap(height), width), masked)
     return place(source, (snap(height, "up" if policy == "pad" else "nearest"), width), policy)
 
 

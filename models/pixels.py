@@ -213,6 +213,18 @@ def fit_mask(mask: Tensor, fit: Fit) -> Tensor:
     return panel
 
 
+def fit_painted(mask: Tensor, fit: Fit, name: str = "mask") -> Tensor:
+    """As `fit_mask`, of a mask that repaints something, cut at 0.5. Raises ValueError if nothing is left."""
+    panel = binarise(fit_mask(mask, fit))
+    left = panel.flatten(1).any(dim=1)
+    if not bool(left.all()):
+        which = _which(~left, name)
+        raise ValueError(
+            f"{which} lies wholly in the borders that policy crop leaves out: use pad or stretch."
+        )
+    return panel
+
+
 def repeat_batch(tensor: Tensor, batch: int) -> Tensor:
     """ComfyUI's batch rule: cycle through the items until there are `batch` of them, and drop the rest."""
     have = tensor.shape[0]

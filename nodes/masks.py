@@ -94,7 +94,7 @@ class DiptychMaskPacker:
         if image is not None:
             seen = pixels.resize_mask(seen, *pixels.as_image(image).shape[1:3])
         size = tuple(seen.shape[1:])
-        fit = geometry.check_panel(size, geometry.keep_scale(size, policy))
+        fit = geometry.check_panel(size, geometry.keep_scale(size, policy, masked=True))
         seen = pixels.fit_mask(1 - seen if invert else seen, fit)
         if grow or feather or binarise:
             seen = pixels.grow(pixels.binarise(seen), grow)

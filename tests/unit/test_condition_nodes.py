@@ -395,3 +395,16 @@ def test_kontext_says_how_it_sized_the_image(size, done, caplog):
     with caplog.at_level("INFO"):
         _, _, layout = kontext(torch.full((1, *size, 3), 0.5))
     assert str(layout) == done and done in caplog.text
+
+
+def test_a_mask_that_crop_leaves_nothing_of_is_refused():
+    """Found by tests/fuzz."""
+    image, mask = picture(1, 40, 80, 3), torch.zeros(1, 40, 80)
+    mask[:, :2] = 1
+    for call in (
+        lambda: DiptychBuilder().build(image, "x", mask, panel_width=0, policy="crop"),
+        lambda: fill(image, mask, policy="crop"),
+        lambda: kontext(image, mask=mask, size_policy="keep", policy="crop"),
+    ):
+        with pytest.raises(ValueError, match="mask lies wholly in the borders that policy crop leaves out"):
+            call()

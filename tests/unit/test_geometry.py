@@ -101,6 +101,7 @@ def test_auto_bends_no_aspect_by_more_than_5_percent(height, width):
 def test_auto_takes_the_least_that_will_do(size, policy):
     panel = geometry.kontext_size(size)
     assert geometry.resolve("auto", size, panel) == policy
+    assert geometry.resolve("auto", size, panel, masked=True) == ("pad" if policy == "crop" else policy)
     for named in geometry.POLICIES:
         assert geometry.resolve(named, size, panel) == named
 
