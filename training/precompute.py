@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from .arrange import Arranged
 from .config import TrainConfig
 from .data.broken import Broken, BrokenSample
 from .data.cache import fingerprint
-from .data.precomputed import index_row, is_written, write_index, write_row
+from .data.precomputed import index_row, is_written, read_index, write_index, write_row
 from .data.sample import Sample, stamp
-from .disk import check_folder, check_room
+from .disk import check_folder, check_room, write_whole
 from .feed import Corpus, Progress, silent
 from .tasks import make_task
 
@@ -46,10 +47,10 @@ def precompute(
 ) -> Path:
     """Encode every example of the configuration's data once; returns the index file.
 
-    targets: write the latents of the target images too, for supervised training. should_stop: asked after
-    every group of rows. What is there already is kept, so an interrupted run goes on; however it ends, the
-    index lists what is complete. Raises ValueError for a configuration or data that cannot be written so, a
-    folder that holds something else, and a disk without room.
+    targets: write the latents of target images too, where rows have one, for supervised training.
+    should_stop: asked after every group of rows. What is there already is kept, so an interrupted run goes
+    on; however it ends, the index lists what is complete. Raises ValueError for a configuration or data that
+    cannot be written so, a folder that holds something else, and a disk without room.
     """
     _check(config, folder)
     task = make_task(config, device or default_device())
@@ -58,14 +59,14 @@ def precompute(
     dtype = getattr(torch, config.cache_dtype)
     facts = (corpus.stamp, fingerprint(task.vae), task.text_fingerprint(), config.cache_dtype, targets)
     _claim(folder, stamp(*facts))
-    listed: dict[str, dict[str, Any]] = {}
+    listed = {row["text_ids"]: row for row in read_index(folder)}  # by file name
     room_checked = False
     try:
         for group in _groups(corpus, config, targets, folder, listed, progress):
-            encoded = _encode(task, [item for _, item in group], targets)
+            encoded = _encode(task, [item for _, item in group], targets and group[0][1].target)
             rows = [{name: value.to(dtype) for name, value in parts.items()} for parts in encoded]
             if not room_checked:
-                needed = sum(value.nbytes for value in rows[0].values()) * _missing(corpus, folder, targets)
+                needed = sum(value.nbytes for value in rows[0].values()) * _missing(corpus, folder, listed)
                 check_room(folder, needed, f"output {folder}")
                 room_checked = True
             for (file, _), parts in zip(group, rows, strict=True):
@@ -73,7 +74,7 @@ def precompute(
             if should_stop():
                 break
     finally:
-        complete = [row for file, row in listed.items() if is_written(folder, file, targets)]
+        complete = [listed[file] for file in sorted(listed, key=_place) if _is_complete(folder, listed[file])]
         index = write_index(folder, complete) if complete else folder / "index.json"
     return index
 
@@ -90,21 +91,30 @@ def _check(config: TrainConfig, folder: Path) -> None:
 
 def _claim(folder: Path, facts: str) -> None:
     """Note in the folder what it is made of, or raise ValueError if that is something else."""
-    note = folder / NOTE
+    note, text = folder / NOTE, json.dumps({"made_of": facts}) + "\n"
     if note.is_file():
-        if json.loads(note.read_text(encoding="utf-8")).get("made_of") != facts:
+        if note.read_text(encoding="utf-8", errors="replace") != text:
             raise ValueError(
                 f"output {folder} holds rows of other data, options or weights: name an empty folder"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps({"made_of": facts}) + "\n", encoding="utf-8")
+    write_whole(note, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _missing(corpus: Corpus, folder: Path, targets: bool) -> int:
+def _place(file: str) -> list[int]:
+    """Number of the example and of its mask in a file name of ours."""
+    return [int(number) for number in re.findall(r"\d+", file)]
+
+
+def _is_complete(folder: Path, row: dict[str, Any]) -> bool:
+    return is_written(folder, row["text_ids"], "latents_path" in row)
+
+
+def _missing(corpus: Corpus, folder: Path, listed: dict[str, dict[str, Any]]) -> int:
     """About how many rows are still to be written."""
-    indices = set(corpus.places().values())
-    return sum(not is_written(folder, f"fill_{index}.pt", targets) for index in indices)
+    files = {f"fill_{index}.pt" for index in corpus.places().values()}
+    return sum(file not in listed or not _is_complete(folder, listed[file]) for file in files)
 
 
 def _groups(
@@ -124,17 +134,17 @@ def _groups(
             raise ValueError(f"{sample.name} is precomputed already, or a class picture: leave it out")
         for variant, item in enumerate(rows):
             file = f"fill_{index}_{variant}.pt" if variant else f"fill_{index}.pt"
-            has = {"latents": targets, "edit_mask": _edit_mask(item) is not None}
+            has = {"latents": targets and item.target, "edit_mask": _edit_mask(item) is not None}
             listed[file] = index_row(sample.prompt, file, [part for part, there in has.items() if there])
             listed[file]["layout"] = "diptych" if item.diptych else "inpaint"
             if item.weight != 1:
                 listed[file]["weight"] = item.weight
-            if is_written(folder, file, targets):
+            if _is_complete(folder, listed[file]):
                 continue
-            group = waiting.setdefault(item.size, [])
+            group = waiting.setdefault((item.size, item.target), [])
             group.append((file, item))
             if len(group) >= min(config.encode_batch, max(1, ENCODED_PIXELS // math.prod(item.size))):
-                yield waiting.pop(item.size)
+                yield waiting.pop((item.size, item.target))
     yield from waiting.values()
     if message := broken.close():
         logger.warning(message)

@@ -211,6 +211,14 @@ def index_row(caption: str, file: str, optional: Collection[str]) -> dict[str, s
     return {"caption": caption} | dict.fromkeys(keys, file)
 
 
+def read_index(folder: Path) -> list[dict]:
+    """The rows of an `index.json` of ours; none where it is not there or not whole."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        return [row for row in found if isinstance(row, dict) and isinstance(row.get("text_ids"), str)]
+    return []
+
+
 def write_index(folder: Path, rows: list[dict]) -> Path:
     """`index.json` of these rows, replaced in one go."""
     path = folder / "index.json"
