@@ -156,8 +156,9 @@ def fuse(module: nn.Module, path: str, strength: float = 1.0) -> None:
     from ..models.lora import read
     from ..models.lora.merge import merge
 
-    report = merge(module, read(path), strength)
-    if report.skipped:
+    weights = read(path)
+    report = merge(module, weights, strength)
+    if report.skipped or weights.info.sigma_window is not None:
         logger.warning("merged %s", report)
 
 

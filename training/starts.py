@@ -13,14 +13,17 @@ from . import adapters
 def check_loras(config: Any) -> None:
     """Read the LoRAs that a run begins with, so that a wrong path is told before hours of caching.
 
-    Raises ValueError where one is missing or damaged. Whether it fits shows when it is merged.
+    Raises ValueError where one is missing, damaged or of a kind that cannot be merged or begun with. Whether
+    its layers fit shows when it is merged.
     """
     from ..models.lora import read
     from ..models.lora.files import with_strength
+    from ..models.lora.merge import check_mergeable
 
-    for path in [*(with_strength(text)[0] for text in config.fuse_loras), config.init_lora]:
-        if path:
-            read(path)
+    for path, strength in map(with_strength, config.fuse_loras):
+        check_mergeable(read(path), strength)
+    if config.init_lora:
+        _check_plain(read(config.init_lora), config.init_lora)
 
 
 @torch.no_grad()
@@ -69,16 +72,10 @@ def from_lora(module: nn.Module, path: str, config: Any) -> None:
 
 def _plain(weights: Any, path: str, layers: dict[str, nn.Module]) -> dict[str, Any]:
     """The LoRA's modules, if all of it is plain pairs for adapters that are there."""
-    from ..models.lora import LowRank
-
     has = {name for name, layer in layers.items() if hasattr(layer, "lora_A")}
     if not has & set(weights.modules):
         raise ValueError(f"init_lora {path} fits none of target_modules: give a plain LoRA of this model")
-    odd = [n for n, change in weights.modules.items() if not isinstance(change, LowRank)] + list(weights.full)
-    if odd:
-        raise ValueError(
-            f"init_lora {path} has more than plain LoRA factors ({odd[0]}): merge it with fuse_loras instead"
-        )
+    _check_plain(weights, path)
     lost = [n for n in weights.modules if n not in has]
     if lost:
         raise ValueError(
@@ -86,6 +83,16 @@ def _plain(weights: Any, path: str, layers: dict[str, nn.Module]) -> dict[str, A
             "target_modules, or merge it with fuse_loras instead"
         )
     return dict(weights.modules)
+
+
+def _check_plain(weights: Any, path: str) -> None:
+    from ..models.lora import LowRank
+
+    odd = [n for n, change in weights.modules.items() if not isinstance(change, LowRank)] + list(weights.full)
+    if odd:
+        raise ValueError(
+            f"init_lora {path} has more than plain LoRA factors ({odd[0]}): merge it with fuse_loras instead"
+        )
 
 
 def _begin(layer: nn.Module, change: Any, scale: float, rank: int) -> None:

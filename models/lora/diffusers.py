@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import overwrite
-from .based import Share
+from .based import Dora, Share
 from .delta import Delta, check_window, delta_for, in_window
 from .fit import NO_SUCH_LAYER, base_notes, check_applicable, fit_module, refuse_if_nothing_fits
 from .weights import Based, FullTensor, LoraError, LoraInfo, LoraWeights, LowRank, Module, Report
@@ -288,9 +288,10 @@ def from_peft(module: nn.Module, adapter: str = "default", info: LoraInfo | None
     for path, layer in module.named_modules():
         if hasattr(layer, "lora_A") and adapter in getattr(layer, "lora_A", {}):
             A, B = (getattr(layer, ab)[adapter].weight.detach().cpu() for ab in ("lora_A", "lora_B"))
-            modules[path.removeprefix("base_model.model.")] = LowRank(
-                A, B, float(layer.scaling[adapter]), "peft"
-            )
+            change: Module = LowRank(A, B, float(layer.scaling[adapter]), "peft")
+            if adapter in (magnitudes := getattr(layer, "lora_magnitude_vector", {})):
+                change = Dora(change, magnitudes[adapter].weight.detach().cpu().flatten())
+            modules[path.removeprefix("base_model.model.")] = change
     if not modules:
         raise LoraError(f"the model carries no peft adapter named {adapter!r}: name the one that was trained")
     ranks = [m.rank for m in modules.values()]

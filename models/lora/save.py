@@ -82,6 +82,8 @@ def header(
         "version": VERSION,
         **{k: getattr(info, k) for k in ("base", "alpha", "algorithm", "reward", "step", "sigma_window")},
     }
+    if info.curve:
+        ours["curve"] = [list(pair) for pair in info.curve]
     moe = next((m for m in weights.modules.values() if isinstance(m, MoeLowRank)), None)
     if moe is not None:
         ours.update(moe_gate=moe.gate, moe_top_k=moe.top_k, moe_experts=moe.experts)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from comfyui_diptych.models.lora import apply_to_diffusers, read
+from comfyui_diptych.models.lora import apply_to_diffusers, from_peft, read
 
 NAMES = [
     "x_embedder",
@@ -91,3 +91,11 @@ def test_a_folder_of_peft_changes_the_model_as_peft_does(by_peft, fill_pipeline)
     handle.unpatch()
     after = ours.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], t) for k, t in before.items())
+
+
+@pytest.mark.parametrize("by_peft", ["dora"], indirect=True)
+def test_a_dora_living_on_a_model_is_captured_whole(by_peft, fill_pipeline):
+    model, _ = by_peft
+    ours = copy.deepcopy(fill_pipeline.transformer)
+    apply_to_diffusers(ours, from_peft(model))
+    assert (predict(ours) - predict(model)).abs().max() < 1e-4

@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import adapters, config, export
+from comfyui_diptych.training import adapters, config, export, starts
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -189,6 +189,21 @@ def test_a_small_change_survives_a_float8_base(fill_pipeline, tmp_path):
     wanted = strength * change[name]
     left = weight(fuse_loras=[f"{path}:{strength}"]) - weight()
     assert float((left * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.1)
+
+
+def test_what_a_merge_cannot_keep_is_said_before_the_work_or_in_the_log(fill_pipeline, tmp_path, caplog):
+    module, c = trained(fill_pipeline.transformer, "fill", "moe_lora")
+    options = {"task": "fill", "model": "x"}
+    path = str(write(module, c, tmp_path / "moe.safetensors"))
+    with pytest.raises(ValueError, match="has experts, chosen by token"):
+        starts.check_loras(config.from_dict({**options, "fuse_loras": [path]}))
+    with pytest.raises(ValueError, match="more than plain LoRA factors"):
+        starts.check_loras(config.from_dict({**options, "init_lora": path}))
+    module, c = trained(fill_pipeline.transformer, "fill")
+    parts = {"transformer": adapters.trained_state(module)}
+    path = export.save_lora(tmp_path / "w.safetensors", parts, c, HEADER | {"sigma_window": [0.9, 0.4]})
+    adapters.fuse(copy.deepcopy(fill_pipeline.transformer), str(path))
+    assert "its sigma window is not kept" in caplog.text
 
 
 def test_whole_tensors_and_every_kind_of_change_are_merged(fill_pipeline, tmp_path):

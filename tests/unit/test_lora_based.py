@@ -392,6 +392,17 @@ def test_a_whole_bias_of_the_final_layer_is_turned_round_too(tmp_path):
     torch.testing.assert_close(getattr(linear, "base_layer", linear).bias.detach(), want)
 
 
+@pytest.mark.parametrize("how", ["applied", "merged"])
+def test_a_layer_with_factors_and_a_whole_difference_gets_both(how, tmp_path):
+    model, parts, diff = Flux(), pair(3 * H, H), random(3 * H, H, seed=6)
+    want = model.fused(Q_K_V) + change_of(parts) + diff
+    weights = read(written(tmp_path, QKV, {**parts, "diff": diff}))
+    apply_to_diffusers(model, weights) if how == "applied" else merge(model, weights)
+    x = random(5, H, seed=8)
+    outputs = torch.cat([model.get_submodule(p)(x) - model.get_submodule(p).bias for p in Q_K_V], dim=1)
+    torch.testing.assert_close(outputs, x @ want.T, atol=1e-5, rtol=1e-5)
+
+
 def test_merging_refuses_before_it_changes_anything(tmp_path):
     model = Flux()
     before = copy.deepcopy(model.state_dict())

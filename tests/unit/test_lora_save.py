@@ -203,3 +203,9 @@ def test_what_a_lora_file_of_ours_cannot_hold_is_refused_by_name(kind, tmp_path)
         save(tmp_path / "l.safetensors", LoraWeights({"x_embedder": kinds[kind]}))
     with pytest.raises(LoraError, match="x_embedder is no plain pair"):
         resize(LoraWeights({"x_embedder": kinds[kind]}), 2)
+
+
+def test_a_reward_curve_survives_resizing(tmp_path):
+    path = save(tmp_path / "a.safetensors", lora(), {"curve": [[1, 0.25], [2, 0.5]]})
+    smaller = resize(read(path), 2)
+    assert read(save(tmp_path / "b.safetensors", smaller)).info.curve == ((1, 0.25), (2, 0.5))
