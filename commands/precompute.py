@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from .stopping import Stop, Stopped
-from .train import TrainingBar
+from .train import TrainingBar, speak
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..training import config as configs
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    speak()
     values = configs.overridden({"task": "fill"}, args.set)
     config = configs.from_dict({**values, "model": args.model, "data": args.data})
     from ..training.precompute import precompute

@@ -127,9 +127,11 @@ def _train_world(values: dict[str, Any]) -> int:
     values.pop("resume", None)
     recipe = configs.from_dict(values, getattr(module, class_name))
     output = disk.check_folder(recipe.output_dir, "output_dir")
-    stop = Stop("stopped: what was saved last is kept, the same command goes on from it")
+    stop = Stop("stopped: nothing was kept", "stopping after this step, with its state")
     with stop, lock.held(output), TrainingBar(recipe.steps) as bar:
-        path = module.train(recipe, bar.step)
+        path = module.train(recipe, bar.step, should_stop=stop.asked)
+    if path.is_file():
+        raise Stopped(stop.signal, f"stopped, {path} is kept; the same command goes on from it")
     sys.stdout.write(f"{path}\n")
     return 0
 

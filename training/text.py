@@ -137,8 +137,15 @@ def _slot_loss(logits: list[Tensor], slots: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(losses).sum() / (slots >= 0).sum(), right.all(0)
 
 
-def train(recipe: TextRecipe, progress: Callable[[int, int, float], None] | None = None) -> Path:
-    """Runs a recipe; returns the folder of both tokenizers and encoders. `progress(step, steps, loss)`."""
+def train(
+    recipe: TextRecipe,
+    progress: Callable[[int, int, float], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Runs a recipe; returns the folder of both tokenizers and encoders. `progress(step, steps, loss)`.
+
+    It takes minutes and keeps no state, so `should_stop` is never asked.
+    """
     torch.manual_seed(recipe.seed)
     out = Path(recipe.output_dir)
     clip_tokens = build.clip_tokenizer(out / "tokenizer", words())

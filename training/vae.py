@@ -81,10 +81,14 @@ def _grey(rng: random.Random, n: int, wide: bool) -> Tensor:
 
 
 def train(
-    recipe: VaeRecipe, progress: Callable[[int, int, float], None] | None = None, resume: bool = True
+    recipe: VaeRecipe,
+    progress: Callable[[int, int, float], None] | None = None,
+    resume: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Runs a recipe and returns the folder of the trained VAE; continues from `state.pt` if there is one.
 
+    Stopped before the end, it writes `state.pt` and returns that.
     `progress(step, steps, loss)` is called every 100 steps. Raises ValueError when the loss is not finite.
     """
     from diffusers import AutoencoderKL
@@ -132,12 +136,15 @@ def train(
             )
         if progress and step % 100 == 99:
             progress(step + 1, recipe.steps, running)
-        if step % recipe.save_every == recipe.save_every - 1 or step + 1 == recipe.steps:
+        last, stop = step + 1 == recipe.steps, should_stop()
+        if step % recipe.save_every == recipe.save_every - 1 or last or stop:
             cpu = spent + time.process_time() - clock
             content = {"model": vae.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
             torch.save({**content, "step": step + 1, "cpu_seconds": cpu}, out / "state.tmp")
             (out / "state.tmp").replace(state)
             log.info("step %d: %.2f dB, %.0f CPU s", step + 1, -10 * math.log10(running / 4), cpu)
+        if stop and not last:
+            return state
     vae.load_state_dict(ema, strict=False)
     if not recipe.decoder_only:
         measure_latents(vae, recipe.seed)

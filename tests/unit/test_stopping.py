@@ -78,3 +78,23 @@ def test_a_stopped_run_says_the_command_that_goes_on(tmp_path, monkeypatch):
     said = str(train.stopped(args, trainer, tmp_path / "c" / "step_3", SimpleNamespace(signal=2)))
     assert said.startswith(f"stopped at step 3 of 9, checkpoint {tmp_path / 'c' / 'step_3'}")
     assert said.endswith("to go on: diptych train icedit --set 'lr=1 e' --resume auto")
+
+
+def test_a_part_of_the_tiny_models_that_is_stopped_says_what_is_kept(tmp_path, monkeypatch):
+    from comfyui_diptych.training import vae
+
+    def stopped(recipe, progress, should_stop):
+        should_stop()
+        signal.raise_signal(signal.SIGINT)
+        assert should_stop()
+        (tmp_path / "state.pt").touch()
+        return tmp_path / "state.pt"
+
+    monkeypatch.setattr(vae, "train", stopped)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Stopped, match="state.pt is kept; the same command goes on from it") as ended:
+            train._train_world({"task": "vae", "output_dir": str(tmp_path)})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
