@@ -428,11 +428,12 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
     from transformers import HfArgumentParser
 
     names = [f.name for f in dataclasses.fields(kind)]
+    gone = getattr(kind, "gone", {})  # the small trainers of the tiny models have none
     argv: list[str] = []
     empty: list[str] = []
     for key, value in values.items():
-        if key in kind.gone:
-            raise ValueError(f"option {key} is gone: {kind.gone[key]}")
+        if key in gone:
+            raise ValueError(f"option {key} is gone: {gone[key]}")
         if key not in names:
             hint = difflib.get_close_matches(key, names, 1)
             remedy = f"did you mean {hint[0]!r}?" if hint else "see `diptych train --help-config`"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("yaml")
+from comfyui_diptych.commands.train import WORLD_TASKS
 from comfyui_diptych.training import config
 from comfyui_diptych.training.grpo_config import GRPOConfig
 
@@ -22,7 +24,12 @@ def test_every_option_is_documented():
 def test_every_bundled_recipe_parses(path):
     values = config.read(path.stem)
     kind = GRPOConfig if "algorithm" in values else config.TrainConfig
-    if values.get("task") in config.TASKS:
+    task = values.get("task")
+    if task in WORLD_TASKS:
+        module, name = WORLD_TASKS[values.pop("task")]
+        module = importlib.import_module(f"comfyui_diptych.training.{module}")
+        assert config.from_dict(values, getattr(module, name)).output_dir
+    elif task in config.TASKS:
         assert config.from_dict(values, kind).recipe == path.stem
 
 
