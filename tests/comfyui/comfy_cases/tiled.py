@@ -133,6 +133,66 @@ def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host
     assert {total for _, total, _ in steps} == {len(plan) * STEPS} and steps[0][2] == tuple(noise.shape)
 
 
+KINDS = {  # model's concat_keys, channels of c_concat, whether the hole is zeros, what becomes known
+    "inpainting": (("mask", "masked_image"), 5, False, "picture and mask"),
+    "inverted": (("masked_image", "mask_inverted"), 5, False, "picture and mask"),
+    "Fill": ((), 4 + 64, False, "picture and mask"),
+    "glid": ((), 4, True, "picture"),
+    "control picture": ((), 4, False, "nothing"),
+}
+
+
+@case(each=lambda: KINDS)
+def each_kind_of_picture_in_the_conditioning_is_cut_its_own_way(host, kind):
+    from types import SimpleNamespace
+
+    import comfy.conds
+
+    keys, channels, zeros, becomes = KINDS[kind]
+    cut, tiles = host.pack("samplers.comfy_cut"), host.pack("samplers.tiles")
+    model = SimpleNamespace(concat_keys=keys)
+    painted = torch.zeros(8, 12, dtype=torch.bool)
+    painted[:, 6:8] = True
+    data = torch.randn(1, channels, 8, 12, generator=torch.Generator().manual_seed(0))
+    if zeros:
+        data[:, :, :, 6:] = 0
+    canvas, tile = torch.randn(1, 4, 8, 12), tiles.Tile(x=4, y=0, width=8, height=8, known=0)
+    entry = {
+        "model_conds": {
+            "c_concat": comfy.conds.CONDNoiseShape(data),
+            "c_crossattn": comfy.conds.CONDCrossAttn(torch.ones(1, 7, 3)),
+            "ref_latents": comfy.conds.CONDList([canvas, canvas[..., :5]]),
+        },
+        "area": (8, 6, 0, 0),
+        "mask": torch.arange(12.0).expand(1, 8, 12),
+    }
+    before = data.clone()
+    made = cut.cut_entries([entry], tile, painted, canvas, model)[0]
+    found, window = made["model_conds"]["c_concat"].cond, data[..., 4:]
+    image = slice(1, 5) if kind == "inpainting" else slice(0, 4)
+    inside = (slice(None), slice(None), slice(None), slice(2, 4))
+    new = window.clone()
+    if becomes != "nothing":
+        new[:, image][inside] = canvas[..., 6:8]
+    if becomes == "picture and mask":
+        mask = {"inpainting": slice(0, 1), "inverted": slice(4, 5), "Fill": slice(4, None)}[kind]
+        new[:, mask][inside] = 1 if kind == "inverted" else 0
+    assert torch.equal(found, new) and torch.equal(data, before)
+    assert made["area"] == (8, 2, 0, 0) and made["mask"][0, 0].tolist() == list(range(4, 12))
+    whole = made["model_conds"]["ref_latents"].cond
+    assert torch.equal(whole[0], canvas[..., 4:]) and torch.equal(whole[1], canvas[..., :5])
+    assert made["model_conds"]["c_crossattn"] is entry["model_conds"]["c_crossattn"]
+    elsewhere = {**entry, "area": (8, 3, 0, 0)}
+    assert len(cut.cut_entries([elsewhere, entry], tile, painted, canvas, model)) == 1
+    assert "area" not in cut.cut_entries([elsewhere], tile, painted, canvas, model)[0]
+    try:
+        cut.entries_of({"positive": [{"control": object()}]})
+    except ValueError as error:
+        assert "a ControlNet, which Tiled Sampler cannot cut" in str(error)
+    else:
+        raise AssertionError("a ControlNet was taken")
+
+
 @case
 def the_shell_paints_the_same_windows(host):
     if not host.pack("models.tiny").card().get("trained"):
