@@ -18,7 +18,7 @@ _UP_DOWN = re.compile(
     r"^(?P<layer>.+?)(?:\.lora_linear_layer\.|\.lora_|_lora\.|\.lora\.|\.)(?P<role>down|up|mid)\.weight$"
 )
 _NAMED = re.compile(
-    r"^(?P<layer>.+)\.(?P<role>(?:lokr|hada)_\w+|oft_(?:blocks|diag|R)|boft_[Rs]|lora_magnitude_vector)"
+    r"^(?P<layer>.+)\.(?P<role>(?:lokr|hada)_\w+|oft_(?:blocks|diag|R)|boft_[Rs]|lora_magnitude_vector|magnitude)"
     r"(?P<mid>(?:\.[\w-]+)*?)(?:\.weight)?$"
 )
 _PLAIN = re.compile(
@@ -26,7 +26,7 @@ _PLAIN = re.compile(
     r"|scalar|wd_for_diff|[ab][12]\.weight|bm\.weight)$"
 )
 _OTHER_KINDS = re.compile(
-    r"\.(?:(ia3_\w*|on_input)|(vera_\w*)|(oft_[rs])|(lora_embedding_[AB])|(glora_\w*)|(hra_u|ether_\w*)"
+    r"\.(?:(ia3_\w*|on_input)|(vera_\w*)|(oft_[rs])|(lora_embedding_[AB]|lora_E|ranknum)|(glora_\w*)|(hra_u|ether_\w*)"
     r"|(fourierft_\w*)|(waveft_\w*)|(randlora_\w*)|(c3a_\w*)|(miss_\w*|bone_\w*))(?:\.|$)"
 )
 LONGEST_KEY = 256  # twice the longest layer's name; the patterns here are quadratic in the worst case
@@ -34,7 +34,7 @@ _QUANTISED = re.compile(
     r"(\.qweight|\.wscales|\.wzeros|\.smooth(_orig|_factor)?|\.proj_down|\.proj_up|svdq|\.SCB|\.absmax"
     r"|\.quant_state|\.lora_down|\.lora_up|\.qzeros)$"
 )
-_ROLES = {"down": "A", "up": "B", "route": "router"}
+_ROLES = {"down": "A", "up": "B", "route": "router", "magnitude": "lora_magnitude_vector"}
 # Nearly every key of nearly every file; the patterns above would find the same, slower.
 _USUAL = {"A.weight": "A", "B.weight": "B", "down.weight": "A", "up.weight": "B"}
 
@@ -91,7 +91,7 @@ def classify(key: str) -> Part | None:
         return Part(match["layer"], f"{role}_bias" if match["leaf"] == "bias" else role, expert, adapter)
     if (match := _NAMED.match(key)) is not None:
         number, adapter = _expert(match["mid"])
-        return Part(match["layer"], match["role"], number, adapter)
+        return Part(match["layer"], _ROLES.get(match["role"], match["role"]), number, adapter)
     if (match := _PLAIN.match(key)) is not None:
         return Part(match["layer"], match["role"].removesuffix(".weight"))
     if (match := _UP_DOWN.match(key)) is not None:

@@ -102,6 +102,12 @@ def dora_by_input(out, width):
 
 
 @kind
+def dora_of_ai_toolkit(out, width):
+    parts, m = pair(out, width), 1 + random(out, size=0.1)
+    return {**parts, "magnitude": m}, lambda w: dora(w, change_of(parts), m[:, None], 1)
+
+
+@kind
 def dora_of_a_loha(out, width):
     a, b, c, d = random(out, R), random(R, width), random(out, R, seed=4), random(R, width, seed=5)
     m = 1 + random(out, 1, size=0.1)

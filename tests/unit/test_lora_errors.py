@@ -206,6 +206,11 @@ def broken_config(folder):
     return saved(folder, plain(), name="adapter_model.safetensors")
 
 
+def adalora(folder):
+    """Its A and B alone would be another change than A, E and B."""
+    return saved(folder, plain(**{f"{KEY}.lora_E": torch.ones(2, 1)}))
+
+
 def old_oft(folder):
     return saved(folder, {f"base_model.model.{KEY}.oft_r": A})
 
@@ -289,6 +294,7 @@ CASES = {
     factors_of_the_base_itself: "path_initial_model_for_weight_conversion",
     broken_config: "not readable JSON",
     old_oft: "adapter kind",
+    adalora: "lora_E, an adapter kind",
     oft_without_blocks: "oft_blocks of shape",
     no_lora: "holds no LoRA",
     text_encoder_only: "text encoder weights only",
