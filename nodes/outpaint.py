@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models import outpaint
 from ..models.outpaint.amounts import UNITS
 from ..models.outpaint.canvas import GROUND
-from ..models.pixels import painted
+from ..models.pixels import as_mask
 from ..samplers import tiles
 
 CATEGORY = "diptych/outpaint"
@@ -20,6 +20,11 @@ MOST = 16384  # pixels
 LAMA_FOLDERS = ("inpaint", "upscale_models")
 WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
 NONE = "none"
+
+
+def _given(mask: Tensor | None) -> Tensor | None:
+    """The mask, or None if nothing at all is painted: what Load Image gives for a picture without alpha."""
+    return mask if mask is not None and bool(as_mask(mask).any()) else None
 
 
 def _side(name: str) -> tuple:
@@ -124,7 +129,7 @@ class DiptychOutpaintCanvas:
     ) -> tuple[Tensor, Tensor, outpaint.CanvasLayout]:
         sides = {"left": left, "top": top, "right": right, "bottom": bottom}
         more = {"overlap": overlap, "feather": feather, "multiple": multiple, "ground": ground}
-        return outpaint.expand(image, **sides, unit=unit, mask=painted(mask), **more)
+        return outpaint.expand(image, **sides, unit=unit, mask=_given(mask), **more)
 
 
 class DiptychFillHole:
@@ -418,7 +423,7 @@ class DiptychPasteBack:
         join: bool = False,
     ) -> tuple[Tensor]:
         more = {"feather": feather, "match_colour": match_colour, "join": join}
-        return (outpaint.paste_back(image, original, layout, painted(mask), **more),)
+        return (outpaint.paste_back(image, original, layout, _given(mask), **more),)
 
 
 class DiptychTiledSampler:
@@ -497,7 +502,7 @@ class DiptychTiledSampler:
         if stride > window:
             raise ValueError(f"stride is {stride} and window is {window} px: at most the window.")
         sizes = {"window": window, "stride": stride, "blend": blend}
-        return (TiledSampler(sampler, **sizes, order=order, known=known, mask=painted(mask)),)
+        return (TiledSampler(sampler, **sizes, order=order, known=known, mask=_given(mask)),)
 
 
 NODES = [DiptychOutpaintCanvas, DiptychFillHole, DiptychContextCrop, DiptychPasteBack, DiptychTiledSampler]

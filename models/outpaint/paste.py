@@ -79,7 +79,6 @@ def picture_mask(mask: Tensor | None, layout: CanvasLayout) -> Tensor:
             raise ValueError("mask is missing: connect the one that came with the layout.")
         return layout.mask
     mask = pixels.as_mask(mask)
-    inputs.check_finite(mask, "mask")
     size = tuple(mask.shape[1:])
     whole = torch.ones((len(mask), *layout.picture_size), device=mask.device)
     at = layout.placed

@@ -48,6 +48,13 @@ def test_an_unpainted_mask_is_no_mask_where_one_may_be_left_out(image):
     assert torch.equal(finished[:, :, :56], image)
 
 
+def test_in_a_batch_an_empty_mask_paints_nothing_more(image):
+    masks = torch.zeros(2, 40, 56)
+    masks[1, :5] = 1
+    _, mask, _ = run("DiptychOutpaintCanvas", image=image, right=8, mask=masks, multiple=1)
+    assert torch.equal(mask[:, :, :56], masks)
+
+
 @pytest.mark.parametrize(
     "how, widgets, options",
     [
