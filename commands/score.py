@@ -129,6 +129,7 @@ def _score(
         autocast=args.autocast,
         at_sigma=at_sigma,
         should_stop=stop.asked,
+        keep_partial=True,
     )
     measure = {"edit": score.score_edits, "fill": score.score_fill, "vae": score.score_vae}[args.what]
     scores = measure(denoiser, cases, settings, total=total, **more)
@@ -154,6 +155,8 @@ def _score(
     for name, why in scores.notes.items():
         sys.stdout.write(f"{name:24} {why}\n")
     sys.stdout.write(f"{path}\n")
+    if scores.failure is not None:
+        raise scores.failure
     if stop.signal:
         raise Stopped(
             stop.signal, f"stopped after {len(scores.rows)} of {total} pictures; their figures: {path}"

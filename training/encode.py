@@ -25,6 +25,15 @@ logger = logging.getLogger(__name__)
 LINES = 256  # rows between two flushes of the cache
 
 
+def open_data(trainer: Any) -> tuple[Corpus, Corpus]:
+    """The rows to train on and those of the sample pictures, opened. Raises ValueError if they cannot be."""
+    c, template = trainer.config, trainer.task.default_template
+    corpus = sample_corpus = Corpus(c, template)
+    if c.sample_data:
+        sample_corpus = Corpus(c, template, c.sample_data, c.held_out_rows)
+    return corpus, sample_corpus
+
+
 def prepare(trainer: Any) -> None:
     """Give a trainer its `batches`, `sample_batches`, the samplers of their order, and the caches behind
     them.
@@ -32,9 +41,7 @@ def prepare(trainer: Any) -> None:
     All processes call it; each encodes its share.
     """
     c, task = trainer.config, trainer.task
-    corpus = sample_corpus = Corpus(c, task.default_template)
-    if c.sample_data:
-        sample_corpus = Corpus(c, task.default_template, c.sample_data, c.held_out_rows)
+    corpus, sample_corpus = trainer.data or open_data(trainer)
     trainer.template = corpus.arranger.template
     trainer.latents = None
     if c.cache:

@@ -39,6 +39,7 @@ class Settings:
     at_sigma: Callable[[float], None] | None = None
     progress: bool = True
     should_stop: Callable[[], bool] | None = None  # asked before every batch but the first
+    keep_partial: bool = False  # an error after the first batch becomes `Scores.failure` instead of raising
 
     def sampling(self, number: int):
         """Of batch `number`."""
@@ -50,13 +51,33 @@ class Settings:
 @dataclass
 class Scores:
     """`rows`: one dict per picture. `shown`: pictures and texts for the contact sheet. `notes`: what could
-    not be measured or read, and why.
+    not be measured or read, and why. `failure`: what ended the scoring before its end.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     shown: list[tuple[list[Tensor], str]] = field(default_factory=list)
     headings: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
+
+    failure: Exception | None = None
+
+    def add(
+        self,
+        group: Sequence[Case],
+        made: Tensor,
+        numbers: judges.Numbers,
+        show: Callable[[Case, Tensor], list[Tensor]],
+        shown: int,
+    ) -> None:
+        """Note the numbers, columns [N] by name, of the pictures made [N,H,W,3]; the first to show."""
+        for row, case in enumerate(group):
+            values = {name: column[row].item() for name, column in numbers.items()}
+            sample = case.sample
+            self.rows.append({"name": sample.name, "prompt": sample.prompt, "task": sample.task} | values)
+            if len(self.shown) < shown:
+                verdict = values.get("success", values.get("caption", values.get("checker")))
+                mark = {True: "  [ok]", False: "  [miss]"}.get(verdict, "")
+                self.shown.append((show(case, made[row]), sample.prompt + mark))
 
     def figures(self) -> dict[str, float]:
         """Means over the pictures for which a number is defined; success also by kind of edit."""
@@ -252,30 +273,29 @@ def _run(denoiser, cases, settings, make, measure, sheet, total, shown) -> Score
     headings, show = sheet
     scores = Scores(headings=headings)
     with tqdm(total=total, desc="scoring", unit="picture", disable=not settings.progress) as bar:
-        for number, group in enumerate(judges.batches(cases, settings.batch)):
-            stopped = settings.should_stop is not None and settings.should_stop()
-            if stopped and scores.rows:
-                break
-            fast = (
-                torch.autocast(denoiser.device.type, torch.bfloat16) if settings.autocast else nullcontext()
-            )
-            with torch.no_grad(), fast:
-                made = make(group, number).float().cpu()
-            numbers = {}
-            for judge in measure:
-                numbers |= judge(group, made)
-            for row, case in enumerate(group):
-                values = {name: column[row].item() for name, column in numbers.items()}
-                sample = case.sample
-                scores.rows.append(
-                    {"name": sample.name, "prompt": sample.prompt, "task": sample.task} | values
+        try:
+            for number, group in enumerate(judges.batches(cases, settings.batch)):
+                stopped = settings.should_stop is not None and settings.should_stop()
+                if stopped and scores.rows:
+                    break
+                fast = (
+                    torch.autocast(denoiser.device.type, torch.bfloat16)
+                    if settings.autocast
+                    else nullcontext()
                 )
-                if len(scores.shown) < shown:
-                    verdict = values.get("success", values.get("caption", values.get("checker")))
-                    mark = {True: "  [ok]", False: "  [miss]"}.get(verdict, "")
-                    scores.shown.append((show(case, made[row]), sample.prompt + mark))
-            bar.update(len(group))
-            bar.set_postfix({k: f"{v:.3f}" for k, v in scores.figures().items() if "/" not in k})
+                with torch.no_grad(), fast:
+                    made = make(group, number).float().cpu()
+                numbers = {}
+                for judge in measure:
+                    numbers |= judge(group, made)
+                scores.add(group, made, numbers, show, shown)
+                bar.update(len(group))
+                bar.set_postfix({k: f"{v:.3f}" for k, v in scores.figures().items() if "/" not in k})
+        except Exception as error:
+            if not (settings.keep_partial and scores.rows):
+                raise
+            scores.failure = error
+            scores.notes["ended early"] = f"after {len(scores.rows)} pictures: {error}"
     for name, values in _columns(scores.rows).items():
         if not any(math.isfinite(value) for value in values):
             scores.notes[name] = "nothing to measure on any image"

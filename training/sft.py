@@ -43,6 +43,7 @@ from . import (
 from .attention import for_learning
 from .checkpoint import TrainingError
 from .config import TrainConfig
+from .data.sources import open_source
 from .tasks import make_task
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,10 @@ class Trainer:
         self.task = make_task(c, self.accelerator.device)
         self.stamps = changes.stamps(c, self.task.denoiser_part)
         self.found = resume.find(self)
+        # With class pictures the data are whole only when those are made.
+        self.data = None if c.class_prompt else encode.open_data(self)
+        if c.class_prompt:
+            open_source(list(c.data), c.seed)
         self.check()
 
     def prepare(self) -> None:

@@ -20,19 +20,16 @@ COMMON = {
     "gradient_checkpointing": False, "log_with": ["none"], "log_every": 1, "threads": 1,
     "max_sequence_length": 64,
 }  # fmt: skip
-RUNS = {
-    "train": {
-        "data": ["shapes:16?size=64"],
-        "batch_size": 2,
-        "max_steps": 30,
-        "save_every": 2,
-        "sample_every": 9,
-    }
-    | {"sample_count": 1, "sample_steps": 2},
-    "grpo": {"data": ["shapes:8?size=64"], "rewards": ["shapes"], "algorithm": "nft", "rollout_steps": 3}
-    | {"group_size": 2, "groups_per_update": 2, "micro_batch": 4, "max_steps": 10, "save_every": 1}
-    | {"sample_every": 0, "eval_rows": 2, "eval_every": 2, "sample_data": ["shapes:2?size=64&split=val"]},
-}
+TRAIN = {
+    "data": ["shapes:16?size=64"], "batch_size": 2, "max_steps": 14, "save_every": 2, "sample_every": 5,
+    "sample_count": 1, "sample_steps": 2,
+}  # fmt: skip
+GRPO = {
+    "data": ["shapes:8?size=64"], "sample_data": ["shapes:2?size=64&split=val"], "rewards": ["shapes"],
+    "algorithm": "nft", "rollout_steps": 3, "group_size": 2, "groups_per_update": 2, "micro_batch": 4,
+    "max_steps": 7, "save_every": 1, "sample_every": 0, "eval_rows": 2, "eval_every": 2,
+}  # fmt: skip
+RUNS = {"train": TRAIN, "grpo": GRPO}
 
 # Forks of one process, since it takes longer to start than to run. Prints where every kill fell.
 SCRIPT = """
@@ -69,26 +66,34 @@ def same(folder):
     for one, two in zip(weights(root / "straight"), weights(folder), strict=True):
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), folder
 
+def lines(folder):
+    log = folder / "metrics.jsonl"
+    return len(log.read_bytes().splitlines()) if log.is_file() else 0
+
+def ended(child):
+    return os.waitpid(child, os.WNOHANG)[0]
+
 began = time.monotonic()
 finish(start(root / "straight"))
-whole = time.monotonic() - began
+step = (time.monotonic() - began) / values["max_steps"]  # and its share of the preparation
 number, done = 0, 0
 while done < kills:
     folder, number = root / f"broken_{number}", number + 1
     for _ in range(3):  # more than one kill on the way to one result
-        child = start(folder)
-        until = time.monotonic() + rng.uniform(0, whole)
-        while time.monotonic() < until and not os.waitpid(child, os.WNOHANG)[0]:
+        child, more = start(folder), lines(folder) + rng.randint(0, 4)  # steps until it is hit
+        while lines(folder) < more and not ended(child):
             time.sleep(0.002)
-        else:
-            try:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-            except (ProcessLookupError, ChildProcessError):
-                break
+        until = time.monotonic() + rng.uniform(0, 2 * step)
+        try:
+            while time.monotonic() < until and not ended(child):
+                time.sleep(0.002)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            break  # it was at its end
         done += 1
-        steps = [p.name for p in folder.glob("checkpoints/*")]
-        print(f"{name}: kill {done} in {folder.name}, checkpoints {sorted(steps)}", flush=True)
+        steps = sorted(p.name for p in (folder / "checkpoints").glob("*"))
+        print(f"{name}: kill {done} in {folder.name} after {lines(folder)} lines, {steps}", flush=True)
     finish(start(folder))
     same(folder)
     print(f"{name}: {folder.name} is bit-equal", flush=True)

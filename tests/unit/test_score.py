@@ -165,3 +165,24 @@ def test_loras_of_the_command_line_add_up():
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
     assert (outputs[0] - outputs[2]).abs().max() > 0.01
     assert report == ""
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_error_in_the_middle_keeps_what_was_scored_where_that_is_asked_for(keep):
+    def make(group, number):
+        if number == 1:
+            raise RuntimeError("out of memory")
+        return judges.stack(group, "target")
+
+    settings = score.Settings(batch=2, progress=False, keep_partial=keep)
+    sheet = (("original",), lambda case, made: [made])
+    run = lambda: score._run(  # noqa: E731
+        None, judges.shapes_cases(4), settings, make, (judges.vae_numbers,), sheet, 4, 9
+    )
+    if not keep:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run()
+        return
+    scores = run()
+    assert len(scores.rows) == 2 and len(scores.shown) == 2 and str(scores.failure) == "out of memory"
+    assert scores.notes["ended early"] == "after 2 pictures: out of memory"
