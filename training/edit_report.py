@@ -36,8 +36,8 @@ def judge(
 ) -> EditReport:
     """Judge edits [B,H,W,C] against their sources; a batch of one serves all.
 
-    mask [B,H,W], 1 = may change; without one it is what the instruction, else the expected picture, else the
-    edit itself changes. Raises ValueError when the pictures are not of one size.
+    mask [B,H,W], 1 = may change; without one, or with zeros alone, it is what the instruction, else the
+    expected picture, else the edit itself changes. Raises ValueError when the pictures are not of one size.
     """
     edited = _picture(edited, "edited")
     source, expected = _like(source, edited, "source"), _like(expected, edited, "expected")
@@ -45,8 +45,9 @@ def judge(
     edited, source = pixels.repeat_batch(edited, batch), pixels.repeat_batch(source, batch)
     expected = None if expected is None else pixels.repeat_batch(expected, batch)
     edits = [_edit(picture, instruction) for picture in source]
+    mask = pixels.painted(mask)
     if mask is not None:
-        mask = pixels.binarise(pixels.resize_mask(pixels.as_mask(mask), *edited.shape[1:3]))
+        mask = pixels.binarise(pixels.resize_mask(mask, *edited.shape[1:3]))
         mask = pixels.repeat_batch(mask, batch)
     else:
         mask = metrics.changed_region(source, edited if expected is None else expected)

@@ -11,6 +11,7 @@ import torch
 from comfyui_diptych.models import diptych
 from comfyui_diptych.nodes import rewards as nodes
 from comfyui_diptych.training import shapes
+from comfyui_diptych.training.edit_report import judge
 from comfyui_diptych.training.judging import make_rewards
 from comfyui_diptych.training.rewards import base, create, names
 from comfyui_diptych.training.rewards.base import Reward
@@ -137,6 +138,22 @@ def test_a_batch_is_sorted_best_first_and_what_cannot_be_judged_comes_last():
         nodes.DiptychRewardScore().score(greys(0.0), choose("test_bright"))
 
 
+def corner(height, width):
+    """A mask whose edit is one pixel."""
+    mask = torch.zeros(1, height, width)
+    mask[0, 0, 0] = 1
+    return mask
+
+
+def test_an_empty_mask_is_none():
+    """Load Image gives one for an image without alpha."""
+    empty = {"source": greys(0.2), "mask": torch.zeros(1, 64, 64)}
+    with pytest.raises(ValueError, match="keep_l1 needs masks: connect them.*the mask is empty"):
+        nodes.DiptychRewardScore().score(greys(0.2), choose("keep_l1"), **empty)
+    reports = [judge(greys(0.2, 0.4), greys(0.2), mask=mask) for mask in (None, torch.zeros(1, 64, 64))]
+    assert reports[0].text == reports[1].text
+
+
 def test_nothing_to_keep_is_said_and_no_number():
     everywhere = {"source": greys(0.2), "mask": torch.ones(1, 16, 24)}
     with pytest.raises(ValueError, match="keep_l1 could judge none of 2 images: the mask covers all"):
@@ -148,7 +165,7 @@ def test_nothing_to_keep_is_said_and_no_number():
 
 def test_several_rewards_are_brought_to_one_scale():
     chosen = choose("keep_l1", 3.0, also=choose("test_bright"))
-    images, beside = greys(0.2, 0.4, 0.6), Beside(source=greys(0.2), mask=torch.zeros(1, 16, 24))
+    images, beside = greys(0.2, 0.4, 0.6), Beside(source=greys(0.2), mask=corner(16, 24))
     ranking = rank(chosen, images, beside)
     # keep_l1 falls as fast as brightness rises, and weighs three times as much
     assert ranking.order == [0, 1, 2]
@@ -165,7 +182,7 @@ def test_what_a_reward_lacks_is_said_in_one_sentence():
 
 def test_sources_of_another_size_are_brought_to_the_pictures():
     out = nodes.DiptychRewardScore().score(
-        greys(0.5, 0.25), choose("keep_l1"), source=greys(0.5, size=(32, 48)), mask=torch.zeros(1, 8, 12)
+        greys(0.5, 0.25), choose("keep_l1"), source=greys(0.5, size=(32, 48)), mask=corner(8, 12)
     )["result"]
     assert out[0] == pytest.approx(1.0, abs=1e-5)
 

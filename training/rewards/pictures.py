@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Beside:
-    """What rewards may see beside the pictures; None or "" is not known. A batch of one serves all."""
+    """What rewards may see beside the pictures; None or "" is not known. A batch of one serves all.
+
+    A mask of zeros counts as none, as everywhere in the pack (`pixels.painted`).
+    """
 
     instruction: str = ""
     source: Tensor | None = None
@@ -34,7 +37,7 @@ class Beside:
         present = {
             "prompts": self.instruction.strip(),
             "sources": self.source is not None,
-            "masks": self.mask is not None,
+            "masks": pixels.painted(self.mask) is not None,
             "targets": self.target is not None,
         }
         return {name for name, value in present.items() if value}
@@ -42,8 +45,10 @@ class Beside:
     def check(self, chosen: Chosen) -> None:
         """Raise ValueError now if a reward needs what is not there (its weights are loaded for that)."""
         if lacking := chosen.composite.missing(self.given()):
+            empty = self.mask is not None and "masks" not in self.given()
             raise ValueError(
-                f"reward {lacking}: connect them (prompts are the instruction), or choose another reward."
+                f"reward {lacking}: connect them (prompts are the instruction"
+                f"{'; the mask is empty, which counts as none' if empty else ''}), or choose another reward."
             )
 
     def score(self, chosen: Chosen, images: Tensor, groups: Tensor | None = None) -> CompositeScores:
@@ -57,9 +62,9 @@ class Beside:
             image = pixels.on_white(pixels.as_image(image)).cpu()
             return pixels.repeat_batch(pixels.resize_image(image, *size), count)
 
-        mask = self.mask
+        mask = pixels.painted(self.mask)
         if mask is not None:
-            mask = pixels.binarise(pixels.resize_mask(pixels.as_mask(mask).cpu(), *size))
+            mask = pixels.binarise(pixels.resize_mask(mask.cpu(), *size))
             mask = pixels.repeat_batch(mask, count)
         return chosen.composite.score(
             images,
