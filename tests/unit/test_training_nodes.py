@@ -180,8 +180,10 @@ def test_a_mask_over_all_of_the_picture_leaves_nothing_to_keep():
     pictures = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
     whole = score(pictures[:1], pictures[1:], mask=torch.ones(1, 16, 16))
     assert whole[0] == 1.0 and whole[1] > 0 and "nothing to keep" in whole[4] and "nan" not in whole[4]
-    none = score(pictures[:1], pictures[1:], mask=torch.zeros(1, 16, 16))
+    none = score(pictures[:1], pictures[:1])  # no mask, and no edit to tell where one would be
     assert none[1] == 0.0 and "nothing to change" in none[4] and "nan" not in none[4]
+    empty = score(pictures[:1], pictures[1:], mask=torch.zeros(1, 64, 64))
+    assert empty[:5] == score(pictures[:1], pictures[1:])[:5]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -5.0])
