@@ -108,7 +108,7 @@ def check_weight(name: str, weight: object) -> float:
         number = float(weight)
     except (TypeError, ValueError):
         raise ValueError(
-            f"reward {name} has the weight {weight!r}: write a number, as in {name}=0.5"
+            f"reward {name} has the weight {weight!r}: write a number in rewards, as in {name}=0.5"
         ) from None
     if not math.isfinite(number) or number == 0:
         raise ValueError(
