@@ -73,9 +73,12 @@ def lines(folder):
 def ended(child):
     return os.waitpid(child, os.WNOHANG)[0]
 
+child = start(root / "straight")
+while not lines(root / "straight"):
+    time.sleep(0.002)
 began = time.monotonic()
-finish(start(root / "straight"))
-step = (time.monotonic() - began) / values["max_steps"]  # and its share of the preparation
+finish(child)
+step = (time.monotonic() - began) / (values["max_steps"] - 1)
 number, done = 0, 0
 while done < kills:
     folder, number = root / f"broken_{number}", number + 1
@@ -83,7 +86,7 @@ while done < kills:
         child, more = start(folder), lines(folder) + rng.randint(0, 4)  # steps until it is hit
         while lines(folder) < more and not ended(child):
             time.sleep(0.002)
-        until = time.monotonic() + rng.uniform(0, 2 * step)
+        until = time.monotonic() + rng.uniform(0, step)
         try:
             while time.monotonic() < until and not ended(child):
                 time.sleep(0.002)
