@@ -1,4 +1,4 @@
-"""Claim: building diptychs and packing their masks is faster in float tensors than through 8-bit pictures.
+"""Claim: building diptychs and packing their masks in float tensors takes as long as through 8-bit pictures.
 
     python benchmarks/builder_packer.py [--size 1024] [--images 8] [--rounds 7]
 

@@ -1,7 +1,8 @@
-"""Claim: importing the pack inside ComfyUI costs at most 20 ms beyond what ComfyUI has imported already.
+"""Claim: importing the pack inside ComfyUI costs at most 1 % of what ComfyUI's own imports take.
 
-Processor time, which other programs on the machine disturb least. Named peer: ComfyUI core (torch and its
-nodes), in the same process. Run with ComfyUI's interpreter:
+Processor time, which other programs on the machine disturb least; a share, since machines differ (the same
+commit takes 17 ms on one and 23 ms on another). Named peer: ComfyUI core (torch and its nodes), in the same
+process. Run with ComfyUI's interpreter:
 
     python benchmarks/import_time.py /path/to/ComfyUI
 """
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_MS = 20.0
+LIMIT = 0.01
 
 
 def load_pack() -> None:
@@ -60,9 +61,8 @@ def main() -> None:
     best = min(pack) * 1000
     print(f"ComfyUI core      {core * 1000:8.1f} ms")
     print(f"pack on top of it {best:8.1f} ms ({modules} modules; first time {pack[0] * 1000:.1f} ms)")
-    print(
-        f"ratio {best / 1000 / core:.2%}; limit {LIMIT_MS:.0f} ms: {'met' if best <= LIMIT_MS else 'NOT met'}"
-    )
+    ratio = best / 1000 / core
+    print(f"ratio {ratio:.2%}; limit {LIMIT:.0%}: {'met' if ratio <= LIMIT else 'NOT met'}")
 
 
 if __name__ == "__main__":

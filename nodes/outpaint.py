@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..models import outpaint
-from ..models.outpaint.amounts import UNITS
-from ..models.outpaint.canvas import GROUND
 from ..models.pixels import as_mask
-from ..samplers import tiles
+
+if TYPE_CHECKING:  # the rooms are imported where they are used: ComfyUI starts without them
+    from ..models import outpaint
 
 CATEGORY = "diptych/outpaint"
 LAYOUT = "DIPTYCH_CANVAS_LAYOUT"
@@ -59,6 +58,9 @@ class DiptychOutpaintCanvas:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        from ..models.outpaint.amounts import UNITS
+        from ..models.outpaint.canvas import GROUND
+
         return {
             "required": {
                 "image": ("IMAGE", {"tooltip": "The picture to enlarge, of any size."}),
@@ -125,8 +127,10 @@ class DiptychOutpaintCanvas:
         overlap: int = 0,
         feather: int = 0,
         multiple: int = 16,
-        ground: float = GROUND,
+        ground: float = 0.5,
     ) -> tuple[Tensor, Tensor, outpaint.CanvasLayout]:
+        from ..models import outpaint
+
         sides = {"left": left, "top": top, "right": right, "bottom": bottom}
         more = {"overlap": overlap, "feather": feather, "multiple": multiple, "ground": ground}
         return outpaint.expand(image, **sides, unit=unit, mask=_given(mask), **more)
@@ -156,6 +160,8 @@ class DiptychFillHole:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        from ..models import outpaint
+
         return {
             "required": {
                 "image": ("IMAGE", {"tooltip": "The canvas, or any picture with a hole."}),
@@ -221,6 +227,8 @@ class DiptychFillHole:
         cell: int = 64,
         radius: int = 3,
     ) -> tuple[Tensor]:
+        from ..models import outpaint
+
         given = {
             "colour": colour,
             "seed": fill_seed,
@@ -347,6 +355,8 @@ class DiptychContextCrop:
         highpass: float = 0.1,
         multiple: int = 16,
     ) -> tuple[Tensor, Tensor, outpaint.CanvasLayout]:
+        from ..models import outpaint
+
         more = {"blend": blend, "fill_holes": fill_holes, "highpass": highpass, "multiple": multiple}
         return outpaint.crop_context(image, mask, context=context, size=size, **more)
 
@@ -422,6 +432,8 @@ class DiptychPasteBack:
         match_colour: bool = True,
         join: bool = False,
     ) -> tuple[Tensor]:
+        from ..models import outpaint
+
         more = {"feather": feather, "match_colour": match_colour, "join": join}
         return (outpaint.paste_back(image, original, layout, _given(mask), **more),)
 
@@ -442,6 +454,8 @@ class DiptychTiledSampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        from ..samplers import tiles
+
         return {
             "required": {
                 "sampler": ("SAMPLER", {"tooltip": "What samples each window."}),
@@ -493,9 +507,9 @@ class DiptychTiledSampler:
         window: int,
         stride: int,
         mask: Tensor | None = None,
-        order: str = tiles.ORDERS[0],
+        order: str = "outward",
         blend: int = 32,
-        known: str = tiles.KNOWN[0],
+        known: str = "keep",
     ) -> tuple[Any]:
         from ..samplers.comfy_tiles import TiledSampler
 
