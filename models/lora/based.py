@@ -131,8 +131,8 @@ class Glora(Based):
 
 
 @dataclass(frozen=True, eq=False)
-class Swapped(Based):
-    """A change written for a layer whose two row halves stand the other way round."""
+class Around(Based):
+    """A change made out of another one, whose scale, rank and shape it has."""
 
     inner: Based
 
@@ -156,45 +156,33 @@ class Swapped(Based):
     def columns(self) -> int | None:
         return self.inner.columns
 
+
+@dataclass(frozen=True, eq=False)
+class Swapped(Around):
+    """A change written for a layer whose two row halves stand the other way round."""
+
     def change(self, weight: Tensor) -> Tensor:
         return swap_halves(self.inner.change(swap_halves(weight)))
 
 
 @dataclass(frozen=True, eq=False)
-class Share(Based):
-    """One layer's rows of a change that only the fused layer as a whole defines.
+class Share(Around):
+    """One layer's rows of a change, `inner`, that only the fused layer as a whole defines.
 
     members: the diffusers layers whose weights, one under the other, are the fused weight; index: which of
     them this is; sizes: their rows.
     """
 
-    whole: Based
     members: tuple[str, ...]
     index: int
     sizes: tuple[int, ...]
 
     @property
-    def scale(self) -> float:
-        return self.whole.scale
-
-    @property
-    def scale_from(self) -> str:
-        return self.whole.scale_from
-
-    @property
-    def rank(self) -> int:
-        return self.whole.rank
-
-    @property
     def shape(self) -> tuple[int, int | None]:
-        return self.sizes[self.index], self.whole.shape[1]
-
-    @property
-    def columns(self) -> int | None:
-        return self.whole.columns
+        return self.sizes[self.index], self.inner.shape[1]
 
     def change_among(self, weights: list[Tensor]) -> Tensor:
         """The change of this member, given the weights of all members in order."""
         device = weights[self.index].device
         fused = torch.cat([w.to(device, torch.float32) for w in weights])
-        return self.whole.change(fused).split(list(self.sizes))[self.index]
+        return self.inner.change(fused).split(list(self.sizes))[self.index]

@@ -65,10 +65,10 @@ def apply_to_comfy(
         module = fit_module(path, module, out, width, notes, kernel=tuple(kernel), may_grow=grows)
         loaded.append(path)
         if isinstance(module, Share):
-            if id(module.whole) in whole:
+            if id(module.inner) in whole:
                 continue
-            whole.add(id(module.whole))
-            module, target = module.whole, layers.fused(module)
+            whole.add(id(module.inner))
+            module, target = module.inner, layers.fused(module)
         if mergeable:
             patches.append((_patch_key(target), _adapter(module, width)))
         else:
