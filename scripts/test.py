@@ -8,11 +8,15 @@ import sys
 
 from _venv import ROOT, ensure
 
-# Modules stay together (loadscope), as do what they share: toy models, a launch of two processes, a ComfyUI.
-WHOLE_SUITE = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "loadscope"]
+# Modules stay together (loadscope), as do what they share: toy models, a launch of two processes. A real
+# ComfyUI, where one is found, is booted once and answers its tests in order: not by workers.
+WORKERS = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "loadscope"]
+WHOLE_SUITE = [[*WORKERS, "tests/unit", "tests/parity", "tests/fuzz"], ["tests/comfyui"]]
 
 if __name__ == "__main__":
     # Workers fill the cores: a torch of each that used all of them would be several times slower.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    command = [ensure("test"), "-m", "pytest", *(sys.argv[1:] or WHOLE_SUITE)]
-    raise SystemExit(subprocess.call(command, cwd=ROOT, env=environment))
+    python = ensure("test")
+    runs = [sys.argv[1:]] if sys.argv[1:] else WHOLE_SUITE
+    codes = [subprocess.call([python, "-m", "pytest", *run], cwd=ROOT, env=environment) for run in runs]
+    raise SystemExit(next((code for code in codes if code), 0))
