@@ -39,16 +39,10 @@ class Based:
 
 
 @dataclass(frozen=True, eq=False)
-class Dora(Based):
-    """DoRA: `m * (W + dW) / norm(W + dW)`, the norm of each output's row, or of each input's column.
+class Around(Based):
+    """A change made out of another one, whose scale, rank and shape it has."""
 
-    magnitude: [out] or [in]. Source: arXiv 2402.09353, eq. 5; peft takes rows, LyCORIS either. (Core
-    ComfyUI divides rows by the norm of W instead of W + dW.)
-    """
-
-    inner: LowRank | Factored
-    magnitude: Tensor = field(repr=False)
-    by_output: bool = True
+    inner: Based | LowRank | Factored
 
     @property
     def scale(self) -> float:
@@ -63,12 +57,25 @@ class Dora(Based):
         return self.inner.rank
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int | None, int | None]:
         return self.inner.shape
 
     @property
-    def columns(self) -> int:
+    def columns(self) -> int | None:
         return self.inner.columns
+
+
+@dataclass(frozen=True, eq=False)
+class Dora(Around):
+    """DoRA: `m * (W + dW) / norm(W + dW)`, the norm of each output's row, or of each input's column.
+
+    magnitude: [out] or [in]. Source: arXiv 2402.09353, eq. 5; peft takes rows, LyCORIS either. (Core
+    ComfyUI divides rows by the norm of W instead of W + dW.)
+    """
+
+    inner: LowRank | Factored
+    magnitude: Tensor = field(repr=False)
+    by_output: bool = True
 
     def change(self, weight: Tensor) -> Tensor:
         weight = weight.float()
@@ -128,33 +135,6 @@ class Glora(Based):
 
     def cut(self, start: int, stop: int) -> Glora:
         return replace(self, B_left=self.B_left[start:stop])
-
-
-@dataclass(frozen=True, eq=False)
-class Around(Based):
-    """A change made out of another one, whose scale, rank and shape it has."""
-
-    inner: Based
-
-    @property
-    def scale(self) -> float:
-        return self.inner.scale
-
-    @property
-    def scale_from(self) -> str:
-        return self.inner.scale_from
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def shape(self) -> tuple[int | None, int | None]:
-        return self.inner.shape
-
-    @property
-    def columns(self) -> int | None:
-        return self.inner.columns
 
 
 @dataclass(frozen=True, eq=False)

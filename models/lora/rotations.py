@@ -29,11 +29,9 @@ def skew_limit(blocks: Tensor, constraint: float) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Oft(Based):
-    """Output blocks turned: rows of block k become `R_k^T W_k` (LyCORIS diag-oft, kohya oft).
-
-    blocks: [k, b, b] with k b outputs; limit: see `skew_limit`; rescale: a factor for each output, or None.
-    """
+class OutputBlocks(Based):
+    """Square blocks [..., k, b, b] that turn k b outputs; limit: see `skew_limit`; rescale: a factor for each
+    output, or None."""
 
     blocks: Tensor = field(repr=False)
     limit: float = 1.0
@@ -45,7 +43,15 @@ class Oft(Based):
 
     @property
     def shape(self) -> tuple[int, None]:
-        return self.blocks.shape[0] * self.blocks.shape[1], None
+        return self.blocks.shape[-3] * self.blocks.shape[-2], None
+
+
+@dataclass(frozen=True, eq=False)
+class Oft(OutputBlocks):
+    """Output blocks turned: rows of block k become `R_k^T W_k` (LyCORIS diag-oft, kohya oft).
+
+    blocks: [k, b, b].
+    """
 
     def change(self, weight: Tensor) -> Tensor:
         weight = weight.float()
@@ -63,23 +69,11 @@ class Oft(Based):
 
 
 @dataclass(frozen=True, eq=False)
-class Boft(Based):
+class Boft(OutputBlocks):
     """Outputs turned by m butterfly factors in turn (LyCORIS boft).
 
-    blocks: [m, k, b, b]; factor i pairs outputs 2^i b/2 apart. limit and rescale as in `Oft`.
+    blocks: [m, k, b, b]; factor i pairs outputs 2^i b/2 apart.
     """
-
-    blocks: Tensor = field(repr=False)
-    limit: float = 1.0
-    rescale: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def rank(self) -> int:
-        return self.blocks.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, None]:
-        return self.blocks.shape[1] * self.blocks.shape[2], None
 
     def change(self, weight: Tensor) -> Tensor:
         weight = weight.float()
