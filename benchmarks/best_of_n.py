@@ -13,9 +13,9 @@ import argparse
 import time
 
 from comfyui_diptych.models import editing, tiny
-from comfyui_diptych.training import shapes
+from comfyui_diptych.training.evaluate.reward_sheet import Beside, CanvasJudge
 from comfyui_diptych.training.rewards.chosen import Chosen, parse
-from comfyui_diptych.training.rewards.pictures import Beside, CanvasJudge
+from comfyui_diptych.training.tiny import shapes
 
 
 def load(engine: str, lora: str):

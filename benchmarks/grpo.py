@@ -56,8 +56,8 @@ def start_lora(options: argparse.Namespace) -> str:
 
 def trainer_of(options: argparse.Namespace, folder: Path):
     from comfyui_diptych.models import tiny
-    from comfyui_diptych.training import grpo_session
-    from comfyui_diptych.training.grpo import GRPOTrainer
+    from comfyui_diptych.training.reinforce import session as grpo_session
+    from comfyui_diptych.training.reinforce.trainer import GRPOTrainer
 
     kind = "&task=inpaint" if options.task == "sd_inpaint" else ""
     choices = grpo_session.Choices(
@@ -82,7 +82,7 @@ def trainer_of(options: argparse.Namespace, folder: Path):
 
 def held_out(trainer) -> float:
     """Mean reward of the held-out rows: 12 ODE steps from fixed noise, as the weights are, not averaged."""
-    from comfyui_diptych.training import held_out as rows_of
+    from comfyui_diptych.training.reinforce import held_out as rows_of
 
     rows = list(range(len(trainer.sample_batches.entries)))
     scores = rows_of.try_rows(trainer, trainer.sample_batches, rows, steps=12)

@@ -17,7 +17,7 @@ from comfyui_diptych.models import editing, tiny
 from comfyui_diptych.models.flux_fill import FluxFill
 from comfyui_diptych.models.outpaint import expand, fill, paste_back
 from comfyui_diptych.models.sd_inpaint import SDInpaint
-from comfyui_diptych.training.shapes import edit_pairs, read
+from comfyui_diptych.training.tiny.shapes import edit_pairs, read
 
 SEED, BATCH, PIXELS = 15, 25, 64
 HALF = PIXELS // 2

@@ -28,7 +28,8 @@ LIMIT = 1.0
 
 def trainer(cache: bool, folder: Path, batch: int):
     from comfyui_diptych.models import tiny
-    from comfyui_diptych.training import config, sft
+    from comfyui_diptych.training import config
+    from comfyui_diptych.training import trainer as sft
 
     values = config.read("icedit")
     values |= {

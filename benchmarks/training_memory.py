@@ -49,7 +49,7 @@ LORA = SimpleNamespace(
 
 def transformer(double: int, single: int, device: str, dtype: torch.dtype = torch.bfloat16):
     """FLUX with that many blocks and the recipe's LoRA; (module, trained parameters, base parameters)."""
-    from comfyui_diptych.training import adapters
+    from comfyui_diptych.training.tasks import adapters
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):

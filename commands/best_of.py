@@ -55,8 +55,8 @@ def check(
         return None
     if not args.judge and not tiny:
         raise ValueError("--best-of needs a judge: add for example --judge vlm_yes or --judge clip_h")
+    from ..training.evaluate.reward_sheet import Beside, CanvasJudge
     from ..training.rewards.chosen import Chosen, parse
-    from ..training.rewards.pictures import Beside, CanvasJudge
 
     judge_steps = args.judge_steps if args.judge_steps is not None else max(1, round(steps / 3))
     cost_of(args.best_of, judge_steps, 1, steps)

@@ -183,7 +183,7 @@ def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tens
         raise ValueError("the instruction is empty: say what to change")
     if image is not None:
         return pictures.load_image(image), instruction
-    from ..training.shapes import edit_pairs
+    from ..training.tiny.shapes import edit_pairs
 
     pair = next(edit_pairs(DEMO_EXAMPLE, 1, "test"))
     return pair.source[None], instruction or pair.instruction

@@ -29,7 +29,7 @@ def add_parser(subparsers) -> None:
 
 def run_split(args: argparse.Namespace) -> int:
     from ..models import checkpoints
-    from ..training.disk import check_file, keep, write_whole
+    from ..training.runtime.disk import check_file, keep, write_whole
 
     targets = {"diffusion.pt": checkpoints.DENOISER, "kl.pt": checkpoints.AUTOENCODER}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def run_split(args: argparse.Namespace) -> int:
 
 def run_merge(args: argparse.Namespace) -> int:
     from ..models import checkpoints
-    from ..training.disk import check_file, keep, write_whole
+    from ..training.runtime.disk import check_file, keep, write_whole
 
     if args.output.suffix.lower() not in checkpoints.SUFFIXES:
         raise ValueError(

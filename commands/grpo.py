@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..training import config as configs
-    from ..training.grpo_config import GRPOConfig
+    from ..training.reinforce.config import GRPOConfig
 
     if args.help_config:
         sys.stdout.write(configs.describe(GRPOConfig) + "\n")
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     speak()
     config = configs.from_dict(configs.read(args.recipe, overrides_of(args)), GRPOConfig)
     with training_stop() as stop:
-        from ..training.grpo import GRPOTrainer
+        from ..training.reinforce.trainer import GRPOTrainer
 
         with TrainingBar(config.max_steps) as bar:
 
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _illustrate(trainer: Any) -> None:
     """Draw what the run changed; the LoRA is on disk, so no failure here may look like the training's."""
-    from ..training import disk
-    from ..training.before_after import before_after
     from ..training.data.sample import to_pil
-    from ..training.grpo import reward_curve
+    from ..training.reinforce.before_after import before_after
+    from ..training.reinforce.trainer import reward_curve
+    from ..training.runtime import disk
 
     def sheet() -> Path:
         picture = to_pil(before_after(trainer)[0])

@@ -53,7 +53,7 @@ def _named(path: str | Path) -> Iterator[None]:
 
 def check_writable(path: Path, image: Tensor | None = None) -> None:
     """Raises ValueError, before any work, for an output (of this image's size) that cannot be written."""
-    from ..training.disk import check_file
+    from ..training.runtime.disk import check_file
 
     if path.suffix.lower() not in WRITABLE:
         raise ValueError(f"output {path} has no picture suffix: use one of {', '.join(WRITABLE)}")
@@ -65,7 +65,7 @@ def save(picture: Image.Image, path: Path) -> Path:
 
     Formats without transparency get a white ground. Returns where it is.
     """
-    from ..training.disk import keep, write_whole
+    from ..training.runtime.disk import keep, write_whole
 
     if path.suffix.lower() in OPAQUE:
         picture = _on_white(picture)

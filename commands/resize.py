@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..models.lora.resize import resize
     from ..models.lora.save import save
-    from ..training.disk import check_file, keep
+    from ..training.runtime.disk import check_file, keep
     from .loras import read
 
     output = Path(args.output)

@@ -84,7 +84,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..training import disk, judges
+    from ..training.evaluate import judges
+    from ..training.runtime import disk
 
     disk.check_folder(args.output, need=SHEET)
     values.check_device(args.device)
@@ -113,7 +114,8 @@ def _score(
 ) -> int:
     """Score and write; stopped, it writes the figures of the pictures scored so far."""
     from ..models.flux import default_device
-    from ..training import disk, judges, score
+    from ..training.evaluate import judges, score
+    from ..training.runtime import disk
 
     more: dict[str, Any] = {}
     if args.what != "vae":

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         return _train_world(values)
     config = configs.from_dict(values)
     with training_stop() as stop:
-        from ..training.sft import Trainer
+        from ..training.trainer import Trainer
 
         with TrainingBar(config.max_steps) as bar:
             trainer = Trainer(
@@ -120,7 +120,7 @@ def _train_world(values: dict[str, Any]) -> int:
     import importlib
 
     from ..training import config as configs
-    from ..training import disk, lock
+    from ..training.runtime import disk, lock
 
     module_name, class_name = WORLD_TASKS[values.pop("task")]
     module = importlib.import_module(f"..training.{module_name}", __package__)

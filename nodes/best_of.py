@@ -147,7 +147,7 @@ class DiptychEarlyFilterSampler:
         if keep > candidates:
             raise ValueError(f"keep is {keep} but there are {candidates} candidates: keep fewer.")
         from ..samplers.comfy_early_filter import Settings, early_filter_sampler
-        from ..training.rewards.pictures import Beside, CanvasJudge
+        from ..training.evaluate.reward_sheet import Beside, CanvasJudge
 
         judge = CanvasJudge.make(reward, Beside(instruction, source, mask), layout)
         settings = Settings(

@@ -150,7 +150,8 @@ class DiptychTrainGRPO:
         preview_every: int = 10,
         training_seed: int = 0,
     ) -> dict:
-        from ..training import comfy, grpo_session, session
+        from ..training import comfy, session
+        from ..training.reinforce import session as grpo_session
 
         model = model_folder(base_model)
         task = session.task_of(model)
@@ -185,7 +186,7 @@ class DiptychTrainGRPO:
 
 def _data(dataset: str, task: str, images: Tensor | None, instructions: str, root: Path) -> tuple[str, bool]:
     """(spec of the data, whether it has no wanted pictures)."""
-    from ..training import given
+    from ..training.data import given
 
     if task == "sd_inpaint" and images is not None:
         raise ValueError("images are for edit models: leave them out for SD inpainting, or use a dataset.")

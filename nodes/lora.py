@@ -150,7 +150,7 @@ class DiptychGRPOLoraLoader:
 
 def _reward_curve(info) -> Tensor:
     """IMAGE of the curve that a reward-trained file carries."""
-    from ..training.pictures import as_image, curve
+    from ..training.evaluate.plots import as_image, curve
 
     title = f"reward: {info.reward}" if info.curve else "this file carries no reward curve"
     return as_image(curve([v for _, v in info.curve], steps=[s for s, _ in info.curve], title=title))

@@ -203,7 +203,7 @@ class DiptychRewardScore:
         target: Tensor | None = None,
         prompt: str = "",
     ) -> dict[str, Any]:
-        from ..training.rewards.pictures import Beside, rank
+        from ..training.evaluate.reward_sheet import Beside, rank
 
         ranking = rank(reward, images, Beside(prompt, source, mask, target))
         best = ranking.scores[0]

@@ -60,7 +60,7 @@ class DiptychEditScore:
         mask: Tensor | None = None,
         expected: Tensor | None = None,
     ) -> dict:
-        from ..training.edit_report import judge
+        from ..training.evaluate.edit_report import judge
 
         result = judge(edited, source, instruction, mask, expected)
         return {

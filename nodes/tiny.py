@@ -97,7 +97,7 @@ class DiptychDemoImage:
     def draw(
         self, example: int, operation: str = "any", size: int = 64
     ) -> tuple[Tensor, str, Tensor, Tensor, str]:
-        from ..training.shapes import edit_pairs
+        from ..training.tiny.shapes import edit_pairs
 
         operations = OPERATIONS[1:] if operation == "any" else [operation]
         pair = next(edit_pairs(example, 1, "test", size=size, operations=operations))

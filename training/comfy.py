@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..models.image_files import to_pil
-from . import disk, session
+from . import session
+from .runtime import disk
 
 logger = logging.getLogger(__name__)
 

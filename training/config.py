@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
-from .disk import check_name, reason
+from .runtime.disk import check_name, reason
 
 RECIPES = Path(__file__).parent / "recipes"
 

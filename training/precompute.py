@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from ..models.denoiser import ENCODED_PIXELS
 from ..models.flux import default_device
 from ..models.packing import VAE_FACTOR
-from .arrange import Arranged
 from .config import TrainConfig
 from .data.broken import Broken, BrokenSample
 from .data.cache import fingerprint
+from .data.dataset import Corpus, Progress, silent
 from .data.precomputed import index_row, is_written, read_index, write_index, write_row
+from .data.preprocess import Arranged
 from .data.sample import Sample, stamp
-from .disk import check_folder, check_room, write_whole
-from .feed import Corpus, Progress, silent
-from .tasks import make_task
+from .runtime.disk import check_folder, check_room, write_whole
+from .tasks.base import make_task
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..models.flux import read_config
-from . import disk, pictures
 from .config import TrainConfig, load
+from .evaluate import plots
+from .runtime import disk
 
 RECIPES = {"fill": "icedit", "kontext": "kontext", "sd_inpaint": "sd_inpaint_dreambooth"}
 PRECISIONS = ("auto", "bfloat16", "float8_e4m3fn", "float32")
@@ -187,7 +188,7 @@ def train(
     should_stop: asked after every step; a checkpoint is written before the run ends. progress wraps the
     caching loops. cpu: train there even if there is a GPU.
     """
-    from .sft import Trainer
+    from .trainer import Trainer
 
     folder = Path(config.output_dir)
     history = _history(folder)
@@ -210,7 +211,7 @@ def train(
         step, notes = trainer.step, trainer.notes
         del trainer
     finished = step >= config.max_steps and path.suffix == ".safetensors"
-    curve = pictures.as_image(pictures.curve(list(history.values()), steps=list(history), title="loss"))
+    curve = plots.as_image(plots.curve(list(history.values()), steps=list(history), title="loss"))
     return Outcome(
         path if finished else None,
         step,
@@ -222,7 +223,7 @@ def train(
 
 def preview(history: dict[int, float], sheets: list[Tensor], title: str = "loss") -> Tensor:
     """[H,W,3]: the curve, and below it the samples at its width if there are any."""
-    curve = pictures.as_image(pictures.curve(list(history.values()), steps=list(history), title=title))[0]
+    curve = plots.as_image(plots.curve(list(history.values()), steps=list(history), title=title))[0]
     if not sheets:
         return curve
     width = curve.shape[1]

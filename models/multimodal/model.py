@@ -22,13 +22,7 @@ from ..pixels import as_image, fit_image
 from . import storage, tokens
 from .images import ImageDecoder, ImageEncoder
 from .latent_diffusion import LatentDiffusionUNet
-from .losses import (
-    FOREGROUND_WEIGHT,
-    Losses,
-    caption_loss,
-    contrastive_loss,
-    reconstruction_loss,
-)
+from .losses import FOREGROUND_WEIGHT, Losses, caption_loss, contrastive_loss, reconstruction_loss
 from .pairs import Pairs, make_pairs
 from .presets import BERT, GPT2, Architecture, preset
 from .text import TextDecoder, TextEncoder, fresh_bert, fresh_gpt2

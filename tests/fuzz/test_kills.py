@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from comfyui_diptych.training import checkpoint, config, grpo, sft
-from comfyui_diptych.training.grpo_config import GRPOConfig
+from comfyui_diptych.training.reinforce.config import GRPOConfig
 
 name, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 values = json.load(open(sys.argv[4]))

@@ -17,19 +17,11 @@ import torch
 from comfyui_diptych.models import editing, lora
 from comfyui_diptych.models.sd_inpaint import SDInpaint
 from comfyui_diptych.samplers import ddim, schedule
-from comfyui_diptych.training import (
-    adapters,
-    checkpoint,
-    grpo,
-    held_out,
-    judging,
-    losses,
-    nft,
-    optim,
-    rollout,
-    states,
-    winners,
-)
+from comfyui_diptych.training.reinforce import contrastive, held_out, nft, rollout, scoring
+from comfyui_diptych.training.reinforce import supervised as states
+from comfyui_diptych.training.reinforce import trainer as grpo
+from comfyui_diptych.training.runtime import checkpoint, optim
+from comfyui_diptych.training.tasks import adapters, losses
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
@@ -134,7 +126,7 @@ def test_an_update_makes_what_was_judged_better_likelier(begun, task, name):
     rollouts, c = rollouts_of(trainer, [0, 1]), trainer.config
     worth = trainer._advantages(rollouts, [0, 1], 0)
     if c.winner_states:
-        rollouts = winners.aimed(rollouts, worth, c.group_size)
+        rollouts = contrastive.aimed(rollouts, worth, c.group_size)
     advantage = torch.cat([values for values, _ in worth])
     assert advantage.abs().max() > 0.5 and trainer._kept == 8
 
@@ -303,7 +295,7 @@ import accelerate, peft  # here and not in every fork
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from comfyui_diptych.training import config, grpo
-from comfyui_diptych.training.grpo_config import GRPOConfig
+from comfyui_diptych.training.reinforce.config import GRPOConfig
 def die(report):
     if report.step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -475,7 +467,7 @@ def update_gradients(trainer, keep, advantage, data=()):
     trainer._kept, trainer.optimizer.step = int(keep.sum()), step
     worth = list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
     if trainer.config.winner_states:
-        rollouts = winners.aimed(rollouts, worth, 4)
+        rollouts = contrastive.aimed(rollouts, worth, 4)
     trainer._update(rollouts, worth, list(data))
     return taken
 
@@ -707,11 +699,11 @@ def test_text_is_kept_as_the_model_takes_it_and_once_for_a_row(folders, tmp_path
 def test_a_judge_forgets_rows_beyond_its_memory(folders, tmp_path, monkeypatch):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path))
     trainer.prepare()
-    judge = judging.Judge(trainer.rewards, trainer.batches)
-    monkeypatch.setattr(judging, "KEPT_BYTES", 3 * judge.row(0).bytes)
+    judge = scoring.Judge(trainer.rewards, trainer.batches)
+    monkeypatch.setattr(scoring, "KEPT_BYTES", 3 * judge.row(0).bytes)
     reads = []
-    real = judging.read_row
-    monkeypatch.setattr(judging, "read_row", lambda *a: reads.append(a[1]) or real(*a))
+    real = scoring.read_row
+    monkeypatch.setattr(scoring, "read_row", lambda *a: reads.append(a[1]) or real(*a))
     for number in (0, 1, 2, 0, 3, 0, 1):
         judge.row(number)
     assert reads == [1, 2, 3, 1] and len(judge._rows) == 3
@@ -754,7 +746,7 @@ def test_sharded_weights_are_refused_before_anything_is_loaded(folders, tmp_path
     )
     monkeypatch.setattr(grpo.GRPOTrainer, "progress", None, raising=False)
     monkeypatch.setattr(
-        "comfyui_diptych.training.processes.open_accelerator", lambda c, logs: (accelerator, True)
+        "comfyui_diptych.training.runtime.processes.open_accelerator", lambda c, logs: (accelerator, True)
     )
     with pytest.raises(ValueError, match=f"reward training under {kind}.*launch it without"):
         grpo.GRPOTrainer(toy(folders, tmp_path / "run")).prepare()

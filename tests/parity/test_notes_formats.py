@@ -11,8 +11,8 @@ import pytest
 import torch
 from comfyui_diptych import cli
 from comfyui_diptych.models import lora, tiny
-from comfyui_diptych.training import shapes
 from comfyui_diptych.training.data.sample import to_pil
+from comfyui_diptych.training.tiny import shapes
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -12,10 +12,15 @@ import torch
 from comfyui_diptych import cli
 from comfyui_diptych.models import lora, tiny
 from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
-from comfyui_diptych.training import config, given, grpo, judging, sft, shapes
+from comfyui_diptych.training import config
+from comfyui_diptych.training import trainer as sft
+from comfyui_diptych.training.data import given
 from comfyui_diptych.training.data.sample import read_image, to_pil
 from comfyui_diptych.training.data.sources import open_source, spec_of
-from comfyui_diptych.training.grpo_config import GRPOConfig
+from comfyui_diptych.training.reinforce import scoring
+from comfyui_diptych.training.reinforce import trainer as grpo
+from comfyui_diptych.training.reinforce.config import GRPOConfig
+from comfyui_diptych.training.tiny import shapes
 from PIL import Image
 
 PRESETS = ("fast", "dance", "flow", "mixgrpo", "nft", "winner")
@@ -213,7 +218,7 @@ def test_soft_masks_keep_their_values(write, tmp_path):
 def test_judges_see_the_decoded_masked_picture(write, tmp_path):
     spec, (parts, *_) = write(**WIDE)
     trainer = trainer_of(tmp_path, spec)
-    row = judging.read_row(trainer.batches, 0)
+    row = scoring.read_row(trainer.batches, 0)
     with torch.no_grad():
         decoded = trainer.task.host.decode(parts["masked_latents"][None])[0]
     assert torch.allclose(row.source, decoded, atol=1e-5) and row.target is None and row.prompt == "a red car"
@@ -225,7 +230,7 @@ def test_a_target_that_is_there_is_shown_to_rewards(write, tmp_path):
     trainer = trainer_of(tmp_path, spec)
     with torch.no_grad():
         wanted = trainer.task.host.decode(parts["latents"][None])[0]
-    assert torch.allclose(judging.read_row(trainer.batches, 0).target, wanted, atol=1e-5)
+    assert torch.allclose(scoring.read_row(trainer.batches, 0).target, wanted, atol=1e-5)
     assert trainer.judge_of(trainer.batches).targets
     blind = trainer_of(tmp_path / "blind", spec, use_targets=False)
     assert not blind.judge_of(blind.batches).targets
@@ -242,7 +247,7 @@ def test_a_diptych_is_judged_by_its_edited_half(write, tmp_path, named):
     spec, (parts, *_) = write(caption=words, mask_latents=lambda h, w: right, **WIDE)
     options = {} if named == "by its caption" else {"layout": "diptych"}
     trainer = trainer_of(tmp_path, spec, rewards=["jpeg_size"], **options)
-    row = judging.read_row(trainer.batches, 0)
+    row = scoring.read_row(trainer.batches, 0)
     with torch.no_grad():
         decoded = trainer.task.host.decode(parts["masked_latents"][None])[0]
     assert row.prompt == "make it blue" and torch.allclose(row.source, decoded[:, :64], atol=1e-5)
@@ -341,7 +346,7 @@ def test_the_mask_of_an_edit_pair_reaches_the_rewards(pairs, tmp_path):
     assert precompute(f"pairs:{folder}", tmp_path / "encoded") == 0
     spec = f"precomputed:{tmp_path / 'encoded' / 'index.json'}"
     trainer = trainer_of(tmp_path / "run", spec, resolution=64)
-    row = judging.read_row(trainer.batches, 0)
+    row = scoring.read_row(trainer.batches, 0)
     assert row.mask.shape == (64, 64) and row.mask[:, :16].all() and not row.mask[:, 16:].any()
     assert trainer.batches([0], [False])["mask"][..., 64:].all()  # the panel is repainted all the same
     assert trainer.judge_of(trainer.batches)(torch.rand(1, 64, 128, 3), [0])["keep_l1"].isfinite().all()
@@ -370,7 +375,7 @@ def test_precomputed_rows_are_what_training_from_the_images_sees(encoded, pairs,
     for name in ("tokens", "pooled", "masked_latents"):
         assert torch.allclose(got[name], wanted[name], atol=1e-5), name
     assert torch.equal(got["mask"], wanted["mask"])
-    mine, theirs = judging.read_row(here.batches, 2), judging.read_row(there.batches, 2)
+    mine, theirs = scoring.read_row(here.batches, 2), scoring.read_row(there.batches, 2)
     assert mine.prompt == theirs.prompt and mine.source.shape == theirs.source.shape
     assert (mine.source - theirs.source).abs().mean() < 0.02  # the VAE's round trip
 

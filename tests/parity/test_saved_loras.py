@@ -11,7 +11,8 @@ import json
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import adapters, config, export, starts
+from comfyui_diptych.training import config
+from comfyui_diptych.training.tasks import adapters, export, initial
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -153,7 +154,7 @@ def test_full_training_leaves_a_folder_that_the_stock_pipeline_loads(fill_pipeli
 
 
 def test_a_lora_is_merged_before_training_at_the_strength_beside_its_name(fill_pipeline, tmp_path):
-    from comfyui_diptych.training import tasks
+    from comfyui_diptych.training.tasks import base as tasks
 
     module, c = trained(fill_pipeline.transformer, "fill")
     path = write(module, c, tmp_path / "lora.safetensors")
@@ -169,7 +170,7 @@ def test_a_lora_is_merged_before_training_at_the_strength_beside_its_name(fill_p
 
 def test_a_small_change_survives_a_float8_base(fill_pipeline, tmp_path):
     """Merged after the cast it would round back: a change of 1 % is below half a float8 step."""
-    from comfyui_diptych.training import tasks
+    from comfyui_diptych.training.tasks import base as tasks
 
     module, c = trained(fill_pipeline.transformer, "fill")
     base = merged(fill_pipeline.transformer)
@@ -196,9 +197,9 @@ def test_what_a_merge_cannot_keep_is_said_before_the_work_or_in_the_log(fill_pip
     options = {"task": "fill", "model": "x"}
     path = str(write(module, c, tmp_path / "moe.safetensors"))
     with pytest.raises(ValueError, match="has experts, chosen by token"):
-        starts.check_loras(config.from_dict({**options, "fuse_loras": [path]}))
+        initial.check_loras(config.from_dict({**options, "fuse_loras": [path]}))
     with pytest.raises(ValueError, match="more than plain LoRA factors"):
-        starts.check_loras(config.from_dict({**options, "init_lora": path}))
+        initial.check_loras(config.from_dict({**options, "init_lora": path}))
     module, c = trained(fill_pipeline.transformer, "fill")
     parts = {"transformer": adapters.trained_state(module)}
     path = export.save_lora(tmp_path / "w.safetensors", parts, c, HEADER | {"sigma_window": [0.9, 0.4]})

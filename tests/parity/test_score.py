@@ -11,7 +11,7 @@ from comfyui_diptych.models.diptych import format_prompt
 from comfyui_diptych.models.flux_fill import FluxFill
 from comfyui_diptych.models.flux_kontext import FluxKontext
 from comfyui_diptych.models.sd_inpaint import SDInpaint
-from comfyui_diptych.training import judges, score
+from comfyui_diptych.training.evaluate import judges, score
 from safetensors.torch import save_file
 
 SETTINGS = score.Settings(steps=2, batch=2, guidance=7.0, progress=False)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from comfyui_diptych.models import lora
 from comfyui_diptych.models.packing import image_ids
-from comfyui_diptych.training import adapters, config, export, starts
+from comfyui_diptych.training import config
+from comfyui_diptych.training.tasks import adapters, export, initial
 
 
 def predict(module, tokens):
@@ -28,7 +29,7 @@ def predict(module, tokens):
 
 def test_kontext_from_fill_reads_the_noisy_channels_as_fill_does(fill_pipeline):
     fill = copy.deepcopy(fill_pipeline.transformer).eval()
-    narrow = starts.with_inputs(fill, 64).eval()
+    narrow = initial.with_inputs(fill, 64).eval()
     tokens = torch.randn(2, 8, 64)
     blank = torch.nn.functional.pad(tokens, (0, 320))
     assert narrow.config.in_channels == 64
@@ -37,20 +38,20 @@ def test_kontext_from_fill_reads_the_noisy_channels_as_fill_does(fill_pipeline):
 
 def test_fill_from_a_plain_flux_begins_as_that_model_whatever_the_mask_is(kontext_pipeline):
     flux = copy.deepcopy(kontext_pipeline.transformer).eval()
-    wide = starts.with_inputs(flux, 384).eval()
+    wide = initial.with_inputs(flux, 384).eval()
     tokens = torch.randn(2, 8, 384)
     assert wide.config.in_channels == 384
     assert torch.allclose(predict(wide, tokens), predict(flux, tokens[..., :64]), atol=1e-6)
 
 
 def test_the_same_inputs_are_the_same_module(fill_pipeline):
-    assert starts.with_inputs(fill_pipeline.transformer, 384) is fill_pipeline.transformer
+    assert initial.with_inputs(fill_pipeline.transformer, 384) is fill_pipeline.transformer
 
 
 def test_fresh_weights_with_zero_modulation_predict_zero(fill_pipeline):
     module = type(fill_pipeline.transformer).from_config(fill_pipeline.transformer.config).eval()
     assert predict(module, torch.randn(2, 8, 384)).abs().max() > 1e-3
-    starts.zero_modulation(module)
+    initial.zero_modulation(module)
     assert predict(module, torch.randn(2, 8, 384)).abs().max() == 0
 
 
@@ -74,7 +75,7 @@ def test_adapters_that_have_room_begin_as_the_lora(fill_pipeline, saved, rank):
     c = config.from_dict({"task": "fill", "rank": rank, "lora_alpha": 5.0})
     fresh = copy.deepcopy(fill_pipeline.transformer).eval()
     adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
-    starts.from_lora(fresh, str(path), c)
+    initial.from_lora(fresh, str(path), c)
     tokens = torch.randn(2, 8, 384)
     assert torch.allclose(predict(fresh, tokens), predict(module, tokens), atol=1e-5)
 
@@ -84,7 +85,7 @@ def test_adapters_of_a_lower_rank_begin_as_the_best_approximation(fill_pipeline,
     c = config.from_dict({"task": "fill", "rank": 2, "lora_alpha": 2.0})
     fresh = copy.deepcopy(fill_pipeline.transformer)
     adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
-    starts.from_lora(fresh, str(path), c)
+    initial.from_lora(fresh, str(path), c)
     layers = dict(fresh.named_modules())
     for name, change in lora.read(path).modules.items():
         dense = change.scale * change.B.double() @ change.A.double()
@@ -106,7 +107,7 @@ def test_experts_begin_near_their_modules_lora(fill_pipeline, saved):
         fresh = copy.deepcopy(base)
         adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
         if start:
-            starts.from_lora(fresh, str(path), c)
+            initial.from_lora(fresh, str(path), c)
         return (predict(fresh.eval(), tokens) - predict(base, tokens) - wanted).norm() / wanted.norm()
 
     assert distance(True) < 0.5 < 0.99 < distance(False)
@@ -117,7 +118,7 @@ def test_a_lora_of_another_model_is_refused(fill_pipeline, sd_inpaint_pipeline, 
     unet = copy.deepcopy(sd_inpaint_pipeline.unet)
     adapters.add_lora(unet, adapters.TARGETS["sd_inpaint"], c)
     with pytest.raises(ValueError, match="fits none of target_modules"):
-        starts.from_lora(unet, str(saved[1]), c)
+        initial.from_lora(unet, str(saved[1]), c)
 
 
 @pytest.mark.parametrize(
@@ -143,5 +144,5 @@ def test_a_lora_of_which_a_part_would_be_lost_is_refused(entry, words, fill_pipe
     fresh = copy.deepcopy(fill_pipeline.transformer)
     adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
     with pytest.raises(ValueError, match=words):
-        starts.from_lora(fresh, str(tmp_path / "more.safetensors"), c)
+        initial.from_lora(fresh, str(tmp_path / "more.safetensors"), c)
     assert all(p.eq(0).all() for n, p in fresh.named_parameters() if "lora_B" in n)

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from comfyui_diptych.models import diptych, lora, tiny
-from comfyui_diptych.training import shapes
+from comfyui_diptych.training.tiny import shapes
 
 N = 32
 FAST = {"num_inference_steps": 16, "output_type": "pt"}

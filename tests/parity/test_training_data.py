@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
-from comfyui_diptych.training import sft
+from comfyui_diptych.training import trainer as sft
 from PIL import Image
 from toys import train_config
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_diptych.models import tiny
-from comfyui_diptych.training import checkpoint, sft
+from comfyui_diptych.training import trainer as sft
+from comfyui_diptych.training.runtime import checkpoint
 from safetensors.torch import load_file
 from toys import train_config as toy
 from toys import two_processes, write_recipe
@@ -432,7 +433,7 @@ def test_mistakes_are_one_sentence_before_anything_is_trained(folders, tmp_path,
         def load(self):
             raise AssertionError("a model was loaded")
 
-        monkeypatch.setattr("comfyui_diptych.training.tasks.Task.load_encoders", load)
+        monkeypatch.setattr("comfyui_diptych.training.tasks.base.Task.load_encoders", load)
     c = toy(folders, tmp_path)
     for name, value in options.items():
         setattr(c, name, value)
@@ -448,7 +449,7 @@ def test_a_run_whose_prompts_are_cached_never_loads_a_text_encoder(folders, tmp_
     real = sft.make_task(c).load_text.__func__
     loaded = []
     monkeypatch.setattr(
-        "comfyui_diptych.training.tasks.Task.load_text", lambda self: loaded.append(real(self))
+        "comfyui_diptych.training.tasks.base.Task.load_text", lambda self: loaded.append(real(self))
     )
     run(c)
     assert not loaded

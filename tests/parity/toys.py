@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from comfyui_diptych.training import config
-from comfyui_diptych.training.grpo_config import GRPOConfig
+from comfyui_diptych.training.reinforce.config import GRPOConfig
 
 TRAIN = {
     "resolution": 32,

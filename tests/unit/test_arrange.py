@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_diptych.training.arrange import Arranger
 from comfyui_diptych.training.data.broken import BrokenSample
+from comfyui_diptych.training.data.preprocess import Arranger
 from comfyui_diptych.training.data.sample import Sample
 
 

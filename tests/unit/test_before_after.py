@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from comfyui_diptych.training.before_after import most_changed
+from comfyui_diptych.training.reinforce.before_after import most_changed
 from hypothesis import given
 from hypothesis import strategies as st
 

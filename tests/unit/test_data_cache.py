@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from comfyui_diptych.training import disk
 from comfyui_diptych.training.data.cache import ContentCache, fingerprint, image_key, text_key
+from comfyui_diptych.training.runtime import disk
 from safetensors import SafetensorError
 
 

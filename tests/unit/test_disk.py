@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from comfyui_diptych.training import disk
+from comfyui_diptych.training.runtime import disk
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from comfyui_diptych.nodes import grpo as nodes
-from comfyui_diptych.training import given, grpo_session
+from comfyui_diptych.training.data import given
 from comfyui_diptych.training.data.sources import open_source
+from comfyui_diptych.training.reinforce import session as grpo_session
 from PIL import Image
 
 pytest.importorskip("transformers")

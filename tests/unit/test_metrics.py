@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from comfyui_diptych.training import metrics
+from comfyui_diptych.training.rewards import metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

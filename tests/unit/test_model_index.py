@@ -10,7 +10,7 @@ import pytest
 from comfyui_diptych import cli
 from comfyui_diptych.models import model_index, tiny
 from comfyui_diptych.models.flux import check_folder
-from comfyui_diptych.training.tasks import component
+from comfyui_diptych.training.tasks.base import component
 
 
 @pytest.fixture

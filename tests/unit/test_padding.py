@@ -10,8 +10,9 @@ pytest.importorskip("transformers")
 from comfyui_diptych.models import tiny
 from comfyui_diptych.models.denoiser import Condition, TextEmbedding
 from comfyui_diptych.models.flux_fill import FluxFill
-from comfyui_diptych.training import config, padding
-from comfyui_diptych.training.tasks import make_task
+from comfyui_diptych.training import config
+from comfyui_diptych.training.tasks import padding
+from comfyui_diptych.training.tasks.base import make_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

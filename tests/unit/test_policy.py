@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from comfyui_diptych.samplers import flow_match
-from comfyui_diptych.training.policy import advantages, clipped_loss
-from comfyui_diptych.training.windows import window
+from comfyui_diptych.training.reinforce.advantage import advantages, clipped_loss
+from comfyui_diptych.training.reinforce.windows import window
 
 
 def test_advantages_equal_numpy_with_failures_left_out():

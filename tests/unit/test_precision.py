@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_diptych.training import config, processes
-from comfyui_diptych.training.precision import bf16_is_fast
+from comfyui_diptych.training import config
+from comfyui_diptych.training.runtime import processes
+from comfyui_diptych.training.runtime.precision import bf16_is_fast
 
 pytest.importorskip("accelerate")
 

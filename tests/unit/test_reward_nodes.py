@@ -10,13 +10,13 @@ import pytest
 import torch
 from comfyui_diptych.models import diptych
 from comfyui_diptych.nodes import rewards as nodes
-from comfyui_diptych.training import shapes
-from comfyui_diptych.training.edit_report import judge
-from comfyui_diptych.training.judging import make_rewards
+from comfyui_diptych.training.evaluate.edit_report import judge
+from comfyui_diptych.training.evaluate.reward_sheet import Beside, CanvasJudge, rank
+from comfyui_diptych.training.reinforce.scoring import make_rewards
 from comfyui_diptych.training.rewards import base, create, names
 from comfyui_diptych.training.rewards.base import Reward
 from comfyui_diptych.training.rewards.chosen import Chosen, Entry, parse
-from comfyui_diptych.training.rewards.pictures import Beside, CanvasJudge, rank
+from comfyui_diptych.training.tiny import shapes
 
 
 class Bright(Reward):

@@ -219,8 +219,8 @@ def test_unreachable_endpoint_is_nan_not_zero():
 
 
 def test_shapes_reward_tells_success_from_near_miss():
-    from comfyui_diptych.training import shapes
     from comfyui_diptych.training.rewards.shapes import ShapesEdit
+    from comfyui_diptych.training.tiny import shapes
 
     pairs = list(shapes.edit_pairs(0, 4, "test"))
     targets = torch.stack([pair.target for pair in pairs])

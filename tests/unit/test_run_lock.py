@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from comfyui_diptych.training import lock
+from comfyui_diptych.training.runtime import lock
 
 HOLDER = """
 import importlib.util, sys

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_diptych.commands import score as command
 from comfyui_diptych.models import tiny
-from comfyui_diptych.training import judges, pictures, score
+from comfyui_diptych.training.evaluate import judges, plots, score
 from PIL import Image
 
 QUIET = score.Settings(batch=8, progress=False)
@@ -139,7 +139,7 @@ def test_models_that_are_not_on_disk_are_reported_not_downloaded():
 
 def test_a_loss_curve_is_drawn_even_of_little():
     for values in ([], [float("nan")], [1.0], [3.0, float("nan"), 1.0, 2.0]):
-        image = pictures.as_image(pictures.curve(values))
+        image = plots.as_image(plots.curve(values))
         assert image.shape == (1, 360, 640, 3) and 0 < image.mean() < 1
 
 

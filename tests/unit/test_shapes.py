@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from comfyui_diptych.training import shapes
-from comfyui_diptych.training.shapes.scenes import SIZES
+from comfyui_diptych.training.tiny import shapes
+from comfyui_diptych.training.tiny.shapes.scenes import SIZES
 
 
 @pytest.fixture(scope="module")

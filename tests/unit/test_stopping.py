@@ -81,7 +81,7 @@ def test_a_stopped_run_says_the_command_that_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_part_of_the_tiny_models_that_is_stopped_says_what_is_kept(tmp_path, monkeypatch):
-    from comfyui_diptych.training import vae
+    from comfyui_diptych.training.tiny import vae
 
     def stopped(recipe, progress, should_stop):
         should_stop()

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 from comfyui_diptych.models import tiny
-from comfyui_diptych.training import shapes, text
-from comfyui_diptych.training.shapes.canvases import DIPTYCH_PROMPT
+from comfyui_diptych.training.tiny import shapes, text
+from comfyui_diptych.training.tiny.shapes.canvases import DIPTYCH_PROMPT
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")

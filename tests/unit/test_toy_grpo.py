@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_diptych.samplers import flow_match, schedule
-from comfyui_diptych.training.policy import advantages, clipped_loss
-from comfyui_diptych.training.windows import window as window_of
+from comfyui_diptych.training.reinforce.advantage import advantages, clipped_loss
+from comfyui_diptych.training.reinforce.windows import window as window_of
 from torch import nn
 
 MODES = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_diptych.training import adapters, optim
+from comfyui_diptych.training.runtime import optim
+from comfyui_diptych.training.tasks import adapters
 from torch import nn
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from comfyui_diptych.training import changes, config
-from comfyui_diptych.training.grpo_config import GRPOConfig
+from comfyui_diptych.training import config
+from comfyui_diptych.training.reinforce.config import GRPOConfig
+from comfyui_diptych.training.runtime import changes
 
 FOLDER = Path("step_00000010")
 

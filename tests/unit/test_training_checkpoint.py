@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("safetensors")
-from comfyui_diptych.training import checkpoint
+from comfyui_diptych.training.runtime import checkpoint
 
 
 def write(root, step, keep=2):

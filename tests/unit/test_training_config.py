@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 from comfyui_diptych.commands.train import WORLD_TASKS
 from comfyui_diptych.training import config
-from comfyui_diptych.training.grpo_config import GRPOConfig
+from comfyui_diptych.training.reinforce.config import GRPOConfig
 
 
 def test_every_option_is_documented():
@@ -117,7 +117,7 @@ def test_numbers_of_reward_training_are_held_to_their_ranges_too(values, words):
 
 
 def test_numbers_with_a_range_exist_and_are_numbers():
-    from comfyui_diptych.training import grpo_config
+    from comfyui_diptych.training.reinforce import config as grpo_config
 
     ranges = [config.LOWEST, config.HIGHEST, grpo_config.LOWEST, grpo_config.HIGHEST]
     defaults = GRPOConfig()

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from comfyui_diptych.training import losses
-from comfyui_diptych.training.attention import for_learning
+from comfyui_diptych.training.runtime.attention import for_learning
+from comfyui_diptych.training.tasks import losses
 
 
 def test_noised_is_data_at_0_and_noise_at_1_and_the_target_leads_from_one_to_the_other():

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_diptych.training import states, winners
-from comfyui_diptych.training.rollout import FlowPolicy, Rollout, Visited, kept_only
+from comfyui_diptych.training.reinforce import contrastive
+from comfyui_diptych.training.reinforce import supervised as states
+from comfyui_diptych.training.reinforce.rollout import FlowPolicy, Rollout, Visited, kept_only
 
 # Two groups of three tries, in micro-batches of two. Try n's latents are full of n.
 ADVANTAGE = torch.tensor([-0.5, 1.2, 0.4, 0.0, 2.0, -1.0])
@@ -26,7 +27,7 @@ def pieces(parts=((0, 1), (2, 3), (4, 5))):
 
 @pytest.mark.parametrize("parts", [((0, 1), (2, 3), (4, 5)), (range(6),), ((0, 1, 2), (3, 4, 5))])
 def test_the_best_judged_try_of_a_group_is_the_aim_of_the_others(parts):
-    made = winners.aimed(*pieces(parts), group_size=3)
+    made = contrastive.aimed(*pieces(parts), group_size=3)
     aims = torch.cat([r.aim for r in made])[:, 0, 0, 0]
     pulls = torch.cat([r.pull for r in made])
     assert aims.tolist() == [1, 1, 1, 3, 3, 3]
@@ -38,12 +39,12 @@ def test_the_best_judged_try_of_a_group_is_the_aim_of_the_others(parts):
 def test_a_group_that_nobody_could_judge_pulls_nowhere():
     rollouts, worth = pieces(((0, 1, 2),))
     worth = [(worth[0][0], torch.zeros(3, dtype=torch.bool))]
-    (made,) = winners.aimed(rollouts, worth, 3)
+    (made,) = contrastive.aimed(rollouts, worth, 3)
     assert made.pull.tolist() == [0, 0, 0] and made.aim.isfinite().all()
 
 
 def test_compacting_keeps_states_aims_and_pulls_together():
-    made = winners.aimed(*pieces(), group_size=3)
+    made = contrastive.aimed(*pieces(), group_size=3)
     ((some, places),) = kept_only(made, [torch.tensor([0, 3, 5])])
     assert places.tolist() == [0, 3, 5] and some.members == [0, 3, 5]
     assert some.aim[:, 0, 0, 0].tolist() == [1, 3, 3] and some.pull.tolist() == [1, 0, 1]
@@ -66,7 +67,7 @@ def trainer_of(predict, weight=1.0, micro_batch=8, nft_times=0):
         policy=policy,
         task=SimpleNamespace(cells=lambda batch, x: None),
         config=config,
-        terms=lambda rollout: nft_times + winners.passes(config, len(rollout.members)),
+        terms=lambda rollout: nft_times + contrastive.passes(config, len(rollout.members)),
     )
 
 
@@ -82,8 +83,8 @@ def test_loss_is_how_much_nearer_the_own_end_is_than_the_winners_times_the_pull(
     batch, pull = {"latents": torch.zeros(2, 1, 1, 1), "prompts": ["a", "b"]}, torch.tensor([1.0, 0.25])
     rollout = Rollout([0, 1], batch, own, visited=(x, sigma), aim=aim, pull=pull)
     trainer = trainer_of(lambda x, time, batch, guidance: torch.zeros_like(x), 3.0, micro_batch, nft_times)
-    assert winners.passes(trainer.config, 2) == passes
-    made = [winners.objective(trainer, rollout, number) for number in range(passes)]
+    assert contrastive.passes(trainer.config, 2) == passes
+    made = [contrastive.objective(trainer, rollout, number) for number in range(passes)]
     loss = sum(rows for rows, _ in made) / trainer.terms(rollout)
     logged = sum(measures["winner"] for _, measures in made) / passes
     high, low, middle = (s**2 + states.FLOOR for s in (0.8, 0.2, 0.5))
@@ -103,7 +104,7 @@ def test_what_winner_and_try_have_in_common_has_no_gradient():
         trainer = trainer_of(lambda x, time, batch, guidance: velocity.flatten(0, 1))
         ends = [torch.full((1, 1, 1, 1), value) for value in (own, aim)]
         rollout = Rollout([0], {}, ends[0], visited=(x, sigma), aim=ends[1], pull=torch.ones(1))
-        (found,) = torch.autograd.grad(winners.objective(trainer, rollout, 0)[0].sum(), velocity)
+        (found,) = torch.autograd.grad(contrastive.objective(trainer, rollout, 0)[0].sum(), velocity)
         return found.flatten()
 
     assert gradient(0.7, 0.7).abs().max() == 0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .. import disk
+from ..runtime import disk
 
 SHARD_BYTES = 256 << 20
 

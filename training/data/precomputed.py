@@ -34,7 +34,7 @@ import torch
 
 from ...models.lora.containers import load_zip, plain
 from ...models.prompt import instruction_of
-from ..disk import write_whole
+from ..runtime.disk import write_whole
 from . import rows
 from .broken import BrokenSample
 from .folders import decode

@@ -123,7 +123,7 @@ class Shapes:
     """
 
     def __init__(self, n: int, split: str = "train", seed: int = 0, size: int = 64, task: str = "edit"):
-        from .. import shapes
+        from ..tiny import shapes
 
         if task not in ("edit", "inpaint", "base"):
             raise ValueError(f"shapes task is {task!r}: use 'edit', 'inpaint' or 'base'")
@@ -160,7 +160,7 @@ class Shapes:
         return Sample(edit.instruction, source=self._render(edit.source, self._size), mask=mask, **common)
 
     def _base(self, index: int, edit: Any) -> Sample:
-        from ..shapes.canvases import base_canvas
+        from ..tiny.shapes.canvases import base_canvas
 
         canvas = base_canvas(f"{self._seed} {self.name(index)}", edit)
         return Sample(

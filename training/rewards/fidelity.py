@@ -25,7 +25,7 @@ class KeepL1(Reward):
     name, range, needs = "keep_l1", (0.0, 1.0), frozenset({"sources", "masks"})
 
     def _score(self, images, prompts, sources, masks, targets):
-        from ..metrics import kept_l1
+        from .metrics import kept_l1
 
         return 1 - kept_l1(images, sources.to(images), _as_pixels(masks, images).squeeze(-1))
 
@@ -37,7 +37,7 @@ class KeepSSIM(Reward):
     name, range, needs = "keep_ssim", (-1.0, 1.0), frozenset({"sources", "masks"})
 
     def _score(self, images, prompts, sources, masks, targets):
-        from ..metrics import ssim_map
+        from .metrics import ssim_map
 
         keep = 1 - _as_pixels(masks, images).squeeze(-1)
         similarity = ssim_map(images, sources.to(images))

@@ -23,7 +23,7 @@ class ShapesEdit(Reward):
         return "" if either else "targets, or sources and prompts"
 
     def _score(self, images, prompts, sources, masks, targets):
-        from ..shapes import check_many, read
+        from ..tiny.shapes import check_many, read
 
         if targets is None:
             wanted = _understood(sources, prompts)
@@ -40,8 +40,8 @@ class ShapesEdit(Reward):
 
 def _understood(sources, prompts) -> list:
     """The scene each instruction asks for, None where it is not understood."""
-    from ..shapes import read
-    from ..shapes.words import understand
+    from ..tiny.shapes import read
+    from ..tiny.shapes.words import understand
 
     seen = read(sources.float().cpu())
     edits = [understand(seen.scene(row), prompt) for row, prompt in enumerate(prompts)]

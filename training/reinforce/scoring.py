@@ -1,0 +1,247 @@
+"""From finished pictures to scores: what rewards see of a data row, and how recipes name rewards."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Batches, Entry
+from ..data.sample import Sample
+from ..rewards import Composite, Reward, check, from_recipe, metrics
+from ..rewards.base import check_weight
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 256 << 20  # of rows that a judge remembers: their pictures are float32, 7 MB each at 512 pixels
+LOOKED_AT = 64  # rows that `Judge.check` reads at most
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a reward may see of one data row; pictures [H,W,3] in 0..1, mask [H,W], 1 = edited.
+
+    source, mask: None where the row has none. diptych: the model paints [source | edit].
+    """
+
+    prompt: str
+    target: Tensor | None
+    source: Tensor | None = None
+    mask: Tensor | None = None
+    diptych: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(
+            t.numel() * t.element_size() for t in (self.target, self.source, self.mask) if t is not None
+        )
+
+    @property
+    def kind(self) -> tuple:
+        """Rows of one kind can be judged together."""
+        shown = self.source if self.target is None else self.target
+        return self.diptych, self.source is None, self.mask is None, tuple(shown.shape)
+
+
+def read_row(batches: Batches, number: int, targets: bool = True) -> Row:
+    """Row `number` as its pictures were arranged for the model: one panel of a diptych, not both.
+
+    Where a picture is filled instead of edited, source and target are the picture itself and the mask is
+    the hole. An edit's mask is the row's own or, if the wanted picture may be seen (`targets`), where that
+    differs from the source.
+    """
+    entry = batches.entries[number]
+    sample = batches.corpus.source[entry.index]
+    if sample.encoded is not None:
+        return _decoded_row(batches, entry, sample, targets)
+    arranged = batches.corpus.arranged(sample)[entry.variant]
+    target = ((arranged.pixels + 1) / 2).movedim(0, -1)
+    if not entry.diptych and arranged.reference is None:
+        hole = None if arranged.mask is None else arranged.mask[0]
+        return Row(sample.prompt, target, None if hole is None else target, hole)
+    if entry.diptych:
+        width = target.shape[1] // 2
+        source, target = target[:, :width], target[:, width:]
+    else:
+        source = ((arranged.reference + 1) / 2).movedim(0, -1)
+    mask = arranged.edited
+    if mask is None and targets:
+        mask = metrics.changed_region(source[None], target[None])[0]
+    return Row(sample.prompt, target, source, mask, entry.diptych)
+
+
+@torch.no_grad()
+def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) -> Row:
+    """A precomputed row: the source is what the VAE makes of the masked picture, grey where its hole is."""
+    tensors, host = batches.latents.picture(entry.key), batches.task.host
+    pictures = {
+        name: host.decode(tensors[name][None].float())[0].float().cpu()
+        for name in ("masked_latents", "latents")
+        if name in tensors
+    }
+    source, target, mask = pictures["masked_latents"], pictures.get("latents"), _stored_mask(entry, sample)
+    if entry.diptych:
+        width = source.shape[1] // 2
+        source, target = source[:, :width], None if target is None else target[:, width:]
+    if mask is None and targets and target is not None:
+        mask = metrics.changed_region(source[None], target[None])[0]
+    return Row(sample.prompt, target, source, mask, entry.diptych)
+
+
+def _stored_mask(entry: Entry, sample: Sample) -> Tensor | None:
+    """The mask [H,W] of a precomputed row's picture or edited panel; None where it does not say what an edit
+    touches, being of the whole panel.
+    """
+    if not entry.diptych:
+        return sample.mask
+    width, edited = sample.mask.shape[1] // 2, sample.encoded.edited
+    panel = (sample.mask if edited is None else edited)[:, width:]
+    return None if edited is None and panel.min() >= 0.5 else panel
+
+
+def make_rewards(entries: Sequence[str], options: Sequence[str]) -> Composite:
+    """Recipe lines `NAME` or `NAME=WEIGHT`, and options `NAME.KEY=VALUE`, as weighted rewards.
+
+    Raises ValueError if none is named, an option names a reward that is not used, or one cannot be loaded.
+    """
+    chosen, weights = _read_entries(entries, options)
+    rewards = {name: from_recipe(entry) for name, entry in chosen.items()}
+    return Composite(list(rewards.values()), {reward.name: weights[name] for name, reward in rewards.items()})
+
+
+def check_rewards(entries: Sequence[str], options: Sequence[str]) -> None:
+    """Raise ValueError for what `make_rewards` would refuse, as far as it shows without loading."""
+    for name, entry in _read_entries(entries, options)[0].items():
+        if ":" not in name:
+            check(**entry)
+
+
+def _read_entries(
+    entries: Sequence[str], options: Sequence[str]
+) -> tuple[dict[str, dict[str, object]], dict[str, float]]:
+    """(what each reward is made of, weights), both by name."""
+    if not entries:
+        raise ValueError("rewards is empty: name at least one, for example rewards: [pickscore]")
+    chosen: dict[str, dict[str, object]] = {}
+    weights: dict[str, float] = {}
+    for entry in entries:
+        name, _, weight = entry.partition("=") if not entry.startswith("http") else (entry, "", "")
+        if name in chosen:
+            raise ValueError(f"rewards names {name} twice: raise its weight instead")
+        chosen[name], weights[name] = {"name": name}, check_weight(name, weight or 1)
+    for option in options:
+        key, _, value = option.partition("=")
+        name, _, key = key.rpartition(".")
+        if name not in chosen or not key:
+            raise ValueError(f"reward option {option!r}: write NAME.KEY=VALUE with one of {sorted(chosen)}")
+        chosen[name][key] = _number(value)
+    return chosen, weights
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+class Judge:
+    """Scores finished pictures of data rows with a composite; remembers the last rows it has read."""
+
+    def __init__(self, rewards: Composite, batches: Batches, targets: bool = True):
+        """targets: whether rewards may see the target images, where all rows have one."""
+        self.rewards, self.batches, self.targets = rewards, batches, targets and batches.targets
+        self._rows: OrderedDict[int, Row] = OrderedDict()
+        self._bytes = 0
+        self._said: set[str] = set()
+
+    def row(self, number: int) -> Row:
+        """Row `number` of the data; the least recently used are forgotten beyond `KEPT_BYTES`."""
+        if number in self._rows:
+            self._rows.move_to_end(number)
+            return self._rows[number]
+        row = self._rows[number] = read_row(self.batches, number, self.targets)
+        self._bytes += row.bytes
+        while self._bytes > KEPT_BYTES and len(self._rows) > 1:
+            self._bytes -= self._rows.popitem(last=False)[1].bytes
+        return row
+
+    def check(self) -> None:
+        """Raise ValueError for a reward that can judge none of the first rows, for lack of what it needs."""
+        lacking = {reward.name: "" for reward in self.rewards.rewards}
+        for number in range(min(LOOKED_AT, len(self.batches.entries))):
+            sample = self.batches.corpus.source[self.batches.entries[number].index]
+            if sample.encoded is not None:  # not to be decoded before the model is there
+                entry, given = self.batches.entries[number], {"prompts", "sources"}
+                given |= {"targets", "masks"} if self.targets else set()
+                given |= set() if _stored_mask(entry, sample) is None else {"masks"}
+            else:
+                given = self._given(self.row(number))
+            lacking = {r.name: r.missing(given) for r in self.rewards.rewards if r.name in lacking}
+            lacking = {name: what for name, what in lacking.items() if what}
+            if not lacking:
+                return
+        name, what = next(iter(lacking.items()))
+        raise ValueError(
+            f"reward {name} needs {what}, which the data has not: choose other rewards or other data (masks "
+            "of a folder of pairs are NAME_mask.png)"
+        )
+
+    def __call__(self, pictures: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """pictures [N,H,W,3], both panels of a diptych, and the row of each -> raw scores [N] by reward.
+
+        NaN where a reward lacks what it needs, has nothing to judge or failed.
+        """
+        pictures = pictures.float().cpu()
+        rows = [self.row(number) for number in numbers]
+        out = {reward.name: torch.full((len(rows),), torch.nan) for reward in self.rewards.rewards}
+        for kind in dict.fromkeys(row.kind for row in rows):
+            places = [place for place, row in enumerate(rows) if row.kind == kind]
+            some = [rows[place] for place in places]
+            shown = pictures[places]
+            if some[0].diptych:
+                shown = shown[:, :, shown.shape[2] // 2 :]
+            for reward in self.rewards.rewards:
+                out[reward.name][places] = self._scores(reward, shown, some)
+        return out
+
+    def _scores(self, reward: Reward, shown: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Of pictures of rows of one kind, [n]."""
+        given = self._given(rows[0])
+        if lacking := reward.missing(given):
+            self._say(f"reward {reward.name} needs {lacking}: rows without are not judged by it")
+            return torch.full((len(rows),), torch.nan)
+        scores = reward.score(
+            shown,
+            [row.prompt for row in rows],
+            torch.stack([row.source for row in rows]) if "sources" in given else None,
+            torch.stack([row.mask for row in rows]) if "masks" in given else None,
+            torch.stack([row.target for row in rows]) if "targets" in given else None,
+        )
+        if "masks" in reward.needs and any(row.mask.min() >= 0.5 for row in rows):
+            self._say(f"reward {reward.name}: rows whose mask covers all of the picture have nothing to keep")
+        return scores
+
+    def _given(self, row: Row) -> set[str]:
+        given = {"prompts"} | ({"targets"} if self.targets else set())
+        given |= {"sources"} if row.source is not None else set()
+        return given | ({"masks"} if row.mask is not None else set())
+
+    def _say(self, sentence: str) -> None:
+        """Log it once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            logger.warning(sentence)
+
+
+def judged(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Mean by reward over what it judged; rewards that judged nothing are left out."""
+    means = {name: float(values.nanmean()) for name, values in scores.items()}
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}

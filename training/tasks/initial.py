@@ -1,0 +1,111 @@
+"""What a training starts from besides a base model: fresh weights, a sibling's weights, a LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import adapters
+
+
+def check_loras(config: Any) -> None:
+    """Read the LoRAs that a run begins with, so that a wrong path is told before hours of caching.
+
+    Raises ValueError where one is missing, damaged or of a kind that cannot be merged or begun with. Whether
+    its layers fit shows when it is merged.
+    """
+    from ...models.lora import read
+    from ...models.lora.files import with_strength
+    from ...models.lora.merge import check_mergeable
+
+    for path, strength in map(with_strength, config.fuse_loras):
+        check_mergeable(read(path), strength)
+    if config.init_lora:
+        _check_plain(read(config.init_lora), config.init_lora)
+
+
+@torch.no_grad()
+def zero_modulation(transformer: nn.Module) -> None:
+    """Let every block of a fresh transformer begin as the identity (adaLN-Zero, arXiv 2212.09748, 3.2)."""
+    for name, part in transformer.named_modules():
+        if isinstance(part, nn.Linear) and (".norm" in name or "norm_out" in name or name == "proj_out"):
+            part.weight.zero_()
+            part.bias.zero_()
+
+
+def with_inputs(transformer: Any, channels: int) -> Any:
+    """The transformer reading `channels` features of a token: its first ones, or new ones of weight zero."""
+    have = transformer.config.in_channels
+    if have == channels:
+        return transformer
+    state = transformer.state_dict()
+    weight = state["x_embedder.weight"][:, :channels]
+    state["x_embedder.weight"] = nn.functional.pad(weight, (0, channels - weight.shape[1])).contiguous()
+    # out_channels is in_channels where a config leaves it empty
+    config = {**transformer.config, "in_channels": channels, "out_channels": transformer.out_channels}
+    fresh = type(transformer).from_config(config).to(transformer.dtype)
+    fresh.load_state_dict(state)
+    return fresh
+
+
+@torch.no_grad()
+def from_lora(module: nn.Module, path: str, config: Any) -> None:
+    """Give new adapters the weights of a plain LoRA file, its leading singular directions where it has more.
+
+    Experts of a MoE-LoRA all start from their module's LoRA, slightly apart; twice as strong with the trained
+    gate, which over several alike experts gives its first about one half. Raises ValueError where a part of
+    the file would be lost: it fits no adapter, or is no plain LoRA.
+    """
+    from ...models.lora import read
+    from ...models.lora.fit import fit_module
+
+    layers, scale, weights = dict(module.named_modules()), config.alpha / config.rank, read(path)
+    fitted = {}
+    for name, change in _plain(weights, path, layers).items():
+        base = layers[name].base_layer.weight
+        fitted[name] = fit_module(name, change, *base.shape[:2], [], kernel=tuple(base.shape[2:]))
+    for name, change in fitted.items():
+        _begin(layers[name], change, scale, config.rank)
+
+
+def _plain(weights: Any, path: str, layers: dict[str, nn.Module]) -> dict[str, Any]:
+    """The LoRA's modules, if all of it is plain pairs for adapters that are there."""
+    has = {name for name, layer in layers.items() if hasattr(layer, "lora_A")}
+    if not has & set(weights.modules):
+        raise ValueError(f"init_lora {path} fits none of target_modules: give a plain LoRA of this model")
+    _check_plain(weights, path)
+    lost = [n for n in weights.modules if n not in has]
+    if lost:
+        raise ValueError(
+            f"init_lora {path} changes {len(lost)} layers that are not trained ({lost[0]}): add them to "
+            "target_modules, or merge it with fuse_loras instead"
+        )
+    return dict(weights.modules)
+
+
+def _check_plain(weights: Any, path: str) -> None:
+    from ...models.lora import LowRank
+
+    odd = [n for n, change in weights.modules.items() if not isinstance(change, LowRank)] + list(weights.full)
+    if odd:
+        raise ValueError(
+            f"init_lora {path} has more than plain LoRA factors ({odd[0]}): merge it with fuse_loras instead"
+        )
+
+
+def _begin(layer: nn.Module, change: Any, scale: float, rank: int) -> None:
+    from ...models.lora.resize import cut
+
+    down, up = change.A.float().flatten(1), change.B.float().flatten(1) * (change.scale / scale)
+    down, up = cut(down, up, rank)
+    if isinstance(layer, adapters.MoELoRALinear):
+        strength = 2.0 if layer.gate == "softmax_all" else 1.0
+        for expert in layer.lora_A:
+            layer.lora_A[expert].weight[: len(down)] = down + 0.1 * down.std() * torch.randn_like(down)
+            layer.lora_B[expert].weight[:, : len(down)] = strength * up
+    else:
+        A, B = layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight
+        A[: len(down)] = down.reshape(-1, *A.shape[1:])
+        B[:, : len(down)] = up.reshape(len(up), -1, *B.shape[2:])

@@ -1,0 +1,84 @@
+"""Stable Diffusion 1.5 / 2 inpainting as a training task: nine channels, epsilon (or v) targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.preprocess import Arranged
+from . import losses
+from .base import Task, component
+
+
+class SDInpaintTask(Task):
+    """UNet input: noisy latents 4, mask 1, masked picture 4; uniform timesteps of the model's own
+    schedule."""
+
+    name = "sd_inpaint"
+    denoiser_part = "unet"
+    denoiser_input = (9, "SD inpainting")
+    text_parts = ("text_encoder", "tokenizer")
+
+    def load_encoders(self) -> None:
+        super().load_encoders()
+        scheduler = component(self.config.model, "scheduler")
+        self.scheduler_config = dict(scheduler.config)
+        self.alpha_bar = losses.alphas_cumprod(self.scheduler_config)
+
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        tokenizer = self.parts["tokenizer"]
+        length = tokenizer.model_max_length
+        ids = tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return {"tokens": self.parts["text_encoder"](ids.input_ids.to(self.device))[0]}
+
+    def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        return self.encode_masked(rows)
+
+    def make_host(self, module: nn.Module) -> None:
+        from ...models.sd_inpaint import SDInpaint
+
+        self.host = SDInpaint(
+            self.module,
+            self.vae,
+            self.parts.get("tokenizer"),
+            self.parts.get("text_encoder"),
+            scheduler_config=self.scheduler_config,
+            device=self.device,
+        )
+        self.host.unet = module
+        if self.config.method == "full":
+            self.host.dtype = torch.float32
+
+    def condition(self, batch: dict[str, Any], guidance: float) -> Any:
+        from ...models.denoiser import Condition, TextEmbedding
+        from ...models.sd_inpaint import latent_mask
+
+        cells = latent_mask(batch["mask"].float(), self.config.mask_downsample)
+        features = torch.cat([cells.to(batch["masked_latents"]), batch["masked_latents"]], dim=1)
+        negative = TextEmbedding(batch["empty_tokens"]) if "empty_tokens" in batch else None
+        return Condition(
+            text=TextEmbedding(batch["tokens"]), features=features, negative=negative, cfg=guidance
+        )
+
+    def guided(self, batch: dict[str, Any], text: Callable, guidance: float) -> dict[str, Any]:
+        """Adds `empty_tokens` [B,L,D], the empty prompt's text, where it is needed."""
+        if guidance == 1:
+            return batch
+        text = self.encode_text if self.config.train_text_encoder else text
+        tokens = text([""])["tokens"].to(self.device, batch["tokens"].dtype)
+        return {**batch, "empty_tokens": tokens.expand_as(batch["tokens"])}
+
+    def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
+        count = len(self.alpha_bar)
+        timestep = (u * count).long().clamp_max(count - 1)
+        alpha = self.alpha_bar[timestep].to(noise.device)
+        kind = self.scheduler_config.get("prediction_type", "epsilon")
+        x, target = losses.diffused(batch["latents"], noise, alpha, kind)
+        plain = {k: v for k, v in batch.items() if k != "empty_tokens"}
+        prediction = self.host.epsilon(x, timestep.to(noise.device), self.condition(plain, 1.0))
+        return losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
