@@ -24,8 +24,9 @@ from ..runtime.checkpoint import TrainingError
 from ..tasks import adapters
 from ..tasks.base import DTYPES
 from ..trainer import Trainer
-from . import advantage, contrastive, gradients, held_out, nft
+from . import contrastive, gradients, held_out, nft
 from . import supervised as states
+from .advantage import advantages, clipped_loss
 from .config import GRPOConfig
 from .rollout import Rollout, Sampling, collect, kept_only, make_policy
 from .scoring import Judge, judged, make_rewards
@@ -175,7 +176,7 @@ class GRPOTrainer(Trainer):
         everyone = self.accelerator.gather(table).cpu()
         groups = self.accelerator.gather(groups.to(self.accelerator.device)).cpu()
         scores = {name: everyone[:, i] for i, name in enumerate(names)}
-        worth = advantage.advantages(scores, groups, self.rewards.weights, scale=c.advantage_scale)
+        worth = advantages(scores, groups, self.rewards.weights, scale=c.advantage_scale)
         self._kept = int(worth.keep.sum())
         self.measures = {f"reward/{name}": mean for name, mean in judged(scores).items()}
         self.measures |= {f"failed/{n}": int(v.isnan().sum()) for n, v in scores.items() if v.isnan().any()}
@@ -267,7 +268,7 @@ class GRPOTrainer(Trainer):
         prediction = self.policy.predict(step.x, step.time, rollout.batch, c.rollout_guidance)
         replayed = step.replay(prediction)
         log_ratio = step.log_ratio(replayed.mean)
-        result = advantage.clipped_loss(log_ratio, advantage, c.clip)
+        result = clipped_loss(log_ratio, advantage, c.clip)
         loss, measures = result.loss, {"ratio": result.ratio, "clipped": result.clipped.float()}
         if reference is not None:
             measures["kl"] = velocity_kl(prediction, reference)
