@@ -22,6 +22,7 @@ from comfyui_diptych.training.reinforce import supervised as states
 from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.runtime import checkpoint, optim
 from comfyui_diptych.training.tasks import adapters, losses
+from comfyui_diptych.training.tasks.sampling import RolloutSettings
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
@@ -67,16 +68,15 @@ def ordered(trainer, **options):
 
 
 def rollouts_of(trainer, rows, window="of the trainer"):
-    c = trainer.config
+    c, settings = trainer.config, trainer.rollout_settings
     return rollout.collect(
-        trainer.policy,
+        trainer.task,
         lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
         rows,
         range(len(rows)),
         group_size=c.group_size,
         micro_batch=c.micro_batch,
-        sampling=trainer.sampling,
-        window=trainer.window if window == "of the trainer" else window,
+        settings=settings if window == "of the trainer" else dataclasses.replace(settings, window=window),
         seed=0,
         states=c.winner_states,
     )
@@ -137,15 +137,15 @@ def test_an_update_makes_what_was_judged_better_likelier(begun, task, name):
             if c.algorithm == "grpo":
                 steps = made.transitions
                 replayed = [
-                    step.replay(trainer.policy.predict(step.x, step.time, made.batch, 1.0)) for step in steps
+                    step.replay(trainer.task.predict(step.x, step.time, made.batch, 1.0)) for step in steps
                 ]
                 ratios = [s.log_ratio(r.mean) for s, r in zip(steps, replayed, strict=True)]
                 found.append(torch.stack(ratios).sum(0))
                 continue
             level = torch.full((len(made.members),), 0.6)
             noise = torch.randn(made.latents.shape[1:], generator=torch.Generator().manual_seed(5))
-            x, time = trainer.policy.noised(made.latents, noise.expand_as(made.latents), level)
-            data = trainer.policy.data(x, time, trainer.policy.predict(x, time, made.batch, 1.0))
+            x, time = trainer.task.noised(made.latents, noise.expand_as(made.latents), level)
+            data = trainer.task.data_prediction(x, time, trainer.task.predict(x, time, made.batch, 1.0))
             found.append(-(data - made.latents).square().flatten(1).mean(1))
         return torch.cat(found)
 
@@ -193,11 +193,11 @@ def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_pat
 def test_held_out_pictures_are_made_as_loaders_use_the_file(begun, task):
     """The LoRA is on in the window only: equal to a plain loop that switches it by hand."""
     trainer = begun(task)
-    policy, plain = trainer.policy, rollout.Sampling(4, 1.0)
+    family, plain = trainer.task, RolloutSettings(4, 1.0)
     batch = trainer.rollout_batch(trainer.batches, [0])
     noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0))
-    window = policy.level_range(plain, (1, 3), *noise.shape[-2:])
-    made, _ = policy.run(batch, noise, dataclasses.replace(plain, lora_window=window), None, None)
+    window = family.level_range(4, (1, 3), *noise.shape[-2:])
+    made, _ = family.rollout(batch, noise, dataclasses.replace(plain, lora_window=window))
     flow = schedule.sigmas(4, seq_len=schedule.token_count(*noise.shape[-2:]))
     times = flow if task == "fill" else ddim.schedule(4, trainer.task.scheduler_config).timesteps
     alphas = ddim.schedule(4).alphas
@@ -205,13 +205,13 @@ def test_held_out_pictures_are_made_as_loaders_use_the_file(begun, task):
     for number in range(4):
         off = adapters.switched_off(trainer.parts[trainer.task.denoiser_part])
         with torch.no_grad(), nullcontext() if number in (1, 2) else off:
-            predicted = policy.predict(x, times[number], batch, 1.0)
+            predicted = family.predict(x, times[number], batch, 1.0)
         if task == "fill":
             x = x + (flow[number + 1] - flow[number]) * predicted
         else:
             x = ddim.step(x, predicted, alphas[number], alphas[number + 1]).x_next
     torch.testing.assert_close(made, x, atol=1e-5, rtol=1e-5)
-    everywhere, _ = policy.run(batch, noise, plain, None, None)
+    everywhere, _ = family.rollout(batch, noise, plain)
     assert (made - everywhere).abs().max() > 1e-4
 
 
@@ -222,15 +222,15 @@ def test_the_true_prediction_gives_the_clean_latents_back(folders, tmp_path, tas
         pytest.skip("flow models predict one thing")
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, task, data=INPAINT))
     trainer.prepare()
-    policy, x0, noise = trainer.policy, torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
-    x, time = policy.noised(x0, noise, torch.tensor([0.02, 0.5, 0.98]))
+    family, x0, noise = trainer.task, torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
+    x, time = family.noised(x0, noise, torch.tensor([0.02, 0.5, 0.98]))
     truth = noise - x0
     if task == "sd_inpaint":
         trainer.task.scheduler_config["prediction_type"] = kind
         scheduler = diffusers.DDIMScheduler.from_config(trainer.task.scheduler_config)
         torch.testing.assert_close(x, scheduler.add_noise(x0, noise, time))
         truth = noise if kind == "epsilon" else scheduler.get_velocity(x0, noise, time)
-    torch.testing.assert_close(policy.data(x, time, truth), x0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(family.data_prediction(x, time, truth), x0, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "nft"])
@@ -248,14 +248,14 @@ def test_kl_is_the_distance_from_the_model_before_the_run(folders, tmp_path, alg
     batch = trainer.rollout_batch(trainer.batches, [0])
     x, sigma = torch.randn_like(batch["latents"]), torch.tensor([0.5])
     with torch.no_grad():
-        start = trainer.policy.predict(x, sigma, batch, 3.0)
+        start = trainer.task.predict(x, sigma, batch, 3.0)
         assert torch.equal(trainer.reference(x, sigma, batch), start)
         for parameter in trainer.names.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        moved = trainer.policy.predict(x, sigma, batch, 3.0)
+        moved = trainer.task.predict(x, sigma, batch, 3.0)
         assert not torch.equal(moved, start)
         assert torch.equal(trainer.reference(x, sigma, batch), start)
-        assert torch.equal(trainer.policy.predict(x, sigma, batch, 3.0), moved)  # the weights came back
+        assert torch.equal(trainer.task.predict(x, sigma, batch, 3.0), moved)  # the weights came back
     trainer.train_step()  # the weights that were swapped are those that gradients flow to
     assert trainer.measures["kl"] > 0
 
@@ -266,23 +266,22 @@ def test_kl_enters_the_loss_as_the_mean_squared_distance(folders, tmp_path, kl_b
     trainer.prepare()
     rows = [0, 1]
     (made, *_) = rollout.collect(
-        trainer.policy,
+        trainer.task,
         lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
         rows,
         rows,
         group_size=4,
         micro_batch=2,
-        sampling=trainer.sampling,
-        window=trainer.window,
+        settings=trainer.rollout_settings,
         seed=0,
     )
     step = made.transitions[0]
     with torch.no_grad():
-        start = trainer.policy.predict(step.x, step.time, made.batch, 3.0)
+        start = trainer.task.predict(step.x, step.time, made.batch, 3.0)
         for name, parameter in trainer.names.items():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-        moved = trainer.policy.predict(step.x, step.time, made.batch, 3.0)
+        moved = trainer.task.predict(step.x, step.time, made.batch, 3.0)
         loss, _ = trainer.objective(made, 0, torch.zeros(2))
     distance = ((moved - start) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(loss, kl_beta * distance, atol=1e-6, rtol=1e-4)
@@ -427,15 +426,15 @@ def test_whole_groups_in_one_pass_make_the_same_pictures(folders, tmp_path):
         trainer = grpo.GRPOTrainer(c)
         trainer.prepare()
         rollouts = rollout.collect(
-            trainer.policy,
+            trainer.task,
             lambda numbers, trainer=trainer: trainer.rollout_batch(trainer.batches, numbers),
             [3, 5],
             [0, 1],
             group_size=4,
             micro_batch=size,
-            sampling=trainer.sampling,
-            window=(1, 3),
+            settings=dataclasses.replace(trainer.rollout_settings, window=(1, 3)),
             seed=0,
+            shared_prefix=True,
         )
         assert [len(r.latents) for r in rollouts] == [size] * (8 // size)
         assert [m for r in rollouts for m in r.members] == list(range(8))
@@ -452,14 +451,13 @@ def update_gradients(trainer, keep, advantage, data=()):
         taken.update({name: p.grad.clone() for name, p in trainer.names.items()})
 
     rollouts = rollout.collect(
-        trainer.policy,
+        trainer.task,
         lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
         [0, 1, 2],
         [0, 1, 2],
         group_size=4,
         micro_batch=trainer.config.micro_batch,
-        sampling=trainer.sampling,
-        window=None,
+        settings=dataclasses.replace(trainer.rollout_settings, window=None),
         seed=0,
         states=trainer.config.winner_states,
     )
@@ -545,7 +543,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
 
     # The same by hand: a plain loop for each try, its states, the errors towards the best's end and its own.
     best, pulls = [2, 1], [[0.3, 1.0, 0.0, 0.4], [0.4, 0.0, 0.8, 0.0]]
-    sampling, total = rollout.Sampling(4, 1.0), torch.zeros(())
+    sampling, total = RolloutSettings(4, 1.0), torch.zeros(())
     for row in range(2):
         batch = trainer.rollout_batch(trainer.batches, [row])
         paths, ends = [], []
@@ -553,7 +551,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
             noise = losses.row_noise(0, [member], tuple(batch["latents"].shape[1:]))
             seen = []
             with torch.no_grad():
-                end, _ = trainer.policy.run(batch, noise, sampling, None, None, callback=seen.append)
+                end, _ = trainer.task.rollout(batch, noise, sampling, callback=seen.append)
             paths.append(seen)
             ends.append(end)
         for place, pull in enumerate(pulls[row]):
@@ -561,7 +559,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
                 u = losses.row_uniform(0, [4 * row + place], f"visited {number}")
                 event = paths[place][1 + int(u * 3)]
                 time = torch.as_tensor(event["sigma"] if task == "kontext" else event["t"]).reshape(1)
-                prediction = trainer.policy.predict(event["x"], time, batch, 1.0)
+                prediction = trainer.task.predict(event["x"], time, batch, 1.0)
                 if task == "kontext":
                     reached, share = event["x"] - time * prediction, float(time) ** 2
                 else:
@@ -596,9 +594,9 @@ def test_guided_rollouts_of_sd_see_the_empty_prompt(folders, tmp_path):
     x = torch.randn_like(batch["latents"])
     plain = {**batch, "tokens": batch["empty_tokens"]}
     with torch.no_grad():
-        guided = trainer.policy.predict(x, 500, batch, 4.0)
-        positive = trainer.policy.predict(x, 500, batch, 1.0)
-        negative = trainer.policy.predict(x, 500, plain, 1.0)
+        guided = trainer.task.predict(x, 500, batch, 4.0)
+        positive = trainer.task.predict(x, 500, batch, 1.0)
+        negative = trainer.task.predict(x, 500, plain, 1.0)
     torch.testing.assert_close(guided, negative + 4 * (positive - negative), atol=1e-5, rtol=1e-5)
 
 
@@ -692,7 +690,7 @@ def test_text_is_kept_as_the_model_takes_it_and_once_for_a_row(folders, tmp_path
     assert len(tokens) == 2 and tokens.untyped_storage().nbytes() == tokens[0].numel() * 2
     step, wide = made.transitions[0], {**made.batch, "tokens": tokens.float(), "pooled": pooled.float()}
     with torch.no_grad():
-        ours, theirs = (trainer.policy.predict(step.x, step.time, b, 3.0) for b in (made.batch, wide))
+        ours, theirs = (trainer.task.predict(step.x, step.time, b, 3.0) for b in (made.batch, wide))
     assert torch.equal(ours, theirs)
 
 

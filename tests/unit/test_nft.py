@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_diptych.training.reinforce import nft
 from comfyui_diptych.training.reinforce.nft import OldPolicy, preference
-from comfyui_diptych.training.reinforce.rollout import FlowPolicy
+from comfyui_diptych.training.tasks.base import FluxTask
 
 # One sample of two elements: data (1, 0), noise (0, 2), half way between them.
 X0, X, SIGMA = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 1.0]]), torch.tensor([0.5])
@@ -17,7 +17,7 @@ V, V_OLD = torch.tensor([[-2.0, 2.0]]), torch.tensor([[0.0, 1.0]])
 
 def nft_loss(x, sigma, x0, v, v_old, wanted, beta):
     """The loss of velocities, as the paper writes it."""
-    data, data_old = (FlowPolicy(None).data(x, sigma, velocity) for velocity in (v, v_old))
+    data, data_old = (FluxTask.data_prediction(x, sigma, velocity) for velocity in (v, v_old))
     return nft.nft_loss(data, data_old, x0, wanted, beta)
 
 

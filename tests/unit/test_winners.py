@@ -8,7 +8,8 @@ import pytest
 import torch
 from comfyui_diptych.training.reinforce import contrastive
 from comfyui_diptych.training.reinforce import supervised as states
-from comfyui_diptych.training.reinforce.rollout import FlowPolicy, Rollout, Visited, kept_only
+from comfyui_diptych.training.reinforce.rollout import Rollout, Visited, kept_only
+from comfyui_diptych.training.tasks.base import FluxTask
 
 # Two groups of three tries, in micro-batches of two. Try n's latents are full of n.
 ADVANTAGE = torch.tensor([-0.5, 1.2, 0.4, 0.0, 2.0, -1.0])
@@ -54,8 +55,12 @@ def test_compacting_keeps_states_aims_and_pulls_together():
 
 def trainer_of(predict, weight=1.0, micro_batch=8, nft_times=0):
     """As much of a trainer as the objective needs; its gradient is the mean over the terms of a rollout."""
-    policy = FlowPolicy(None)
-    policy.predict = predict
+    task = SimpleNamespace(
+        predict=predict,
+        data_prediction=FluxTask.data_prediction,
+        noise_share=FluxTask.noise_share,
+        cells=lambda batch, x: None,
+    )
     config = SimpleNamespace(
         rollout_guidance=1.0,
         winner_weight=weight,
@@ -64,8 +69,7 @@ def trainer_of(predict, weight=1.0, micro_batch=8, nft_times=0):
         nft_times=nft_times,
     )
     return SimpleNamespace(
-        policy=policy,
-        task=SimpleNamespace(cells=lambda batch, x: None),
+        task=task,
         config=config,
         terms=lambda rollout: nft_times + contrastive.passes(config, len(rollout.members)),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.dataset import latents_like
 from ..tasks.losses import row_noise
-from .rollout import Sampling
+from ..tasks.sampling import RolloutSettings
 
 STRETCH = 1 << 52  # of the random stream; rollouts number their noise from 0
 
@@ -30,7 +30,7 @@ def try_rows(
     """
     c = trainer.config
     judge = trainer.judge_of(batches)
-    sampling = Sampling(steps or c.rollout_steps, c.rollout_guidance, lora_window=lora_window)
+    settings = RolloutSettings(steps or c.rollout_steps, c.rollout_guidance, lora_window=lora_window)
     parts = [
         places[start : start + c.micro_batch]
         for places in by_size(batches.entries, numbers)
@@ -43,7 +43,7 @@ def try_rows(
         batch = trainer.rollout_batch(batches, some)
         like = latents_like(batch)
         noise = row_noise(c.seed, [STRETCH + n for n in some], tuple(like.shape[1:])).to(like.device)
-        latents, _ = trainer.policy.run(batch, noise, sampling, None, None)
+        latents, _ = trainer.task.rollout(batch, noise, settings)
         for name, values in judge(trainer.task.host.decode(latents), some).items():
             out[name][places] = values
     return out

@@ -92,17 +92,17 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     )
     level = level.to(x0.device).clamp(1e-3, 1 - 1e-3)
     noise = row_noise(c.seed, [(1 << 41) + position for position in positions], tuple(x0.shape[1:]))
-    x, time = trainer.policy.noised(x0, noise.to(x0.device), level)
+    x, time = trainer.task.noised(x0, noise.to(x0.device), level)
     reference = trainer.reference(x, time, rollout.batch) if c.kl_beta else None
     same = c.nft_old_max == 0 and c.inner_updates == 1  # the old weights are the present ones
     if not same:  # before the prediction with gradient: the weights are swapped in place
         with torch.no_grad(), trainer.old.active(trainer.names):
-            old = trainer.policy.predict(x, time, rollout.batch, c.rollout_guidance)
-    prediction = trainer.policy.predict(x, time, rollout.batch, c.rollout_guidance)
+            old = trainer.task.predict(x, time, rollout.batch, c.rollout_guidance)
+    prediction = trainer.task.predict(x, time, rollout.batch, c.rollout_guidance)
     old = prediction.detach() if same else old
-    data, data_old = (trainer.policy.data(x, time, p.float()) for p in (prediction, old))
+    data, data_old = (trainer.task.data_prediction(x, time, p.float()) for p in (prediction, old))
     wanted = preference(advantage)
-    loss = nft_loss(data, data_old, x0, wanted, c.nft_beta) * trainer.policy.data_weight(time)
+    loss = nft_loss(data, data_old, x0, wanted, c.nft_beta) * trainer.task.data_weight(time)
     measures = {"nft": loss}
     if reference is not None:
         measures["kl"] = velocity_kl(prediction, reference)

@@ -6,36 +6,18 @@ ratio on unchanged weights is not 1. What the pictures are worth and what is lea
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...models.lora.delta import in_window
-from ...samplers import ddim, flow_match, schedule
-from ...samplers.gaussian import Step, per_sample, sde_seed
+from ...samplers.gaussian import sde_seed
 from ..data.dataset import latents_like
-from ..tasks.adapters import switched_off
-from ..tasks.losses import diffused, noised, row_noise, row_uniform
-
-
-class Recorded(Protocol):
-    """A random step of `flow_match` or `ddim`, both of which replay under a new prediction."""
-
-    index: int
-    x: Tensor
-    x_next: Tensor
-    mean: Tensor
-    std: Tensor
-    time: float | int
-
-    def replay(self, prediction: Tensor) -> Step: ...
-
-    def log_ratio(self, mean: Tensor) -> Tensor: ...
+from ..tasks.base import Task
+from ..tasks.losses import row_noise, row_uniform
+from ..tasks.sampling import Recorded, RolloutSettings
 
 
 @dataclass(frozen=True)
@@ -55,195 +37,34 @@ class Rollout:
     pull: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are sampled. eta None is the rule's own default; lora_window: (start, end] in noise levels
-    outside of which the LoRA is off."""
-
-    steps: int
-    guidance: float
-    rule: str = "flow"
-    eta: float | None = None
-    storage_dtype: torch.dtype = torch.float32
-    shared_noise: bool = False
-    shared_prefix: bool = False
-    lora_window: tuple[float, float] | None = None
-
-
-@contextmanager
-def _lora_at(task: Any, level: float, window: tuple[float, float] | None) -> Iterator[None]:
-    """The task's model as loaders run its LoRA at this noise level: outside the window without it."""
-    outside = contextlib.nullcontext() if in_window(level, window) else switched_off(task.module)
-    with outside:
-        yield
-
-
-class FlowPolicy:
-    """Sampling and predicting with a velocity task (Fill, Kontext)."""
-
-    def __init__(self, task):
-        self.task = task
-
-    def predict(self, x: Tensor, time: float | Tensor, batch: dict[str, Any], guidance: float) -> Tensor:
-        """The velocity at (x, sigma); differentiable in the weights."""
-        return self.task.host.velocity(x.float(), time, self.task.condition(batch, guidance))
-
-    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, time) at noise levels [B] in 0..1, which here are the sigmas."""
-        return noised(x0, noise, level)[0], level
-
-    def data(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
-        """The clean latents that a prediction at (x, time) amounts to."""
-        return x - per_sample(time, x, "time") * prediction
-
-    def data_weight(self, time: Tensor) -> Tensor:
-        """What keeps errors of `data` comparable over the noise levels [B]."""
-        return torch.ones_like(time)
-
-    def noise_share(self, time: Tensor) -> Tensor:
-        """The squared error of `data` for each of the velocity, at sigmas [B]."""
-        return time**2
-
-    def run(
-        self,
-        batch: dict[str, Any],
-        noise: Tensor,
-        sampling: Sampling,
-        window: tuple[int, int] | None,
-        generators: Sequence[torch.Generator] | None,
-        steps: tuple[int, int] | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
-    ) -> tuple[Tensor, list[Recorded]]:
-        """Sample steps [start, end) of the schedule (all by default); window None is the plain ODE.
-
-        callback: as of `flow_match.sample`.
-        """
-        sigmas = schedule.sigmas(sampling.steps, seq_len=schedule.token_count(*noise.shape[-2:]))
-        start, end = steps or (0, sampling.steps)
-        condition = self.task.condition(batch, sampling.guidance)
-        inner = None if window is None else (window[0] - start, window[1] - start)
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            with _lora_at(self.task, float(sigma), sampling.lora_window):
-                return self.task.host.velocity(x, sigma, condition)
-
-        return flow_match.sample(
-            velocity,
-            noise,
-            sigmas[start : end + 1],
-            rule="ode" if window is None else sampling.rule,
-            eta=None if window is None else sampling.eta,
-            window=inner,
-            generator=generators,
-            callback=callback,
-            record=True,
-            storage_dtype=sampling.storage_dtype,
-        )
-
-    def level_range(
-        self, sampling: Sampling, window: tuple[int, int], height: int, width: int
-    ) -> tuple[float, float]:
-        """Noise levels, here sigmas, at the window's start and end; latent cells height x width."""
-        sigmas = schedule.sigmas(sampling.steps, seq_len=schedule.token_count(height, width))
-        return float(sigmas[window[0]]), float(sigmas[window[1]])
-
-
-class EpsilonPolicy:
-    """Sampling and predicting with an epsilon task (SD inpainting), by DDIM."""
-
-    def __init__(self, task):
-        self.task = task
-
-    def predict(self, x: Tensor, time: int | Tensor, batch: dict[str, Any], guidance: float) -> Tensor:
-        """The noise prediction at (x, timestep), with guidance where it is not 1."""
-        return self.task.host.epsilon(x.float(), time, self.task.condition(batch, guidance))
-
-    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, timestep) at levels [B] in 0..1, which here are shares of the training timesteps."""
-        timestep = (level * len(self.task.alpha_bar)).long().clamp_max(len(self.task.alpha_bar) - 1)
-        return diffused(x0, noise, self._alpha(timestep), "epsilon")[0], timestep
-
-    def data(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
-        """The clean latents that a prediction at (x, timestep) amounts to."""
-        alpha = per_sample(self._alpha(time), x, "alpha")
-        if self.task.scheduler_config.get("prediction_type") == "v_prediction":
-            return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
-        return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
-
-    def data_weight(self, time: Tensor) -> Tensor:
-        """sqrt(alpha): at the highest noise an error of epsilon is 15 times as large in the data."""
-        return self._alpha(time).sqrt()
-
-    def noise_share(self, time: Tensor) -> Tensor:
-        """The squared error of `data` for each of epsilon, at timesteps [B]."""
-        alpha = self._alpha(time)
-        return (1 - alpha) / alpha
-
-    def _alpha(self, timestep: Tensor) -> Tensor:
-        return self.task.alpha_bar[timestep.cpu()].to(timestep.device)
-
-    def run(self, batch, noise, sampling, window, generators, steps=None, callback=None):
-        """As `FlowPolicy.run`, callback as of `ddim.sample`; a shared prefix is not offered here."""
-        if steps not in (None, (0, sampling.steps)):
-            raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint.")
-        condition = self.task.condition(batch, sampling.guidance)
-
-        def epsilon(x: Tensor, t: Tensor) -> Tensor:
-            level = ddim.noise_level(int(t), self.task.scheduler_config)
-            with _lora_at(self.task, level, sampling.lora_window):
-                return self.task.host.epsilon(x, t, condition)
-
-        return ddim.sample(
-            epsilon,
-            noise,
-            ddim.schedule(sampling.steps, self.task.scheduler_config),
-            eta=0.0 if window is None else (1.0 if sampling.eta is None else sampling.eta),
-            window=window,
-            generator=generators,
-            callback=callback,
-            record=True,
-            storage_dtype=sampling.storage_dtype,
-        )
-
-    def level_range(self, sampling, window, height, width):
-        """Noise levels, here shares of the training timesteps, at the window's start and end."""
-        config = self.task.scheduler_config
-        timesteps = ddim.schedule(sampling.steps, config).timesteps.tolist()
-        start, end = (ddim.noise_level(timesteps[index], config) for index in window)
-        return start, end
-
-
-def make_policy(task) -> FlowPolicy | EpsilonPolicy:
-    """The policy that fits the task's prediction."""
-    return EpsilonPolicy(task) if task.name == "sd_inpaint" else FlowPolicy(task)
-
-
 @torch.no_grad()
 def collect(
-    policy: FlowPolicy | EpsilonPolicy,
+    task: Task,
     make_batch: Callable[[list[int]], dict[str, Any]],
     rows: Sequence[int],
     groups: Sequence[int],
     *,
     group_size: int,
     micro_batch: int,
-    sampling: Sampling,
-    window: tuple[int, int] | None,
+    settings: RolloutSettings,
     seed: int,
+    shared_noise: bool = False,
+    shared_prefix: bool = False,
     states: int = 0,
 ) -> list[Rollout]:
     """`group_size` samples of each row, in micro-batches of part of a row's group or of several whole groups.
 
     rows: entry numbers; groups: a number per row, unique over processes and updates, that alone fixes its
-    noise (so any split over processes makes the same pictures). window None records nothing (DiffusionNFT).
-    states: of each try to keep, at random steps (but the first, which is noise).
+    noise (so any split over processes makes the same images). settings.window None records nothing
+    (DiffusionNFT). shared_noise: a group begins at one noise; shared_prefix: it also shares the steps before
+    the window. states: of each sample to keep, at random steps (but the first, which is noise).
     """
     rollouts = []
     together = max(1, micro_batch // group_size)  # rows; an update's rows are all of one size
     for first in range(0, len(rows), together):
         some = list(rows[first : first + together])
         starts = [group * group_size for group in groups[first : first + together]]
-        prefix = _prefix(policy, make_batch, some, starts, sampling, window, seed)
+        prefix = _prefix(task, make_batch(some), starts, settings, seed) if shared_prefix else None
         for start in range(0, group_size, micro_batch):
             numbers = range(start, min(start + micro_batch, group_size))
             part = [member + number for member in starts for number in numbers]
@@ -252,15 +73,18 @@ def collect(
             device = like.device
             firsts = [member for member in starts for _ in numbers]
             shape = tuple(like.shape[1:])
-            steps = (0, sampling.steps)
+            steps = (0, settings.steps)
             if prefix is None:
-                noise = row_noise(seed, firsts if sampling.shared_noise else part, shape).to(device)
+                shared = shared_noise or shared_prefix
+                noise = row_noise(seed, firsts if shared else part, shape).to(device)
             else:
                 noise = prefix.repeat_interleave(len(numbers), 0)
-                steps = (window[0], sampling.steps)
-            notes = Visited(states, sampling.steps, seed, part) if states else None
+                steps = (settings.window[0], settings.steps)
+            notes = Visited(states, settings.steps, seed, part) if states else None
             generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
-            latents, transitions = policy.run(batch, noise, sampling, window, generators, steps, notes)
+            latents, transitions = task.rollout(
+                batch, noise, settings, generators, steps=steps, callback=notes
+            )
             rollouts.append(Rollout(part, batch, latents, transitions, notes and notes.joined()))
     return rollouts
 
@@ -286,15 +110,15 @@ class Visited:
         return x.unflatten(0, (rows, count)), time.to(x.device).unflatten(0, (rows, count))
 
 
-def _prefix(policy, make_batch, rows, members, sampling, window, seed) -> Tensor | None:
-    """The groups' common latents [rows,C,h,w] at the window's start; None where nothing is shared."""
-    if not sampling.shared_prefix or window is None or window[0] == 0:
+def _prefix(
+    task: Task, batch: dict[str, Any], members: Sequence[int], settings: RolloutSettings, seed: int
+) -> Tensor | None:
+    """The groups' common latents [rows,C,h,w] at the window's start; None where nothing comes before it."""
+    if settings.window is None or settings.window[0] == 0:
         return None
-    batch = make_batch(rows)
     like = latents_like(batch)
     noise = row_noise(seed, members, tuple(like.shape[1:])).to(like.device)
-    latents, _ = policy.run(batch, noise, sampling, None, None, (0, window[0]))
-    return latents
+    return task.rollout(batch, noise, replace(settings, window=None), steps=(0, settings.window[0]))[0]
 
 
 def kept_only(rollouts: Sequence[Rollout], parts: Sequence[Tensor]) -> list[tuple[Rollout, Tensor]]:

@@ -38,10 +38,10 @@ def errors(
 ) -> list[Tensor]:
     """Squared error per row [B] of the clean latents predicted at x [B,C,h,w], time [B] towards each end.
 
-    Divided by the policy's noise share, so that it weighs about as a velocity's or epsilon's does.
+    Divided by the task's noise share, so that it weighs about as a velocity's or epsilon's does.
     """
-    policy = trainer.policy
-    prediction = policy.predict(x, time, batch, trainer.config.rollout_guidance)
-    data = policy.data(x.float(), time, prediction.float())
-    cells, share = trainer.task.cells(batch, x), policy.noise_share(time) + FLOOR
+    task = trainer.task
+    prediction = task.predict(x, time, batch, trainer.config.rollout_guidance)
+    data = task.data_prediction(x.float(), time, prediction.float())
+    cells, share = task.cells(batch, x), task.noise_share(time) + FLOOR
     return [weighted_mse(data, end, cells, batch.get("weight")) / share for end in ends]

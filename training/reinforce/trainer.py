@@ -23,12 +23,13 @@ from ..runtime import checkpoint, disk, optim
 from ..runtime.checkpoint import TrainingError
 from ..tasks import adapters
 from ..tasks.base import DTYPES
+from ..tasks.sampling import RolloutSettings
 from ..trainer import Trainer
 from . import contrastive, gradients, held_out, nft
 from . import supervised as states
 from .advantage import advantages, clipped_loss
 from .config import GRPOConfig
-from .rollout import Rollout, Sampling, collect, kept_only, make_policy
+from .rollout import Rollout, collect, kept_only
 from .scoring import Judge, judged, make_rewards
 from .windows import window as window_of
 
@@ -85,7 +86,6 @@ class GRPOTrainer(Trainer):
         super()._prepare_model()
         for part in self.parts.values():
             part.eval()  # rollout and replay must be the same function, so no dropout in either
-        self.policy = make_policy(self.task)
         # What a LoRA begins with belongs to where it comes from, not to what it learns here.
         self.start = None
         if self.config.init_lora:
@@ -105,15 +105,16 @@ class GRPOTrainer(Trainer):
         first = (self.step * self.world + self.rank) * len(rows)
         with self.old.active(self.names) if self.old else nullcontext():
             rollouts = collect(
-                self.policy,
+                self.task,
                 lambda numbers: self.rollout_batch(self.batches, numbers),
                 rows,
                 range(first, first + len(rows)),
                 group_size=c.group_size,
                 micro_batch=c.micro_batch,
-                sampling=self.sampling,
-                window=self.window,
+                settings=self.rollout_settings,
                 seed=c.seed,
+                shared_noise=c.shared_noise,
+                shared_prefix=c.shared_prefix,
                 states=c.winner_states,
             )
         worth = self._advantages(rollouts, rows, first)
@@ -143,20 +144,15 @@ class GRPOTrainer(Trainer):
         return window_of(c.window, self.step, c.rollout_steps, size=c.window_size, **c.window_bounds)
 
     @property
-    def sampling(self) -> Sampling:
+    def rollout_settings(self) -> RolloutSettings:
+        """How this update's rollouts are sampled."""
         c = self.config
-        return Sampling(
-            c.rollout_steps,
-            c.rollout_guidance,
-            c.rule,
-            c.noise_level,
-            DTYPES[c.storage_dtype],
-            c.shared_noise or c.shared_prefix,
-            c.shared_prefix,
+        return RolloutSettings(
+            c.rollout_steps, c.rollout_guidance, c.rule, c.noise_level, self.window, DTYPES[c.storage_dtype]
         )
 
     def rollout_batch(self, batches: Any, numbers: list[int]) -> dict[str, Any]:
-        """What the policy needs of these rows, on the device."""
+        """What the task needs of these rows, on the device."""
         batch = self._to_device(batches(numbers, [False] * len(numbers)))
         return self.task.guided(batch, batches.text, self.config.rollout_guidance)
 
@@ -265,7 +261,7 @@ class GRPOTrainer(Trainer):
             return nft.objective(self, rollout, index, advantage)
         step = rollout.transitions[index]
         reference = self.reference(step.x, step.time, rollout.batch) if c.kl_beta else None
-        prediction = self.policy.predict(step.x, step.time, rollout.batch, c.rollout_guidance)
+        prediction = self.task.predict(step.x, step.time, rollout.batch, c.rollout_guidance)
         replayed = step.replay(prediction)
         log_ratio = step.log_ratio(replayed.mean)
         result = clipped_loss(log_ratio, advantage, c.clip)
@@ -281,7 +277,7 @@ class GRPOTrainer(Trainer):
         To be called before the prediction with gradient: weights may be swapped in place.
         """
         with torch.no_grad(), self.untrained():
-            return self.policy.predict(x, time, batch, self.config.rollout_guidance)
+            return self.task.predict(x, time, batch, self.config.rollout_guidance)
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
@@ -409,7 +405,7 @@ class GRPOTrainer(Trainer):
         cells = [
             dataset.latents_like(self.batches([number], [False])).shape[-2:] for number in firsts.values()
         ]
-        ranges = [self.policy.level_range(self.sampling, (c.window_first, last), *size) for size in cells]
+        ranges = [self.task.level_range(c.rollout_steps, (c.window_first, last), *size) for size in cells]
         return max(start for start, _ in ranges), min(end for _, end in ranges)
 
     def _curve(self) -> list[list[float]]:

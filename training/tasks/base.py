@@ -8,7 +8,7 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from ...models import model_index
 from ...models.denoiser import posterior
 from ...models.flux import check_folder
 from ...models.lora.files import with_strength
+from ...samplers import flow_match, schedule
+from ...samplers.gaussian import per_sample
 from ..data.cache import fingerprint
 from ..data.preprocess import Arranged
 from ..data.sample import Sample, stamp
-from ..reinforce.rollout import Sampling, make_policy
 from . import adapters, initial, losses, padding
+from .sampling import Recorded, RolloutSettings, lora_at
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -214,12 +216,66 @@ class Task:
         """
         return batch
 
+    # ---------------------------------------------------------------- prediction and sampling
+
+    def predict(
+        self, x: Tensor, time: float | Tensor, batch: dict[str, Any], guidance: float | Tensor
+    ) -> Tensor:
+        """The family's prediction at latents x [B,C,h,w] and time (sigma or timestep, one or [B]).
+
+        Differentiable in the weights.
+        """
+        raise NotImplementedError
+
+    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, time) of clean latents x0 at noise levels [B] in 0..1."""
+        raise NotImplementedError
+
+    def data_prediction(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+        """The clean latents that a prediction at x and time [B] amounts to."""
+        raise NotImplementedError
+
+    def data_weight(self, time: Tensor) -> Tensor:
+        """What keeps errors of `data_prediction` comparable over times [B]."""
+        raise NotImplementedError
+
+    def noise_share(self, time: Tensor) -> Tensor:
+        """The squared error of `data_prediction` for each of the prediction, at times [B]."""
+        raise NotImplementedError
+
+    def rollout(
+        self,
+        batch: dict[str, Any],
+        noise: Tensor,
+        settings: RolloutSettings,
+        generators: Sequence[torch.Generator] | None = None,
+        *,
+        steps: tuple[int, int] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> tuple[Tensor, list[Recorded]]:
+        """Latents [B,C,h,w] sampled from noise of their shape, and the random steps, recorded.
+
+        generators: one per sample, of the random steps' noise. steps: the part [start, end) of the schedule
+        to run, all by default; noise is the latents at its start. callback: as of `flow_match.sample` or
+        `ddim.sample`.
+        """
+        raise NotImplementedError
+
+    def level_range(
+        self, steps: int, window: tuple[int, int], height: int, width: int
+    ) -> tuple[float, float]:
+        """Noise levels in 0..1 at the start and end of a window in a schedule of so many steps.
+
+        height, width: of the latents, in cells.
+        """
+        raise NotImplementedError
+
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
-        """Pictures [B,H,W,3] in 0..1 made by the plain ODE from the batch's condition (`guided` at
+        """Images [B,H,W,3] in 0..1 made by the plain ODE from the batch's condition (`guided` at
         sample_guidance)."""
         c = self.config
-        sampling = Sampling(c.sample_steps, c.sample_guidance, lora_window=self.lora_window)
-        return self.host.decode(make_policy(self).run(batch, noise, sampling, None, None)[0])
+        settings = RolloutSettings(c.sample_steps, c.sample_guidance, lora_window=self.lora_window)
+        return self.host.decode(self.rollout(batch, noise, settings)[0])
 
 
 class FluxTask(Task):
@@ -321,6 +377,58 @@ class FluxTask(Task):
         prediction = self.host.velocity(x, sigma, self.condition(batch, batch.get("guidance", c.guidance)))
         rows = losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
         return rows * losses.sigma_weight(sigma, c.loss_weighting)
+
+    # ---------------------------------------------------------------- prediction and sampling
+    # Predictions are velocities, times are sigmas, and so are noise levels.
+
+    def predict(
+        self, x: Tensor, time: float | Tensor, batch: dict[str, Any], guidance: float | Tensor
+    ) -> Tensor:
+        return self.host.velocity(x.float(), time, self.condition(batch, guidance))
+
+    @staticmethod
+    def noised(x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        return losses.noised(x0, noise, level)[0], level
+
+    @staticmethod
+    def data_prediction(x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+        return x - per_sample(time, x, "time") * prediction
+
+    @staticmethod
+    def data_weight(time: Tensor) -> Tensor:
+        return torch.ones_like(time)
+
+    @staticmethod
+    def noise_share(time: Tensor) -> Tensor:
+        return time**2
+
+    def rollout(self, batch, noise, settings, generators=None, *, steps=None, callback=None):
+        sigmas = schedule.sigmas(settings.steps, seq_len=schedule.token_count(*noise.shape[-2:]))
+        start, end = steps or (0, settings.steps)
+        window, condition = settings.window, self.condition(batch, settings.guidance)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            with lora_at(self.module, float(sigma), settings.lora_window):
+                return self.host.velocity(x, sigma, condition)
+
+        return flow_match.sample(
+            velocity,
+            noise,
+            sigmas[start : end + 1],
+            rule="ode" if window is None else settings.rule,
+            eta=None if window is None else settings.eta,
+            window=None if window is None else (window[0] - start, window[1] - start),
+            generator=generators,
+            callback=callback,
+            record=True,
+            storage_dtype=settings.storage_dtype,
+        )
+
+    def level_range(
+        self, steps: int, window: tuple[int, int], height: int, width: int
+    ) -> tuple[float, float]:
+        sigmas = schedule.sigmas(steps, seq_len=schedule.token_count(height, width))
+        return float(sigmas[window[0]]), float(sigmas[window[1]])
 
 
 class FillTask(FluxTask):

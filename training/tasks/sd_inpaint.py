@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...samplers import ddim
+from ...samplers.gaussian import per_sample
 from ..data.preprocess import Arranged
 from . import losses
 from .base import Task, component
+from .sampling import lora_at
 
 
 class SDInpaintTask(Task):
@@ -82,3 +85,63 @@ class SDInpaintTask(Task):
         plain = {k: v for k, v in batch.items() if k != "empty_tokens"}
         prediction = self.host.epsilon(x, timestep.to(noise.device), self.condition(plain, 1.0))
         return losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
+
+    # ---------------------------------------------------------------- prediction and sampling
+    # Predictions are epsilons (or v), times are timesteps, noise levels shares of the training timesteps.
+
+    def _alpha(self, timestep: Tensor) -> Tensor:
+        return self.alpha_bar[timestep.cpu()].to(timestep.device)
+
+    def predict(
+        self, x: Tensor, time: float | Tensor, batch: dict[str, Any], guidance: float | Tensor
+    ) -> Tensor:
+        return self.host.epsilon(x.float(), time, self.condition(batch, guidance))
+
+    def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        timestep = (level * len(self.alpha_bar)).long().clamp_max(len(self.alpha_bar) - 1)
+        return losses.diffused(x0, noise, self._alpha(timestep), "epsilon")[0], timestep
+
+    def data_prediction(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+        alpha = per_sample(self._alpha(time), x, "alpha")
+        if self.scheduler_config.get("prediction_type") == "v_prediction":
+            return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
+        return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+
+    def data_weight(self, time: Tensor) -> Tensor:
+        """sqrt(alpha): at the highest noise an error of epsilon is 15 times as large in the data."""
+        return self._alpha(time).sqrt()
+
+    def noise_share(self, time: Tensor) -> Tensor:
+        alpha = self._alpha(time)
+        return (1 - alpha) / alpha
+
+    def rollout(self, batch, noise, settings, generators=None, *, steps=None, callback=None):
+        """By DDIM, whose eta is 1 (DDPM) by default. Raises ValueError for a part of the schedule."""
+        if steps not in (None, (0, settings.steps)):
+            raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint.")
+        condition, window = self.condition(batch, settings.guidance), settings.window
+        eta = 1.0 if settings.eta is None else settings.eta
+
+        def epsilon(x: Tensor, t: Tensor) -> Tensor:
+            level = ddim.noise_level(int(t), self.scheduler_config)
+            with lora_at(self.module, level, settings.lora_window):
+                return self.host.epsilon(x, t, condition)
+
+        return ddim.sample(
+            epsilon,
+            noise,
+            ddim.schedule(settings.steps, self.scheduler_config),
+            eta=0.0 if window is None else eta,
+            window=window,
+            generator=generators,
+            callback=callback,
+            record=True,
+            storage_dtype=settings.storage_dtype,
+        )
+
+    def level_range(
+        self, steps: int, window: tuple[int, int], height: int, width: int
+    ) -> tuple[float, float]:
+        timesteps = ddim.schedule(steps, self.scheduler_config).timesteps.tolist()
+        start, end = (ddim.noise_level(timesteps[index], self.scheduler_config) for index in window)
+        return start, end

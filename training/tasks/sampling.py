@@ -1,0 +1,59 @@
+"""How a batch is sampled in training: the settings of a rollout, and the LoRA switched by noise level.
+
+The loops themselves are those of `samplers/`; each family calls the one that fits its prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...models.lora.delta import in_window
+from ...samplers.gaussian import Step
+from .adapters import switched_off
+
+
+class Recorded(Protocol):
+    """A random step of `flow_match` or `ddim`, both of which replay under a new prediction."""
+
+    index: int
+    x: Tensor
+    x_next: Tensor
+    mean: Tensor
+    std: Tensor
+    time: float | int
+
+    def replay(self, prediction: Tensor) -> Step: ...
+
+    def log_ratio(self, mean: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How latents are sampled from a batch; unlike `models.editing.Sampling`, which turns an image into an
+    edited image, it has no seed, encoder or judge, and what is recorded can be stored in another dtype.
+
+    window: the random steps (start, end), half-open; None is the plain ODE, for which rule and eta say
+    nothing. eta None is the rule's own default. lora_window: (start, end] in noise levels outside of which
+    the LoRA is off.
+    """
+
+    steps: int
+    guidance: float
+    rule: str = "flow"
+    eta: float | None = None
+    window: tuple[int, int] | None = None
+    storage_dtype: torch.dtype = torch.float32
+    lora_window: tuple[float, float] | None = None
+
+
+@contextmanager
+def lora_at(module: nn.Module, level: float, window: tuple[float, float] | None) -> Iterator[None]:
+    """The module as loaders run its LoRA at this noise level in 0..1: without it outside the window."""
+    with nullcontext() if in_window(level, window) else switched_off(module):
+        yield
