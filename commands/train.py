@@ -12,7 +12,7 @@ from typing import Any
 
 from .stopping import Stop, Stopped
 
-WORLD_TASKS = {"vae": ("vae", "VaeRecipe"), "text": ("text", "TextRecipe")}
+WORLD_TASKS = {"vae": ("tiny.vae", "VaeRecipe"), "text": ("tiny.text", "TextRecipe")}
 
 
 def add_parser(subparsers: Any) -> None:

@@ -37,7 +37,10 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from comfyui_diptych.training import checkpoint, config, grpo, sft
+from comfyui_diptych.training import config
+from comfyui_diptych.training import trainer as sft
+from comfyui_diptych.training.reinforce import trainer as grpo
+from comfyui_diptych.training.runtime import checkpoint
 from comfyui_diptych.training.reinforce.config import GRPOConfig
 
 name, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -293,7 +293,8 @@ import json, os, signal, sys
 import accelerate, peft  # here and not in every fork
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
-from comfyui_diptych.training import config, grpo
+from comfyui_diptych.training import config
+from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.reinforce.config import GRPOConfig
 def die(report):
     if report.step == 2:

@@ -34,7 +34,8 @@ def run(c, **callbacks):
 
 KILLED = """
 import os, signal, sys
-from comfyui_diptych.training import config, sft
+from comfyui_diptych.training import config
+from comfyui_diptych.training import trainer as sft
 def die(report):
     if report.step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
