@@ -13,7 +13,7 @@ MOST = 4096  # starts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("best of N", "start several pictures, finish the one a judge likes best")
+    add = parser.add_argument_group("best of N", "start several images, finish the one a judge likes best")
     add = add.add_argument
     add(
         "--best-of",

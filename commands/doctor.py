@@ -181,7 +181,7 @@ def tiny() -> Iterator[Finding]:
         return
     trained = bundled.card().get("trained")
     what = f"bundled tiny models: {', '.join(found)} ({'trained' if trained else 'untrained'})"
-    yield Finding("ok", what, "" if trained else "their pictures are noise until they are trained")
+    yield Finding("ok", what, "" if trained else "their images are noise until they are trained")
 
 
 def base_models(comfyuis: list[Path]) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""`diptych edit`: a picture and an instruction to an edited picture, and both side by side.
+"""`diptych edit`: an image and an instruction to an edited image, and both side by side.
 
 Everything that can be wrong with the input is found before a model is loaded. The work is
 `models/editing.py`.
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from ..models.geometry import AUTO_POLICIES
 from ..models.image_files import looks_like_image
-from . import best_of, loras, pictures
+from . import best_of, images, loras
 from .stopping import Stop
 from .values import LARGEST_SIDE, check_device, finite, seed, steps, whole
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("fill", "kontext")
-DEMO_EXAMPLE = 7  # the held-out picture that README.md shows
+DEMO_EXAMPLE = 7  # the held-out image that README.md shows
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "edit",
-        help="edit a picture by instruction",
-        description="Edit a picture by instruction. Without --model the bundled tiny model does it, which "
-        "knows only small pictures of coloured shapes; without a picture one of those is drawn.",
+        help="edit an image by instruction",
+        description="Edit an image by instruction. Without --model the bundled tiny model does it, which "
+        "knows only small images of coloured shapes; without an image one of those is drawn.",
     )
     add = parser.add_argument
-    add("image", nargs="?", metavar="IMAGE", help="picture to edit")
+    add("image", nargs="?", metavar="IMAGE", help="image to edit")
     add("instruction", nargs="?", metavar="INSTRUCTION", help='what to change, e.g. "make the sky orange"')
     add("-o", "--output", type=Path, default=Path("edited.png"), metavar="OUT.png", help="default edited.png")
     add("--engine", choices=ENGINES, help="ICEdit diptych on FLUX Fill, or Kontext (default: by the model)")
@@ -47,12 +47,12 @@ def add_parser(subparsers) -> None:
     add("--rule", default="ode", help="step rule: ode, flow, dance, cps or rf_ancestral (default ode)")
     add("--eta", type=finite, help="noise of an SDE rule (default: the rule's own)")
     best_of.add_arguments(parser)
-    add("--mask", metavar="MASK", help="fill: edit only where this picture is white")
-    add("--reference", action="append", default=[], metavar="IMAGE", help="kontext: a further picture")
+    add("--mask", metavar="MASK", help="fill: edit only where this image is white")
+    add("--reference", action="append", default=[], metavar="IMAGE", help="kontext: a further image")
     add(
         "--panel-width",
         type=whole(0, LARGEST_SIDE),
-        help="width in pixels at which the model sees the picture, 0 for its own (default: as trained)",
+        help="width in pixels at which the model sees the image, 0 for its own (default: as trained)",
     )
     add("--policy", default="auto", choices=AUTO_POLICIES, help="how sizes are made to fit")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -85,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
         _say_what_tiny_is(request.tiny)
     print(f"the model sees the image, {request.sizing}")
     quiet()
-    with Stop("stopped before the picture was made: nothing was written"):
+    with Stop("stopped before the image was made: nothing was written"):
         denoiser = _load(request, args)
         handles = _apply_loras(denoiser, request)
         edited = _edit(denoiser, request, handles, args)
     before, after = request.image[0], edited[0]
-    output = pictures.save(pictures.to_pil(after), args.output)
-    beside = pictures.side_by_side_path(output)
-    beside = pictures.save(pictures.side_by_side(before, after, request.instruction), beside)
+    output = images.save(images.to_pil(after), args.output)
+    beside = images.side_by_side_path(output)
+    beside = images.save(images.side_by_side(before, after, request.instruction), beside)
     print(f"wrote {output} and {beside}")
     return 0
 
@@ -106,7 +106,7 @@ def check(args: argparse.Namespace) -> Request:
     from ..models.pixels import binarise
     from ..samplers.rules import resolve_eta
 
-    pictures.check_writable(args.output)
+    images.check_writable(args.output)
     tiny = None if args.model else _tiny_card()
     engine = args.engine or _engine_of(args.model)
     kind = FluxFill if engine == "fill" else FluxKontext
@@ -117,14 +117,14 @@ def check(args: argparse.Namespace) -> Request:
     )
     resolve_eta(args.rule, args.eta)
 
-    image, instruction = _picture_and_words(args.image, args.instruction)
-    pictures.check_writable(args.output, image)
-    mask = pictures.load_mask(args.mask) if args.mask else None
+    image, instruction = _image_and_instruction(args.image, args.instruction)
+    images.check_writable(args.output, image)
+    mask = images.load_mask(args.mask) if args.mask else None
     if mask is not None and not binarise(mask).any():
         raise ValueError(
             f"mask {args.mask} is empty, nowhere as white as 0.5: paint what to edit white, or leave it out"
         )
-    further = tuple(pictures.load_image(path) for path in args.reference)
+    further = tuple(images.load_image(path) for path in args.reference)
     for option, given, wanted in (
         ("--mask", mask is not None, "fill"),
         ("--reference", bool(further), "kontext"),
@@ -145,7 +145,7 @@ def check(args: argparse.Namespace) -> Request:
         ).layout
     else:
         layout, *_ = (
-            editing.kontext_picture(picture, args.policy, panel_width)[1] for picture in (image, *further)
+            editing.kontext_reference(view, args.policy, panel_width)[1] for view in (image, *further)
         )
     sampling = replace(
         sampling, best_of=best_of.check(args, sampling.steps, instruction, image, layout, tiny is not None)
@@ -171,8 +171,8 @@ def check(args: argparse.Namespace) -> Request:
     )
 
 
-def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tensor, str]:
-    """Both, drawing a demo picture where none is named. One argument that is no file is the instruction."""
+def _image_and_instruction(image: str | None, instruction: str | None) -> tuple[Tensor, str]:
+    """Both, drawing a demo image where none is named. One argument that is no file is the instruction."""
     if image is not None and instruction is None:
         if Path(image).exists():
             raise ValueError(f'an instruction is missing: write it after the image, "{image}" "make it red"')
@@ -182,7 +182,7 @@ def _picture_and_words(image: str | None, instruction: str | None) -> tuple[Tens
     if instruction is not None and not instruction.strip():
         raise ValueError("the instruction is empty: say what to change")
     if image is not None:
-        return pictures.load_image(image), instruction
+        return images.load_image(image), instruction
     from ..training.tiny.shapes import edit_pairs
 
     pair = next(edit_pairs(DEMO_EXAMPLE, 1, "test"))
@@ -226,7 +226,7 @@ def _tiny_loras(card: dict[str, Any] | None, engine: str) -> list[str]:
 
 def _say_what_tiny_is(card: dict[str, Any]) -> None:
     if card.get("trained"):
-        print("bundled tiny model: it knows small pictures of coloured shapes; --model names a real one")
+        print("bundled tiny model: it knows small images of coloured shapes; --model names a real one")
     else:
         print(
             "bundled tiny model: UNTRAINED random weights, the result will be noise; --model names a real one"

@@ -89,7 +89,7 @@ def _memory(error: BaseException) -> str:
             "gradient_checkpointing: true"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "cannot allocate memory" in text:
-        return f"main memory is full ({text or 'MemoryError'}): use smaller pictures or batches"
+        return f"main memory is full ({text or 'MemoryError'}): use smaller images or batches"
     return ""
 
 
@@ -176,7 +176,7 @@ def _data(error: BaseException) -> str:
             f"a weights file is damaged or of another kind ({_short(str(error))}): download or copy it again"
         )
     if "DecompressionBombError" in names or "UnidentifiedImageError" in names:
-        return f"a picture cannot be read ({error})"
+        return f"an image cannot be read ({error})"
     if type(error).__module__.split(".")[0] == "re" or "PatternError" in names:
         return f"a pattern is no regular expression ({error})"
     return ""

@@ -65,12 +65,12 @@ def _illustrate(trainer: Any) -> None:
     from ..training.runtime import disk
 
     def sheet() -> Path:
-        picture = to_pil(before_after(trainer)[0])
+        image = to_pil(before_after(trainer)[0])
         path = trainer.output / "before_after.png"
-        return disk.keep(path, lambda place: disk.write_whole(place, picture.save))
+        return disk.keep(path, lambda place: disk.write_whole(place, image.save))
 
     for draw in [lambda: reward_curve(trainer.output), *([] if trainer.sharded else [sheet])]:
         try:
             sys.stdout.write(f"{draw()}\n")
         except (OSError, ValueError, RuntimeError) as error:
-            logger.warning("a picture of the run could not be made (%s); the LoRA is complete", error)
+            logger.warning("an image of the run could not be made (%s); the LoRA is complete", error)

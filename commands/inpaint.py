@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import argparse
 
-from . import painting, pictures
+from . import images, painting
 from .values import LARGEST_SIDE, number, whole
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "inpaint",
-        help="paint a part of a picture anew",
+        help="paint a part of an image anew",
         description="Paint the white part of a mask anew; everything else comes back bit for bit. Of a "
-        "picture larger than the model's size only the mask's surroundings go through the model. Without "
-        "--model the bundled tiny model paints, which knows only small pictures of coloured shapes.",
+        "image larger than the model's size only the mask's surroundings go through the model. Without "
+        "--model the bundled tiny model paints, which knows only small images of coloured shapes.",
     )
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="picture to repair")
-    add("prompt", metavar="PROMPT", help="what the picture shows there")
-    add("--mask", required=True, metavar="MASK", help="white is painted; of the picture's size")
+    add("image", metavar="IMAGE", help="image to repair")
+    add("prompt", metavar="PROMPT", help="what the image shows there")
+    add("--mask", required=True, metavar="MASK", help="white is painted; of the image's size")
     add("--context", type=number(1), default=2.0, help="how many times the mask's size is seen (default 2)")
     add(
         "--size",
         type=whole(0, LARGEST_SIDE),
-        help="px a side at which the model sees it, 0 for the picture's own scale (default: as trained)",
+        help="px a side at which the model sees it, 0 for the image's own scale (default: as trained)",
     )
     add(
         "--blend",
@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
 
     engine = painting.check_engine(args)
     prompt = painting.check_prompt(args.prompt)
-    image = pictures.load_image(args.image)
-    pictures.check_writable(args.output, image)
+    image = images.load_image(args.image)
+    images.check_writable(args.output, image)
     size = engine.size if args.size is None else args.size
     crop, mask, layout = outpaint.crop_context(
         image,
-        pictures.load_mask(args.mask),
+        images.load_mask(args.mask),
         context=args.context if max(image.shape[1:3]) > size else LARGEST_SIDE,
         size=size if max(image.shape[1:3]) > size else None,
         multiple=engine.multiple,

@@ -1,4 +1,4 @@
-"""`diptych outpaint`: a picture made larger on any side, the known part exactly as it was."""
+"""`diptych outpaint`: an image made larger on any side, the known part exactly as it was."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from . import painting, pictures
+from . import images, painting
 from .values import LARGEST_SIDE, number, whole
 
 METHODS = ("direct", "tiles")
@@ -14,7 +14,7 @@ SIDES = ("left", "top", "right", "bottom")
 
 
 def amount(text: str) -> tuple[float, str]:
-    """`256` or `50%`: (number, unit), the percentage of the picture's own side as a fraction."""
+    """`256` or `50%`: (number, unit), the percentage of the image's own side as a fraction."""
     word = text.strip()
     try:
         value = float(word.rstrip("%"))
@@ -40,18 +40,18 @@ def aspect(text: str) -> float:
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "outpaint",
-        help="make a picture larger, painting what is around it",
-        description="Make a picture larger on any side; what is known comes back bit for bit. Amounts are "
-        "pixels or, with %, parts of the picture's own side; below 0 they crop (--left=-32). Without "
-        "--model the bundled tiny model paints, which knows only small pictures of coloured shapes.",
+        help="make an image larger, painting what is around it",
+        description="Make an image larger on any side; what is known comes back bit for bit. Amounts are "
+        "pixels or, with %, parts of the image's own side; below 0 they crop (--left=-32). Without "
+        "--model the bundled tiny model paints, which knows only small images of coloured shapes.",
     )
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="picture to enlarge")
-    add("prompt", metavar="PROMPT", help="what the whole finished picture shows")
+    add("image", metavar="IMAGE", help="image to enlarge")
+    add("prompt", metavar="PROMPT", help="what the whole finished image shows")
     for side in SIDES:
         add(f"--{side}", type=amount, metavar="PX_OR_%", help=f"how much to add on the {side}")
-    add("--aspect", type=aspect, metavar="W:H", help="instead: grow evenly until the picture has this aspect")
-    add("--overlap", type=whole(0, 4096), default=0, help="px of the picture's edge to repaint as well")
+    add("--aspect", type=aspect, metavar="W:H", help="instead: grow evenly until the image has this aspect")
+    add("--overlap", type=whole(0, 4096), default=0, help="px of the image's edge to repaint as well")
     add(
         "--fill",
         default="edge",
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     engine = painting.check_engine(args)
     prompt = painting.check_prompt(args.prompt)
-    image = pictures.load_image(args.image)
-    pictures.check_writable(args.output, image)
+    image = images.load_image(args.image)
+    images.check_writable(args.output, image)
     canvas, mask, layout = outpaint.expand(
         image,
         **_sides(args, image.shape[1:3]),

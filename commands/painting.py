@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from . import pictures
+from . import images
 from .edit import quiet
 from .stopping import Stop
 from .values import check_device, finite, seed, steps, whole
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ENGINES = {"fill": 16, "sd_inpaint": 8}  # and what the sides of its pictures divide by
+ENGINES = {"fill": 16, "sd_inpaint": 8}  # and what the sides of its images divide by
 SIZES = {"fill": 1024, "sd_inpaint": 512}  # pixels a side that it was trained at
 STEPS = {"fill": 28, "sd_inpaint": 50}
 
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     add("--negative", default="", help="sd_inpaint: negative prompt")
     add("--cfg", type=finite, help="sd_inpaint: scale of the prompt against the negative one (default 7.5)")
     add("--seed", type=seed, default=0, help="of the noise (default 0)")
-    add("--feather", type=whole(0, 4096), default=0, help="px of known picture over which the seam fades")
-    add("--keep-colours", action="store_true", help="do not match the new part's colours to the picture")
+    add("--feather", type=whole(0, 4096), default=0, help="px of known image over which the seam fades")
+    add("--keep-colours", action="store_true", help="do not match the new part's colours to the image")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", default="auto", choices=DTYPES, help="default bfloat16, float32 for the tiny models")
     add("--offload", action="store_true", help="fill: keep model parts in main memory until used")
@@ -64,7 +64,7 @@ def check_engine(args: argparse.Namespace) -> Engine:
     from ..models import tiny
     from ..models.flux import check_folder
 
-    pictures.check_writable(args.output)
+    images.check_writable(args.output)
     check_device(args.device)
     name = args.engine or _engine_of(args.model)
     others = {"fill": ("negative", "cfg"), "sd_inpaint": ("guidance", "offload")}[name]
@@ -93,7 +93,7 @@ def _engine_of(model: str | None) -> str:
 
 def check_prompt(prompt: str) -> str:
     if not prompt.strip():
-        raise ValueError("the prompt is empty: describe the whole finished picture")
+        raise ValueError("the prompt is empty: describe the whole finished image")
     return prompt.strip()
 
 
@@ -119,10 +119,10 @@ def paint(
     from ..models import editing, tiled
 
     if engine.tiny is not None:
-        print("bundled tiny model: it knows small pictures of coloured shapes; --model names a real one")
+        print("bundled tiny model: it knows small images of coloured shapes; --model names a real one")
     print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
     quiet()
-    with Stop("stopped before the picture was made: nothing was written"):
+    with Stop("stopped before the image was made: nothing was written"):
         denoiser = _load(engine, args)
         count = args.steps or (engine.tiny or {}).get("steps") or STEPS[engine.name]
         with tqdm(total=None if windows else count, desc=f"painting ({engine.name})", unit="step") as bar:
@@ -173,8 +173,8 @@ def _load(engine: Engine, args: argparse.Namespace) -> Any:
 
 
 def save(before: Tensor, after: Tensor, prompt: str, output: Path) -> None:
-    """Write the picture, and beside it before and after in one."""
-    place = pictures.save(pictures.to_pil(after[0]), output)
-    sheet = pictures.side_by_side(before[0], after[0], prompt)
-    beside = pictures.save(sheet, pictures.side_by_side_path(place))
+    """Write the image, and beside it before and after in one."""
+    place = images.save(images.to_pil(after[0]), output)
+    sheet = images.side_by_side(before[0], after[0], prompt)
+    beside = images.save(sheet, images.side_by_side_path(place))
     print(f"wrote {place} and {beside}")

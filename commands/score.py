@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     )
     data.add_argument("--data", help="folder of pairs, or KIND:LOCATION as in a training recipe")
     parser.add_argument("--split", default="test", help="split of the world (default test)")
-    parser.add_argument("-n", "--n", type=values.positive, default=500, help="pictures (default 500)")
+    parser.add_argument("-n", "--n", type=values.positive, default=500, help="images (default 500)")
     parser.add_argument(
         "--size",
         type=values.whole(16, values.LARGEST_SIDE),
@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         "--data-seed", type=values.seed, default=0, help="seed of the shapes edits (default 0)"
     )
     parser.add_argument(
-        "--batch", type=values.positive, help="pictures at a time (default 50 for shapes, else 1)"
+        "--batch", type=values.positive, help="images at a time (default 50 for shapes, else 1)"
     )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument(
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 def _score(
     args: argparse.Namespace, cases: Any, total: int, size: int, notes: dict[str, str], stop: Stop
 ) -> int:
-    """Score and write; stopped, it writes the figures of the pictures scored so far."""
+    """Score and write; stopped, it writes the figures of the images scored so far."""
     from ..models.flux import default_device
     from ..training.evaluate import judges, score
     from ..training.runtime import disk
@@ -161,7 +161,7 @@ def _score(
         raise scores.failure
     if stop.signal:
         raise Stopped(
-            stop.signal, f"stopped after {len(scores.rows)} of {total} pictures; their figures: {path}"
+            stop.signal, f"stopped after {len(scores.rows)} of {total} images; their figures: {path}"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""What the VAE is given for FLUX Fill and FLUX Kontext: sized, masked, batched pictures. No VAE, no model."""
+"""What the VAE is given for FLUX Fill and FLUX Kontext: sized, masked, batched images. No VAE, no model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fill_input(
 
 
 class Reference(NamedTuple):
-    """A picture [B,H,W,3] at a size Kontext takes, its mask [B,1,H,W] or None, and the layout that undoes
+    """An image [B,H,W,3] at a size Kontext takes, its mask [B,1,H,W] or None, and the layout that undoes
     it."""
 
     image: Tensor

@@ -86,7 +86,7 @@ class TextEmbedding(_Batched):
 
 @dataclass(frozen=True)
 class Condition(_Batched):
-    """Everything a prediction depends on besides x and sigma. A picture joins it in one of two ways:
+    """Everything a prediction depends on besides x and sigma. An image joins it in one of two ways:
 
     features: channel-wise, beside the noisy latents, position by position. FLUX Fill: tokens [B, S, 320]
         (64 of the masked image, 256 of the mask); SD inpainting: spatial [B, 5, h, w] (mask, masked image).
@@ -127,7 +127,7 @@ class Denoiser(Protocol):
         """IMAGE [B,H,W,3] in 0..1 to model-space latents: posterior mode, or a sample with a generator."""
 
     def condition(self, text: TextEmbedding, *args, **kwargs) -> Condition:
-        """The condition of one edit; its own pictures and masks per model."""
+        """The condition of one edit; its own images and masks per model."""
 
     def velocity(self, x: Tensor, sigma: Tensor | float, condition: Condition) -> Tensor:
         """v of the same shape as x; differentiable in x and in the weights."""

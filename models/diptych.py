@@ -1,4 +1,4 @@
-"""Diptychs: put a picture beside the place for its edit, and take the edit back to the picture's own size.
+"""Diptychs: put an image beside the place for its edit, and take the edit back to the image's own size.
 
 `build` makes the image, mask and prompt that ICEdit-style in-context editing wants; `split` undoes it.
 Between them the `Layout` remembers the geometry. Pixels that need no resampling come back bit for bit, in
@@ -206,7 +206,7 @@ def split(
 ) -> Split:
     """Take the edit (and the source panel) out of a diptych [B,h,w,C], at the source's own size.
 
-    - `source`: what untouched pixels, cropped borders and alpha are taken from; by default the picture that
+    - `source`: what untouched pixels, cropped borders and alpha are taken from; by default the image that
       `build` was given. It may be larger or smaller than that one at the same aspect: its size is returned.
     - `paste`: which pixels of the edit are taken, the others being the source's, exactly:
       `panel` all that the panel shows; `mask` those in `mask`, or in the edit mask of `build`; `changed`

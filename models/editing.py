@@ -1,4 +1,4 @@
-"""The whole way from a picture and words to an edited picture, outside ComfyUI.
+"""The whole way from an image and words to an edited image, outside ComfyUI.
 
 Condition, schedule, sampler and decode in one call each, on the denoisers of this folder: what the command
 line and scripts use. Training has its own loop; ComfyUI has its graph.
@@ -34,7 +34,7 @@ KONTEXT_GUIDANCE = 2.5
 class BestOf:
     """Several starts of which the best is finished (`samplers/early_filter.py`); start i has seed + i.
 
-    judge: pictures as the model paints them, [N,H,W,3] in 0..1, to scores [N]. batch: starts per model call
+    judge: images as the model paints them, [N,H,W,3] in 0..1, to scores [N]. batch: starts per model call
     (0 = all). on_result: told what was chosen and what it cost.
     """
 
@@ -47,14 +47,14 @@ class BestOf:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the picture is sampled. rule, eta, window: see `samplers/flow_match.py`.
+    """How the image is sampled. rule, eta, window: see `samplers/flow_match.py`.
 
     seed: of the CPU generator that draws the initial noise in float32; the noise of an SDE rule comes from a
     second one, seeded by `sde_seed`. The same seed gives the same noise in ComfyUI and here.
     posterior: "mode" of the VAE encoding, or "sample" with the first generator in FluxFillPipeline's order.
     callback: called once per step with a dict. at_sigma: called before each prediction with the noise level
     (a flow's sigma, or `ddim.noise_level`), for LoRAs that work in a part of the schedule only. best_of: for
-    one picture at a time, with posterior "mode".
+    one image at a time, with posterior "mode".
     """
 
     steps: int = 28
@@ -134,7 +134,7 @@ def _best_of(denoiser, velocity, noise: Tensor, schedule: Tensor, sampling: Samp
     """The winner's latents [1,16,h,w]; noise [1,...] is that of the first start."""
     best = sampling.best_of
     if len(noise) != 1:
-        raise ValueError(f"best_of works on one picture at a time but the batch is {len(noise)}: pass one.")
+        raise ValueError(f"best_of works on one image at a time but the batch is {len(noise)}: pass one.")
     noises = [noise]
     for index in range(1, best.candidates):
         generator = torch.Generator().manual_seed(early_filter.candidate_seed(sampling.seed, index))
@@ -182,7 +182,7 @@ def fill_canvas(
     text = denoiser.encode_text(prompts)
     batch = max(len(text), pixels.as_image(image).shape[0], pixels.as_mask(mask).shape[0])
     if sampling.posterior == "sample":
-        # The pipeline encodes the whole picture too, and discards it at full strength; its draw comes first.
+        # The pipeline encodes the whole image too, and discards it at full strength; its draw comes first.
         denoiser.encode(image, generator=generator)
     noise = _noise(batch, 16, image, generator)
     condition = denoiser.condition(
@@ -210,10 +210,10 @@ def edit_with_fill(
     guidance: float = ICEDIT_GUIDANCE,
     sampling: Sampling = Sampling(),
 ) -> Edit:
-    """ICEdit: put the picture in a diptych, let Fill repaint the other half, and take the edit back.
+    """ICEdit: put the image in a diptych, let Fill repaint the other half, and take the edit back.
 
     image: IMAGE of any size (gray and RGBA too). Options are those of `diptych.build` and `diptych.split`;
-    `side="none"` fills `edit_mask` of the picture itself, with the instruction as the prompt.
+    `side="none"` fills `edit_mask` of the image itself, with the instruction as the prompt.
     """
     built = diptych.build(
         image, instruction, edit_mask=edit_mask, panel_width=panel_width, policy=policy, side=side
@@ -224,10 +224,10 @@ def edit_with_fill(
     return Edit(diptych.split(canvas, built.layout, paste=paste).edited, canvas)
 
 
-def kontext_picture(
+def kontext_reference(
     image: Tensor, policy: str = "auto", panel_width: int | None = None
 ) -> tuple[Tensor, diptych.Layout]:
-    """A picture as Kontext takes it, and the way back: at the trained size of nearest aspect (None), its own
+    """An image as Kontext takes it, and the way back: at the trained size of nearest aspect (None), its own
     in multiples of 16 (0), or a width in pixels."""
     if panel_width:
         built = diptych.build(image, side="none", panel_width=panel_width, policy=policy)
@@ -251,18 +251,18 @@ def edit_with_kontext(
     cfg: float = 1.0,
     sampling: Sampling = Sampling(),
 ) -> Edit:
-    """Kontext: the picture is the first reference, the result has its size and aspect.
+    """Kontext: the image is the first reference, the result has its size and aspect.
 
-    further: more references. panel_width: None brings each picture to the trained size of nearest aspect, 0
+    further: more references. panel_width: None brings each image to the trained size of nearest aspect, 0
     only to multiples of 16, another number to that width. policy: `stretch` as diffusers does, `crop` as
     ComfyUI does, `pad`, or `auto` (`geometry.resolve`). method: where several references are placed
     (`flux_kontext.reference_positions`). negative, cfg: classifier-free guidance.
     """
-    pictures = [kontext_picture(picture, policy, panel_width) for picture in (image, *further)]
-    references, layouts = zip(*pictures, strict=True)
+    sized = [kontext_reference(view, policy, panel_width) for view in (image, *further)]
+    references, layouts = zip(*sized, strict=True)
     generator = sampling.generator()
     text = denoiser.encode_text(instruction)
-    batch = max(len(text), *(len(picture) for picture in references))
+    batch = max(len(text), *(len(view) for view in references))
     noise = _noise(batch, 16, references[0], generator)
     condition = denoiser.condition(
         text,

@@ -1,6 +1,6 @@
 """What FLUX Fill and FLUX Kontext share on diffusers modules: text, VAE, and one prediction of the velocity.
 
-The two differ only in how a picture joins the noisy latents (`Condition`): `flux_fill.py`, `flux_kontext.py`.
+The two differ only in how an image joins the noisy latents (`Condition`): `flux_fill.py`, `flux_kontext.py`.
 Inside ComfyUI its own MODEL runs instead; this host serves the command line, training and the tests.
 """
 

@@ -1,6 +1,6 @@
-"""FLUX.1 Fill on diffusers modules: a masked picture joins the noisy latents channel by channel.
+"""FLUX.1 Fill on diffusers modules: a masked image joins the noisy latents channel by channel.
 
-Also what ICEdit runs on, with a diptych from `diptych.py` as the picture. Equal to FluxFillPipeline on the
+Also what ICEdit runs on, with a diptych from `diptych.py` as the image. Equal to FluxFillPipeline on the
 same weights and noise (tests/parity). Not the loop: `samplers/flow_match.py`.
 """
 
@@ -40,7 +40,7 @@ class FluxFill(FluxDenoiser):
         cfg: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Condition:
-        """Condition on the picture outside the mask.
+        """Condition on the image outside the mask.
 
         image: IMAGE [B,H,W,C] in 0..1, sides multiples of 16. mask: MASK [B,H,W], 1 = repaint; cut at 0.5,
         and the masked pixels become gray 0.5 before encoding, as in FluxFillPipeline. Text, image and mask
@@ -50,10 +50,10 @@ class FluxFill(FluxDenoiser):
         """
         pixels = model_pixels(image)
         hard = hard_mask(mask, *pixels.shape[-2:]).to(pixels.device)
-        pictures = same_batch(image=pixels, mask=hard)
-        # Zero in -1..1 is the gray 0.5. One picture for many prompts is encoded once.
-        masked_tokens = pack_latents(self._encode(pictures["image"] * (1 - pictures["mask"]), generator))
-        mask_tokens = pack_mask(pictures["mask"]).to(masked_tokens)
+        inputs = same_batch(image=pixels, mask=hard)
+        # Zero in -1..1 is the gray 0.5. One image for many prompts is encoded once.
+        masked_tokens = pack_latents(self._encode(inputs["image"] * (1 - inputs["mask"]), generator))
+        mask_tokens = pack_mask(inputs["mask"]).to(masked_tokens)
         joined = torch.cat([masked_tokens, mask_tokens], dim=-1)
         batch = max(len(text), joined.shape[0])
         return Condition(

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext on diffusers modules: reference pictures join the noisy latents as further tokens.
+"""FLUX.1 Kontext on diffusers modules: reference images join the noisy latents as further tokens.
 
 Equal to FluxKontextPipeline on the same weights and noise for one reference (tests/parity); further
 references are placed as ComfyUI places them. Not the loop: `samplers/flow_match.py`.
@@ -63,7 +63,7 @@ class FluxKontext(FluxDenoiser):
         method: str = "offset",
         generator: torch.Generator | None = None,
     ) -> Condition:
-        """Condition on reference pictures (none at all gives text to image).
+        """Condition on reference images (none at all gives text to image).
 
         references: one IMAGE [B,H,W,C] in 0..1 or several, each of its own size, sides multiples of 16; each
         may have batch 1. guidance: the embedded guidance (2.5; a number, or one per sample). negative, cfg:

@@ -1,4 +1,4 @@
-"""Where a picture sits in a panel: sizes FLUX can take, and boxes that can be undone.
+"""Where an image sits in a panel: sizes FLUX can take, and boxes that can be undone.
 
 Integers only, no tensors. `fit` decides the panel's size and which part of the source fills which part of the
 panel; `models/diptych.py` moves the pixels.

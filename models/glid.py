@@ -30,7 +30,7 @@ SCALE = 0.18215  # glid's canvas is unscaled; what the model sees is scaled
 
 
 class Sides(NamedTuple):
-    """How much a picture grows on each side."""
+    """How much an image grows on each side."""
 
     left: int
     top: int
@@ -73,7 +73,7 @@ def glid_canvas(latent: Tensor, direction: str, amount: int | float | str = AMOU
 
 
 def known_from_mask(mask: Tensor, known: Tensor, white_means: str = "keep") -> Tensor:
-    """glid's `--mask`: which cells [H,W] stay known, given a mask picture [H,W] in 0..1.
+    """glid's `--mask`: which cells [H,W] stay known, given a mask image [H,W] in 0..1.
 
     The mask has the shape of the enlarged canvas; values above 0.5 are white. `white_means`: `keep`, as in
     glid's own files, or `repaint`, as everywhere else.

@@ -67,9 +67,9 @@ def looks_like_image(path: str | Path) -> bool:
 
 def image_size(where: Where) -> tuple[int, int]:
     """(height, width) as the image is shown, from its header alone. Raises ImageFileError."""
-    with _opened(where) as picture:
-        width, height = picture.size
-        return (width, height) if _orientation(picture) >= 5 else (height, width)
+    with _opened(where) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def read_image(where: Where, *, alpha: bool = False, most: int | None = None) -> Tensor:
@@ -131,23 +131,23 @@ def _read(
     pool: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
     """[H,W,C] by strips of rows, so that no float copy of a larger image than asked for is ever made."""
-    with _opened(where) as picture:
+    with _opened(where) as image:
         if most is None:
-            _check_size(picture.size, WHOLE_PIXELS)
-        orientation = _orientation(picture)
-        factor = _factor(picture.size, most)
-        if factor > 1 and picture.format == "JPEG":  # its decoder makes small ones for less
-            picture.draft(None, tuple(-(-side // factor) for side in picture.size))
-            factor = _factor(picture.size, most)
+            _check_size(image.size, WHOLE_PIXELS)
+        orientation = _orientation(image)
+        factor = _factor(image.size, most)
+        if factor > 1 and image.format == "JPEG":  # its decoder makes small ones for less
+            image.draft(None, tuple(-(-side // factor) for side in image.size))
+            factor = _factor(image.size, most)
         try:
-            picture.load()
-            _check_size(picture.size, WHOLE_PIXELS if most is None else MAX_PIXELS)
-            width, height = picture.size
-            factor = _factor(picture.size, most)  # an icon's size is known only now
+            image.load()
+            _check_size(image.size, WHOLE_PIXELS if most is None else MAX_PIXELS)
+            width, height = image.size
+            factor = _factor(image.size, most)  # an icon's size is known only now
             rows = max(_STRIP // (width * factor), 1) * factor
             whole = None
             for top in range(0, height, rows):
-                part = convert(picture.crop((0, top, width, min(top + rows, height))), picture.format)
+                part = convert(image.crop((0, top, width, min(top + rows, height))), image.format)
                 part = pool(part, factor) if factor > 1 else part
                 if whole is None:
                     size = -(-height // factor), *part.shape[1:]
@@ -189,13 +189,13 @@ def _opened(where: Where) -> Iterator[Image.Image]:
             except OSError as error:
                 raise ImageFileError(f"{where} cannot be opened ({error.strerror})") from error
         try:
-            picture = Image.open(file, formats=_formats())
+            image = Image.open(file, formats=_formats())
         except Image.DecompressionBombError:
             raise ImageFileError(_too_large("", MAX_PIXELS)) from None
         except Exception as error:
             raise ImageFileError(_unreadable(suffix, error)) from error
-        _check_size(picture.size)
-        yield picture
+        _check_size(image.size)
+        yield image
 
 
 def _check_size(size: tuple[int, int], most: int = MAX_PIXELS) -> None:
@@ -219,16 +219,16 @@ def _said(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """1 to 8 from EXIF or XMP; 1 where there is none or it is damaged.
 
-    Not `picture.getexif()`: for PNG that decodes the whole image to look for EXIF behind it, where browsers
+    Not `image.getexif()`: for PNG that decodes the whole image to look for EXIF behind it, where browsers
     do not look either. TIFF is turned by Pillow itself, its size too.
     """
-    if picture.format == "TIFF":
+    if image.format == "TIFF":
         return 1
     try:
-        value = Image.Image.getexif(picture).get(_ORIENTATION, 1)
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except Exception:  # a damaged block makes Pillow raise nearly anything; the pixels are fine
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

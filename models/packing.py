@@ -1,6 +1,6 @@
 """FLUX token packing: latents, masks, position ids and the 384 features of FLUX.1-Fill.
 
-Rearrangements only, so every function here is exact and keeps dtype and device. Making a picture's size
+Rearrangements only, so every function here is exact and keeps dtype and device. Making an image's size
 divisible by 16 is not done here: that is a choice with a name, see `models/geometry.py`.
 
 Formulas: `_pack_latents`, `prepare_mask_latents`, `_prepare_latent_image_ids` of diffusers' FluxFillPipeline.
@@ -123,7 +123,7 @@ def fill_features(latent_tokens: Tensor, masked_tokens: Tensor, mask_tokens: Ten
         if part.ndim != 3 or part.shape[1] != count or part.shape[0] not in (1, batch):
             raise ValueError(
                 f"{name} have shape {tuple(part.shape)} beside {batch} x {count} latent tokens:"
-                " pack all three from pictures of one size and one batch."
+                " pack all three from images of one size and one batch."
             )
         joined.append(part.to(latent_tokens).expand(batch, -1, -1))
     return torch.cat(joined, dim=-1)

@@ -1,7 +1,7 @@
 """IMAGE and MASK tensors: accepting every usual shape, resizing, batches, and the pack's one mask rule.
 
 Float throughout and without side effects: a result may share memory with an input, but no input is written
-to. What a picture means (panels, prompts) is not decided here.
+to. What an image means (panels, prompts) is not decided here.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def latent_mask(mask: Tensor, how: str = "max") -> Tensor:
 
 
 class SDInpaint:
-    """epsilon(x, t | text, masked picture) on latents [B,4,h,w], scaled by the VAE's factor (0.18215)."""
+    """epsilon(x, t | text, masked image) on latents [B,4,h,w], scaled by the VAE's factor (0.18215)."""
 
     def __init__(
         self,
@@ -136,16 +136,16 @@ class SDInpaint:
         mask_resize: str = "max",
         generator: torch.Generator | None = None,
     ) -> Condition:
-        """Condition on the picture outside the mask (1 = repaint, cut at 0.5; masked pixels become gray).
+        """Condition on the image outside the mask (1 = repaint, cut at 0.5; masked pixels become gray).
 
         cfg needs `negative` (encode "" for none). mask_resize: see `latent_mask`. Text, image and mask may
         each have batch 1. Raises ValueError for sizes or batches that do not fit.
         """
         pixels = model_pixels(image, VAE_FACTOR)
         hard = hard_mask(mask, *pixels.shape[-2:]).to(pixels.device)
-        pictures = same_batch(image=pixels, mask=hard)
-        cells = latent_mask(pictures["mask"], mask_resize)
-        masked = self._encode(pictures["image"] * (1 - pictures["mask"]), generator)
+        inputs = same_batch(image=pixels, mask=hard)
+        cells = latent_mask(inputs["mask"], mask_resize)
+        masked = self._encode(inputs["image"] * (1 - inputs["mask"]), generator)
         features = torch.cat([cells.to(masked), masked], dim=1)
         batch = max(len(text), features.shape[0])
         return Condition(

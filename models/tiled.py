@@ -91,22 +91,22 @@ def paint(
 
 
 def _fill_cut(condition: Condition, hard: Tensor, latents: Tensor) -> Cut:
-    """Fill's features of a window: the masked picture's latents, and 64 channels of the mask in pixels."""
+    """Fill's features of a window: the masked image's latents, and 64 channels of the mask in pixels."""
     masked = unpack_latents(condition.features[..., : 4 * latents.shape[1]], *latents.shape[-2:])
 
     def cut(tile: tiles.Tile, painted: Tensor, context: Tensor) -> Condition:
-        picture = torch.where(painted, context.to(masked), masked[:, :, tile.rows, tile.columns])
+        visible = torch.where(painted, context.to(masked), masked[:, :, tile.rows, tile.columns])
         rows, columns = (slice(VAE_FACTOR * s.start, VAE_FACTOR * s.stop) for s in (tile.rows, tile.columns))
         known = painted.repeat_interleave(VAE_FACTOR, 0).repeat_interleave(VAE_FACTOR, 1).to(hard.device)
         told = hard[rows, columns].masked_fill(known, 0)
-        features = torch.cat([pack_latents(picture), pack_mask(told[None]).to(picture)], dim=-1)
+        features = torch.cat([pack_latents(visible), pack_mask(told[None]).to(visible)], dim=-1)
         return replace(condition, features=features)
 
     return cut
 
 
 def _sd_cut(condition: Condition) -> Cut:
-    """Stable Diffusion's five extra channels of a window: the mask in cells, and the masked picture."""
+    """Stable Diffusion's five extra channels of a window: the mask in cells, and the masked image."""
 
     def cut(tile: tiles.Tile, painted: Tensor, context: Tensor) -> Condition:
         features = condition.features[:, :, tile.rows, tile.columns]

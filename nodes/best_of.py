@@ -11,7 +11,7 @@ from .shown import report_to
 class DiptychEarlyFilterSampler:
     DISPLAY_NAME = "Early Filter Sampler (Best of N)"
     DESCRIPTION = (
-        "Starts several pictures at once, looks after a few steps where each is heading, and finishes only "
+        "Starts several images at once, looks after a few steps where each is heading, and finishes only "
         "the one that a reward likes best. Much cheaper than making them all: 6 starts judged after 4 of 28 "
         "steps cost 48 model evaluations instead of 168. One candidate is the plain sampler, exactly."
     )
@@ -47,7 +47,7 @@ class DiptychEarlyFilterSampler:
                         "min": 1,
                         "max": 10000,
                         "tooltip": "Steps every start makes before it is judged. More steps show the judge "
-                        "a clearer picture and cost more; 4 to 10 of 28 work.",
+                        "a clearer image and cost more; 4 to 10 of 28 work.",
                     },
                 ),
             },
@@ -59,7 +59,7 @@ class DiptychEarlyFilterSampler:
                         "at the source's size, and source and mask are known."
                     },
                 ),
-                "source": ("IMAGE", {"tooltip": "The picture before the edit; with a layout, its own."}),
+                "source": ("IMAGE", {"tooltip": "The image before the edit; with a layout, its own."}),
                 "mask": (
                     "MASK",
                     {"tooltip": "1 where the edit may change something, for kept-area rewards."},
@@ -70,7 +70,7 @@ class DiptychEarlyFilterSampler:
                         "default": "",
                         "multiline": True,
                         "tooltip": "What was asked for, for rewards that read: the instruction, or for text "
-                        "agreement (CLIP, PickScore, HPS) a description of the wanted picture.",
+                        "agreement (CLIP, PickScore, HPS) a description of the target image.",
                     },
                 ),
                 "keep": (
@@ -91,7 +91,7 @@ class DiptychEarlyFilterSampler:
                         "max": 64,
                         "advanced": True,
                         "tooltip": "Candidates per model call. More is faster on a large GPU with small "
-                        "pictures and takes more memory; the result differs by rounding only.",
+                        "images and takes more memory; the result differs by rounding only.",
                     },
                 ),
                 "rule": (

@@ -21,7 +21,7 @@ LATENT_CHANNELS = 16  # of FLUX.1's autoencoder
 class DiptychFluxFillConditioner:
     DISPLAY_NAME = "Flux Fill Conditioner"
     DESCRIPTION = (
-        "Conditions FLUX.1-Fill on a picture and the mask to repaint, as diffusers' FluxFillPipeline does: "
+        "Conditions FLUX.1-Fill on an image and the mask to repaint, as diffusers' FluxFillPipeline does: "
         "hard mask, gray 0.5 under it, sides in multiples of 16. For diptychs, fills and outpainting. It "
         "needs a Fill model: "
         "ComfyUI silently ignores this conditioning on others, so connect `model` to have it checked."
@@ -30,10 +30,10 @@ class DiptychFluxFillConditioner:
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")
     OUTPUT_TOOLTIPS = (
-        "The prompt with the masked picture. FLUX.1-Fill wants a guidance of 30 (fill) to 50 (ICEdit): Flux "
+        "The prompt with the masked image. FLUX.1-Fill wants a guidance of 30 (fill) to 50 (ICEdit): Flux "
         "Guidance.",
-        "The negative prompt with the masked picture.",
-        "The encoded picture, to sample from.",
+        "The negative prompt with the masked image.",
+        "The encoded image, to sample from.",
     )
     FUNCTION = "condition"
     SEARCH_ALIASES = ["inpaint model conditioning", "flux fill inpaint", "icedit conditioning", "concat mask"]
@@ -48,7 +48,7 @@ class DiptychFluxFillConditioner:
                     {"tooltip": "The encoded negative prompt; without effect at cfg 1."},
                 ),
                 "vae": ("VAE", {"tooltip": "FLUX's autoencoder (ae.safetensors)."}),
-                "image": ("IMAGE", {"tooltip": "The picture to fill, such as the diptych."}),
+                "image": ("IMAGE", {"tooltip": "The image to fill, such as the diptych."}),
             },
             "optional": {
                 "mask": ("MASK", {"tooltip": "White is repainted; binarised at 0.5. Any size, not empty."}),
@@ -113,8 +113,8 @@ class DiptychFluxFillConditioner:
 class DiptychKontextConditioner:
     DISPLAY_NAME = "Kontext Conditioner"
     DESCRIPTION = (
-        "Gives FLUX.1 Kontext one or more reference pictures at a size it was trained on, and the layout "
-        "that takes the result back to the first picture's own size (Diptych Split). Chain several for more "
+        "Gives FLUX.1 Kontext one or more reference images at a size it was trained on, and the layout "
+        "that takes the result back to the first image's own size (Diptych Split). Chain several for more "
         "references. Models that know no references ignore them."
     )
     CATEGORY = "diptych"
@@ -122,7 +122,7 @@ class DiptychKontextConditioner:
     RETURN_NAMES = ("conditioning", "latent", "layout")
     OUTPUT_TOOLTIPS = (
         "The prompt with the references added. FLUX.1 Kontext wants a guidance of 2.5: Flux Guidance.",
-        "The first picture encoded: sets the size of the result.",
+        "The first image encoded: sets the size of the result.",
         "How `image` was sized: to Diptych Split, which undoes it.",
     )
     FUNCTION = "condition"
@@ -137,7 +137,7 @@ class DiptychKontextConditioner:
                     {"tooltip": "The encoded prompt, or another Kontext Conditioner."},
                 ),
                 "vae": ("VAE", {"tooltip": "FLUX's autoencoder (ae.safetensors)."}),
-                "image": ("IMAGE", {"tooltip": "The picture to edit; the result has its size."}),
+                "image": ("IMAGE", {"tooltip": "The image to edit; the result has its size."}),
             },
             "optional": {
                 "image_2": ("IMAGE", {"tooltip": "A second reference, of any size."}),
@@ -154,7 +154,7 @@ class DiptychKontextConditioner:
                     {
                         "default": "preferred",
                         "tooltip": "preferred: the nearest of Kontext's 17 trained sizes (about 1 "
-                        "megapixel). keep: the picture's own size in multiples of 16. megapixels: its aspect "
+                        "megapixel). keep: the image's own size in multiples of 16. megapixels: its aspect "
                         "at that area.",
                     },
                 ),
@@ -162,7 +162,7 @@ class DiptychKontextConditioner:
                     list(AUTO_POLICIES),
                     {
                         "default": "auto",
-                        "tooltip": "How a picture meets that size. stretch: as diffusers. crop: borders are "
+                        "tooltip": "How an image meets that size. stretch: as diffusers. crop: borders are "
                         "left out and come back in Diptych Split. pad: the edge's pixels are repeated. auto: "
                         "stretch by up to 5 %, crop by up to 10 %, else pad; the console says which.",
                     },
@@ -181,7 +181,7 @@ class DiptychKontextConditioner:
                     {
                         "default": "edits",
                         "advanced": True,
-                        "tooltip": "A batch of pictures means: one edit each, or several references of one "
+                        "tooltip": "A batch of images means: one edit each, or several references of one "
                         "edit.",
                     },
                 ),
@@ -222,12 +222,11 @@ class DiptychKontextConditioner:
         if batch == "references":
             images = [single for several in images for single in several.split(1)]
         first, *others = [
-            condition.reference(picture, mask=None if i else mask, **sizing)
-            for i, picture in enumerate(images)
+            condition.reference(view, mask=None if i else mask, **sizing) for i, view in enumerate(images)
         ]
-        for number, picture in enumerate((first, *others), 1):
-            log.info("Kontext Conditioner: image %d: %s", number, picture.layout)
-        references = [_encode(vae, picture.image) for picture in (first, *others)]
+        for number, view in enumerate((first, *others), 1):
+            log.info("Kontext Conditioner: image %d: %s", number, view.layout)
+        references = [_encode(vae, view.image) for view in (first, *others)]
         count = max(len(encoded) for encoded in references)
         latent = {"samples": pixels.repeat_batch(references[0], count).clone()}
         if first.mask is not None:
@@ -249,7 +248,7 @@ def _with_values(conditioning: list, values: dict, append: bool = False) -> list
 
 
 def _encode_repeated(vae: Any, image: Tensor, batch: int) -> Tensor:
-    """Encode, once if it is one picture for a whole batch."""
+    """Encode, once if it is one image for a whole batch."""
     return pixels.repeat_batch(_encode(vae, image), batch).clone()
 
 

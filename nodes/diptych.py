@@ -11,15 +11,15 @@ from ..models.geometry import AUTO_POLICIES
 class DiptychBuilder:
     DISPLAY_NAME = "Diptych Builder"
     DESCRIPTION = (
-        "Sets a picture beside the place for its edit, with the mask and the prompt that in-context editing "
-        "(ICEdit on FLUX.1-Fill) expects. Takes any size, batches, gray pictures and alpha; Diptych Split "
-        "brings the edit back to the picture's own size."
+        "Sets an image beside the place for its edit, with the mask and the prompt that in-context editing "
+        "(ICEdit on FLUX.1-Fill) expects. Takes any size, batches, gray images and alpha; Diptych Split "
+        "brings the edit back to the image's own size."
     )
     CATEGORY = "diptych"
     RETURN_TYPES = ("IMAGE", "MASK", "STRING", "DIPTYCH_LAYOUT")
     RETURN_NAMES = ("diptych", "mask", "prompt", "layout")
     OUTPUT_TOOLTIPS = (
-        "Both panels in one picture: to the image input of the Flux Fill Conditioner.",
+        "Both panels in one image: to the image input of the Flux Fill Conditioner.",
         "White where the model repaints: to the mask input of the Flux Fill Conditioner.",
         "The instruction within the sentence ICEdit was trained on: to the text of a CLIP Text Encode.",
         "Where everything is: to Diptych Split.",
@@ -33,7 +33,7 @@ class DiptychBuilder:
             "required": {
                 "image": (
                     "IMAGE",
-                    {"tooltip": "The picture to edit, of any size; a batch gives one diptych each."},
+                    {"tooltip": "The image to edit, of any size; a batch gives one diptych each."},
                 ),
                 "instruction": (
                     "STRING",
@@ -50,7 +50,7 @@ class DiptychBuilder:
                     "MASK",
                     {
                         "tooltip": "Repaint only here (white); everything else comes back exactly. An empty "
-                        "mask means the whole picture. ICEdit was trained on whole panels: if a local edit "
+                        "mask means the whole image. ICEdit was trained on whole panels: if a local edit "
                         "comes out weak, leave this open and give the mask to Diptych Split instead."
                     },
                 ),
@@ -61,8 +61,8 @@ class DiptychBuilder:
                         "min": 0,
                         "max": 4096,
                         "step": 16,
-                        "tooltip": "Width of one panel in pixels; the height follows from the picture. 512 "
-                        "is what ICEdit was trained on; 0 keeps the picture's own size.",
+                        "tooltip": "Width of one panel in pixels; the height follows from the image. 512 "
+                        "is what ICEdit was trained on; 0 keeps the image's own size.",
                     },
                 ),
                 "policy": (
@@ -71,7 +71,7 @@ class DiptychBuilder:
                         "default": "stretch",
                         "tooltip": "How both sides become multiples of 16. stretch: by up to 8 pixels. crop: "
                         "borders are left out, and come back in Diptych Split. pad: the edge's pixels are "
-                        "repeated. auto: stretch unless that bends the picture by more than 5 %.",
+                        "repeated. auto: stretch unless that bends the image by more than 5 %.",
                     },
                 ),
                 "side": (
@@ -157,7 +157,7 @@ class DiptychBuilder:
 class DiptychSplit:
     DISPLAY_NAME = "Diptych Split"
     DESCRIPTION = (
-        "Takes the edit out of a diptych and returns it at the picture's own size, in float. Pixels outside "
+        "Takes the edit out of a diptych and returns it at the image's own size, in float. Pixels outside "
         "the edit mask, cropped borders and alpha are the source's own, exactly. Also undoes the sizing of "
         "the Kontext Conditioner."
     )
@@ -165,7 +165,7 @@ class DiptychSplit:
     RETURN_TYPES = ("IMAGE", "IMAGE")
     RETURN_NAMES = ("edited", "source_panel")
     OUTPUT_TOOLTIPS = (
-        "The edited picture, of the source's size.",
+        "The edited image, of the source's size.",
         "The diptych's other panel at that size: the source as the model gave it back, to compare with.",
     )
     FUNCTION = "split"
@@ -188,7 +188,7 @@ class DiptychSplit:
                 "source": (
                     "IMAGE",
                     {
-                        "tooltip": "The picture to paste into. Left open, it is the one the layout was made "
+                        "tooltip": "The image to paste into. Left open, it is the one the layout was made "
                         "from; a larger version of it (same aspect) gives a result of that size."
                     },
                 ),

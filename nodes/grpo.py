@@ -119,7 +119,7 @@ class DiptychTrainGRPO:
                 "save_every": ("INT", _number(10, 1, 100_000, "Updates between checkpoints.", advanced=True)),
                 "preview_every": (
                     "INT",
-                    _number(10, 0, 100_000, "Updates between sample pictures; 0 = none.", advanced=True),
+                    _number(10, 0, 100_000, "Updates between sample images; 0 = none.", advanced=True),
                 ),
                 "training_seed": SEED_INPUT,
             },
@@ -185,7 +185,7 @@ class DiptychTrainGRPO:
 
 
 def _data(dataset: str, task: str, images: Tensor | None, instructions: str, root: Path) -> tuple[str, bool]:
-    """(spec of the data, whether it has no wanted pictures)."""
+    """(spec of the data, whether it has no target images)."""
     from ..training.data import given
 
     if task == "sd_inpaint" and images is not None:

@@ -32,10 +32,7 @@ class DiptychMaskPacker:
             "optional": {
                 "image": (
                     "IMAGE",
-                    {
-                        "tooltip": "The picture the mask belongs to: the mask takes its size (multiples of "
-                        "16)."
-                    },
+                    {"tooltip": "The image the mask belongs to: the mask takes its size (multiples of 16)."},
                 ),
                 "grow": (
                     "INT",

@@ -1,4 +1,4 @@
-"""Outpainting nodes: room around a picture, something in its hole, a crop of the hole, the way back."""
+"""Outpainting nodes: room around an image, something in its hole, a crop of the hole, the way back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONE = "none"
 
 
 def _given(mask: Tensor | None) -> Tensor | None:
-    """The mask, or None if nothing at all is painted: what Load Image gives for a picture without alpha."""
+    """The mask, or None if nothing at all is painted: what Load Image gives for an image without alpha."""
     return mask if mask is not None and bool(as_mask(mask).any()) else None
 
 
@@ -41,15 +41,15 @@ def _whole(default: int, words: str, *, most: int = MOST, least: int = 0, **more
 class DiptychOutpaintCanvas:
     DISPLAY_NAME = "Outpaint Canvas"
     DESCRIPTION = (
-        "Gives a picture room on any side, for whatever model paints it: the canvas, the mask of what is "
+        "Gives an image room on any side, for whatever model paints it: the canvas, the mask of what is "
         "unknown, and the layout that takes the result back to exactly the size asked for. Takes batches, "
-        "alpha and a mask of the picture's own holes; amounts need not divide by anything."
+        "alpha and a mask of the image's own holes; amounts need not divide by anything."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("IMAGE", "MASK", LAYOUT)
     RETURN_NAMES = ("canvas", "mask", "layout")
     OUTPUT_TOOLTIPS = (
-        "The picture with gray room around it: to Fill Hole, or straight to a conditioner.",
+        "The image with gray room around it: to Fill Hole, or straight to a conditioner.",
         "White where nothing is known: to the same nodes.",
         "Where everything is: to Paste Back.",
     )
@@ -63,7 +63,7 @@ class DiptychOutpaintCanvas:
 
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The picture to enlarge, of any size."}),
+                "image": ("IMAGE", {"tooltip": "The image to enlarge, of any size."}),
                 "left": _side("left"),
                 "top": _side("top"),
                 "right": _side("right"),
@@ -72,7 +72,7 @@ class DiptychOutpaintCanvas:
                     list(UNITS),
                     {
                         "default": "px",
-                        "tooltip": "px. cells: 8 px each. fraction: of the picture's own side. aspect: the "
+                        "tooltip": "px. cells: 8 px each. fraction: of the image's own side. aspect: the "
                         "width / height to reach, given to the sides that may grow. size: the width (left, "
                         "right) or height (top, bottom) to reach.",
                     },
@@ -81,14 +81,14 @@ class DiptychOutpaintCanvas:
             "optional": {
                 "mask": (
                     "MASK",
-                    {"tooltip": "What else to repaint inside the picture (white); of the picture's size."},
+                    {"tooltip": "What else to repaint inside the image (white); of the image's size."},
                 ),
                 "overlap": _whole(
-                    0, "Repaint so many px of the picture's own edge too: a fresh seam is softer.", most=1024
+                    0, "Repaint so many px of the image's own edge too: a fresh seam is softer.", most=1024
                 ),
                 "feather": _whole(
                     0,
-                    "Fade the mask into the picture over so many px. Models cut masks at 0.5; Paste Back "
+                    "Fade the mask into the image over so many px. Models cut masks at 0.5; Paste Back "
                     "uses all of it.",
                     most=1024,
                 ),
@@ -139,14 +139,14 @@ class DiptychOutpaintCanvas:
 class DiptychFillHole:
     DISPLAY_NAME = "Fill Hole"
     DESCRIPTION = (
-        "Puts something into the masked part of a picture before a model paints it: the picture continued "
+        "Puts something into the masked part of an image before a model paints it: the image continued "
         "(edge, mirror, blur, mosaic), noise of its own colours (Outpainting mk2), plain colours, OpenCV's "
         "inpainting or LaMa. Known pixels stay exactly as they are."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
-    OUTPUT_TOOLTIPS = ("The picture with its hole filled; at denoise below 1 the model starts from it.",)
+    OUTPUT_TOOLTIPS = ("The image with its hole filled; at denoise below 1 the model starts from it.",)
     FUNCTION = "fill"
     SEARCH_ALIASES = [
         "fill masked area",
@@ -164,13 +164,13 @@ class DiptychFillHole:
 
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The canvas, or any picture with a hole."}),
-                "mask": ("MASK", {"tooltip": "White is filled; of the picture's size. Gray mixes."}),
+                "image": ("IMAGE", {"tooltip": "The canvas, or any image with a hole."}),
+                "mask": ("MASK", {"tooltip": "White is filled; of the image's size. Gray mixes."}),
                 "how": (
                     list(outpaint.FILLS),
                     {
                         "default": "blur",
-                        "tooltip": "neutral: gray. colour: the one below. edge, mirror, blur: the picture "
+                        "tooltip": "neutral: gray. colour: the one below. edge, mirror, blur: the image "
                         "goes on. noise: mk2's. mosaic: tiles. mean, gaussian, perlin: its colours. telea, "
                         "ns: OpenCV. lama: a LaMa file.",
                     },
@@ -191,7 +191,7 @@ class DiptychFillHole:
                         "max": 4.0,
                         "step": 0.05,
                         "advanced": True,
-                        "tooltip": "For noise: the exponent of the picture's spectrum; 0 is rough, 2 smooth.",
+                        "tooltip": "For noise: the exponent of the image's spectrum; 0 is rough, 2 smooth.",
                     },
                 ),
                 "color_variation": (
@@ -279,7 +279,7 @@ class DiptychContextCrop:
     DISPLAY_NAME = "Context Crop"
     DESCRIPTION = (
         "Cuts out a hole with its surroundings at the size a model works best at, so that a small repair in "
-        "a large picture gets all of the model's detail. Paste Back stitches the result in; outside the mask "
+        "a large image gets all of the model's detail. Paste Back stitches the result in; outside the mask "
         "nothing changes, not by one bit."
     )
     CATEGORY = CATEGORY
@@ -297,10 +297,10 @@ class DiptychContextCrop:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The whole picture."}),
+                "image": ("IMAGE", {"tooltip": "The whole image."}),
                 "mask": (
                     "MASK",
-                    {"tooltip": "White is repainted; of the picture's size. A batch gives one crop each."},
+                    {"tooltip": "White is repainted; of the image's size. A batch gives one crop each."},
                 ),
                 "context": (
                     "FLOAT",
@@ -315,13 +315,13 @@ class DiptychContextCrop:
                 "size": _whole(
                     1024,
                     "The crop becomes about size x size pixels at its own aspect: 1024 for FLUX, 512 for SD "
-                    "1.5. 0 keeps the picture's scale.",
+                    "1.5. 0 keeps the image's scale.",
                     most=4096,
                 ),
             },
             "optional": {
                 "blend": _whole(
-                    8, "Fade from picture to result over so many px inside the mask, in Paste Back.", most=512
+                    8, "Fade from image to result over so many px inside the mask, in Paste Back.", most=512
                 ),
                 "fill_holes": (
                     "BOOLEAN",
@@ -364,14 +364,14 @@ class DiptychContextCrop:
 class DiptychPasteBack:
     DISPLAY_NAME = "Paste Back"
     DESCRIPTION = (
-        "Puts what a model painted on a canvas or a context crop into the picture: at the size asked for, "
+        "Puts what a model painted on a canvas or a context crop into the image: at the size asked for, "
         "every known pixel exactly as it was, and the colours of the new part moved to meet the old ones, "
         "so that no step shows at the seam."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
-    OUTPUT_TOOLTIPS = ("The finished picture, with the original's alpha if it had any.",)
+    OUTPUT_TOOLTIPS = ("The finished image, with the original's alpha if it had any.",)
     FUNCTION = "paste"
     SEARCH_ALIASES = [
         "stitch",
@@ -388,19 +388,19 @@ class DiptychPasteBack:
         return {
             "required": {
                 "image": ("IMAGE", {"tooltip": "The decoded result; it may have been upscaled."}),
-                "original": ("IMAGE", {"tooltip": "The picture that Outpaint Canvas or Context Crop got."}),
+                "original": ("IMAGE", {"tooltip": "The image that Outpaint Canvas or Context Crop got."}),
                 "layout": (LAYOUT, {"tooltip": "From Outpaint Canvas or Context Crop."}),
             },
             "optional": {
                 "mask": (
                     "MASK",
                     {
-                        "tooltip": "Take the result only here; of the finished picture's, the canvas' or the "
+                        "tooltip": "Take the result only here; of the finished image's, the canvas' or the "
                         "original's size. Open or empty: the mask that the layout came with."
                     },
                 ),
                 "feather": _whole(
-                    0, "Fade the result out over so many px of known picture around the mask.", most=512
+                    0, "Fade the result out over so many px of known image around the mask.", most=512
                 ),
                 "match_colour": (
                     "BOOLEAN",
@@ -415,8 +415,8 @@ class DiptychPasteBack:
                     {
                         "default": False,
                         "advanced": True,
-                        "tooltip": "On: all results of a batch go into one picture, in order. Off: one "
-                        "picture each.",
+                        "tooltip": "On: all results of a batch go into one image, in order. Off: one "
+                        "image each.",
                     },
                 ),
             },
@@ -442,8 +442,8 @@ class DiptychTiledSampler:
     DISPLAY_NAME = "Tiled Sampler"
     DESCRIPTION = (
         "Runs any sampler window by window over a canvas of any size: each window sees what is known by "
-        "then, from the picture outwards. Works with every model that paints pictures; masks, masked "
-        "pictures and references are cut along. Memory is that of one window."
+        "then, from the image outwards. Works with every model that paints images; masks, masked "
+        "images and references are cut along. Memory is that of one window."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("SAMPLER",)

@@ -1,4 +1,4 @@
-"""Reward nodes: choose and weight rewards, judge pictures by them, improve a model by them.
+"""Reward nodes: choose and weight rewards, judge images by them, improve a model by them.
 
 Registered rewards and files in ComfyUI's own folders only: a shared workflow can neither import code nor
 name an address or a repository of its choosing.
@@ -33,7 +33,7 @@ def reward_files() -> dict[str, Path]:
 class DiptychReward:
     DISPLAY_NAME = "Edit Reward"
     DESCRIPTION = (
-        "Chooses who judges pictures: human-preference models (PickScore, HPSv2.1), text agreement (CLIP), "
+        "Chooses who judges images: human-preference models (PickScore, HPSv2.1), text agreement (CLIP), "
         "likeness to the source (CLIP-I, DINO), a vision-language model that answers whether the edit was "
         "made, and measures of what was kept. Chain several: each is brought to one scale before they are "
         "weighted and summed."
@@ -60,7 +60,7 @@ class DiptychReward:
                         "default": "pickscore",
                         "tooltip": "pickscore, hpsv2, clip_l, clip_h: does it look as described. vlm_yes: "
                         "was the edit made. clip_i, dino: is it still the source. keep_l1, keep_ssim, "
-                        "keep_lpips: the rest untouched. shapes: exact, for the demo pictures.",
+                        "keep_lpips: the rest untouched. shapes: exact, for the demo images.",
                     },
                 ),
                 "weight": (
@@ -153,19 +153,19 @@ def _gpu() -> str:
 class DiptychRewardScore:
     DISPLAY_NAME = "Edit Reward Score"
     DESCRIPTION = (
-        "Judges a batch of pictures by rewards: the numbers, the batch sorted best first, and a sheet with "
-        "the scores written under the pictures. What a reward needs (instruction, source, mask) must be "
-        "connected; a picture it cannot judge counts as not judged, never as zero."
+        "Judges a batch of images by rewards: the numbers, the batch sorted best first, and a sheet with "
+        "the scores written under the images. What a reward needs (instruction, source, mask) must be "
+        "connected; an image it cannot judge counts as not judged, never as zero."
     )
     CATEGORY = "diptych/rewards"
     RETURN_TYPES = ("FLOAT", "STRING", "IMAGE", "IMAGE")
     RETURN_NAMES = ("best_score", "report", "sorted", "sheet")
     OUTPUT_TOOLTIPS = (
-        "Of the best picture: the reward's own number, or with several rewards the weighted sum of how many "
+        "Of the best image: the reward's own number, or with several rewards the weighted sum of how many "
         "standard deviations it lies above the batch's mean.",
-        "Every picture's numbers, best first.",
-        "The same pictures, best first.",
-        "The pictures, best first, with their scores.",
+        "Every image's numbers, best first.",
+        "The same images, best first.",
+        "The images, best first, with their scores.",
     )
     FUNCTION = "score"
     OUTPUT_NODE = True
@@ -175,20 +175,20 @@ class DiptychRewardScore:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "images": ("IMAGE", {"tooltip": "The pictures to judge; edits, from Diptych Split."}),
+                "images": ("IMAGE", {"tooltip": "The images to judge; edits, from Diptych Split."}),
                 "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from an Edit Reward node."}),
             },
             "optional": {
-                "source": ("IMAGE", {"tooltip": "The picture before the edit; one serves all."}),
+                "source": ("IMAGE", {"tooltip": "The image before the edit; one serves all."}),
                 "mask": ("MASK", {"tooltip": "1 where the edit may change something."}),
-                "target": ("IMAGE", {"tooltip": "The wanted picture, if it is known."}),
+                "target": ("IMAGE", {"tooltip": "The target image, if it is known."}),
                 "prompt": (
                     "STRING",
                     {
                         "default": "",
                         "multiline": True,
                         "tooltip": "The instruction, or for text agreement a description of the wanted "
-                        "picture.",
+                        "image.",
                     },
                 ),
             },

@@ -108,7 +108,7 @@ def _latent_tokens(latent: dict) -> int:
     shape = tuple(latent["samples"].shape)
     if len(shape) != 4:
         raise ValueError(
-            f"latent has shape {shape} but a picture's is [batch, channels, height, width]: for video "
+            f"latent has shape {shape} but an image's is [batch, channels, height, width]: for video "
             "latents choose shift_mode fixed, or connect the model."
         )
     return token_count(*shape[-2:])
@@ -121,7 +121,7 @@ class DiptychFlowMatchEulerSampler:
     DESCRIPTION = (
         "Euler sampler for FLUX and other flow models. ode equals core euler; the SDE rules add noise as "
         "GRPO training does, in all steps or in a window of them. The last step never leaves noise in the "
-        "picture."
+        "image."
     )
     CATEGORY = "diptych/sampling"
     RETURN_TYPES = ("SAMPLER",)

@@ -12,7 +12,7 @@ class DiptychEditScore:
     DESCRIPTION = (
         "Measures an edit: how much of the rest was kept, how much changed where it should, how near it "
         "comes to "
-        "an expected picture. For pictures of the shapes world it also says whether the edit was made."
+        "an expected image. For images of the shapes world it also says whether the edit was made."
     )
     CATEGORY = "diptych/training"
     RETURN_TYPES = ("FLOAT", "FLOAT", "FLOAT", "FLOAT", "STRING", "IMAGE")
@@ -20,9 +20,9 @@ class DiptychEditScore:
     OUTPUT_TOOLTIPS = (
         "1 minus the mean difference to the source outside the mask: 1 is untouched.",
         "Mean difference to the source inside the mask: 0 is no edit at all.",
-        "SSIM to the expected picture if one is connected, else to the source: 1 is equal.",
-        "Shapes world: share of pictures where the edit was made and all else kept. -1 for other pictures.",
-        "The numbers of every picture.",
+        "SSIM to the expected image if one is connected, else to the source: 1 is equal.",
+        "Shapes world: share of images where the edit was made and all else kept. -1 for other images.",
+        "The numbers of every image.",
         "Source, edit and their difference side by side.",
     )
     FUNCTION = "score"
@@ -34,14 +34,14 @@ class DiptychEditScore:
         return {
             "required": {
                 "edited": ("IMAGE", {"tooltip": "The result, from Diptych Split or VAE Decode."}),
-                "source": ("IMAGE", {"tooltip": "The picture before the edit, of the same size."}),
+                "source": ("IMAGE", {"tooltip": "The image before the edit, of the same size."}),
             },
             "optional": {
                 "instruction": (
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "What was asked for. Judged for shapes pictures, else only reported.",
+                        "tooltip": "What was asked for. Judged for shapes images, else only reported.",
                     },
                 ),
                 "mask": (

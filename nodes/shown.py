@@ -1,7 +1,7 @@
-"""What a node shows on itself in ComfyUI's page: a text, and pictures from the temp folder.
+"""What a node shows on itself in ComfyUI's page: a text, and images from the temp folder.
 
-The page draws the pictures of any node's `ui`; the text it draws for core's Preview nodes only, so a
-report that should be read without one stands in a picture, or under the node (`report_to`).
+The page draws the images of any node's `ui`; the text it draws for core's Preview nodes only, so a
+report that should be read without one stands in an image, or under the node (`report_to`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 def shown(text: str, *images: Tensor) -> dict[str, list]:
     """The `ui` of a node's answer: a text and IMAGEs [B,H,W,3]."""
-    pictures = [entry for image in images for entry in _saved(image)]
-    return {"text": [text], "images": pictures} if pictures else {"text": [text]}
+    entries = [entry for image in images for entry in _saved(image)]
+    return {"text": [text], "images": entries} if entries else {"text": [text]}
 
 
 def report_to(node: str | None) -> Callable[[str], None] | None:
@@ -48,9 +48,9 @@ def _saved(image: Tensor) -> list[dict[str, str]]:
     folder, entries = Path(folder_paths.get_temp_directory()), []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in image:
+        for single in image:
             name = f"diptych_{uuid.uuid4().hex}.png"
-            to_pil(picture).save(folder / name, compress_level=1)
+            to_pil(single).save(folder / name, compress_level=1)
             entries.append({"filename": name, "subfolder": "", "type": "temp"})
     except OSError as error:  # a preview is not worth losing the result for
         logger.warning("no preview could be written to %s: %s", folder, error)

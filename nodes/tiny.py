@@ -1,4 +1,4 @@
-"""The bundled tiny models and pictures of their world: all that the example workflows need to run at once."""
+"""The bundled tiny models and images of their world: all that the example workflows need to run at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DiptychTinyModelLoader:
     DISPLAY_NAME = "Load Tiny Demo Model"
     DESCRIPTION = (
         "Loads one of the small models that come with this pack, as ordinary MODEL, CLIP and VAE. "
-        "They know only small pictures of coloured shapes (64x64, a diptych 128x64) and run anywhere in "
+        "They know only small images of coloured shapes (64x64, a diptych 128x64) and run anywhere in "
         "seconds, so that every workflow can be tried before a large model is downloaded."
     )
     CATEGORY = "diptych/demo"
@@ -31,7 +31,7 @@ class DiptychTinyModelLoader:
     def INPUT_TYPES(cls) -> dict:
         tooltip = (
             "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill Conditioner). "
-            "kontext: FLUX Kontext in small, edits a reference picture (with the Kontext Conditioner). "
+            "kontext: FLUX Kontext in small, edits a reference image (with the Kontext Conditioner). "
             "sd_inpaint: Stable Diffusion inpainting in small (with core's InpaintModelConditioning)."
         )
         return {
@@ -55,22 +55,22 @@ class DiptychTinyModelLoader:
 class DiptychDemoImage:
     DISPLAY_NAME = "Demo Image (Shapes)"
     DESCRIPTION = (
-        "Draws a small picture of coloured shapes with an edit to ask for, the region it touches, and the "
-        "picture that a perfect edit would give. This is the world that the tiny demo models know; "
-        "these pictures were held out of their training."
+        "Draws a small image of coloured shapes with an edit to ask for, the region it touches, and the "
+        "image that a perfect edit would give. This is the world that the tiny demo models know; "
+        "these images were held out of their training."
     )
     CATEGORY = "diptych/demo"
     RETURN_TYPES = ("IMAGE", "STRING", "MASK", "IMAGE", "STRING")
     RETURN_NAMES = ("image", "instruction", "edit_mask", "expected", "caption")
     OUTPUT_TOOLTIPS = (
-        "The picture to edit.",
+        "The image to edit.",
         "What to change, in words that the tiny models know.",
         "1 where the edit changes something.",
         "What a perfect edit looks like, to compare with.",
-        "What the expected picture shows, as a prompt for a masked fill.",
+        "What the expected image shows, as a prompt for a masked fill.",
     )
     FUNCTION = "draw"
-    SEARCH_ALIASES = ["test image", "shapes", "sample image", "example picture"]
+    SEARCH_ALIASES = ["test image", "shapes", "sample image", "example image"]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -78,7 +78,7 @@ class DiptychDemoImage:
             "default": 0,
             "min": 0,
             "max": 9999,
-            "tooltip": "Which of the pictures; each has its own edit.",
+            "tooltip": "Which of the images; each has its own edit.",
         }
         operation = {"default": "any", "tooltip": "The kind of edit to ask for; any takes them in turn."}
         size = {

@@ -1,4 +1,4 @@
-"""The training node: a LoRA from a folder of pictures. What it trains on what is `training/session.py`."""
+"""The training node: a LoRA from a folder of images. What it trains on what is `training/session.py`."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def learning_rate_input(default: str) -> tuple:
 
 
 def resolution_input(default: str) -> tuple:
-    """The side of a picture in pixels, 0 = `default`."""
-    tooltip = f"Side of one picture in pixels, a multiple of 16; 0 = {default}."
+    """The side of an image in pixels, 0 = `default`."""
+    tooltip = f"Side of one image in pixels, a multiple of 16; 0 = {default}."
     return ("INT", _number(0, 0, 4096, tooltip, step=16, advanced=True))
 
 
@@ -93,7 +93,7 @@ def base_model_input() -> tuple[list[str], dict]:
 class DiptychTrainLora:
     DISPLAY_NAME = "Train Edit LoRA"
     DESCRIPTION = (
-        "Trains a LoRA from a folder of pictures, right here: ICEdit on FLUX Fill (before/after pairs in a "
+        "Trains a LoRA from a folder of images, right here: ICEdit on FLUX Fill (before/after pairs in a "
         "diptych), FLUX Kontext, or SD inpainting. Interrupting saves a checkpoint; the same settings go on "
         "from it. ComfyUI's own models are unloaded first; a diffusers copy of the base is trained."
     )
@@ -103,7 +103,7 @@ class DiptychTrainLora:
     OUTPUT_TOOLTIPS = (
         "Name of the file in ComfyUI's loras folder, for the LoRA loaders.",
         "The loss over the steps, with its running mean.",
-        "The last sample pictures: what was given, what was made, what was wanted. The curve if there "
+        "The last sample images: what was given, what was made, what was wanted. The curve if there "
         "are none.",
         "What was trained on what, and how the loss went.",
     )
@@ -162,7 +162,7 @@ class DiptychTrainLora:
                 "save_every": ("INT", _number(100, 1, 100_000, "Steps between checkpoints.", advanced=True)),
                 "preview_every": (
                     "INT",
-                    _number(100, 0, 100_000, "Steps between sample pictures; 0 = none.", advanced=True),
+                    _number(100, 0, 100_000, "Steps between sample images; 0 = none.", advanced=True),
                 ),
                 "class_prompt": (
                     "STRING",
@@ -226,8 +226,8 @@ class DiptychTrainLora:
         lora, outcome = comfy.run(choices)
         samples = outcome.curve if outcome.samples is None else outcome.samples
         report = f"{outcome.report}\nLoRA: {lora}"
-        pictures = [outcome.curve] if outcome.samples is None else [outcome.curve, outcome.samples]
-        return {"ui": shown(report, *pictures), "result": (lora.name, outcome.curve, samples, report)}
+        images = [outcome.curve] if outcome.samples is None else [outcome.curve, outcome.samples]
+        return {"ui": shown(report, *images), "result": (lora.name, outcome.curve, samples, report)}
 
 
 def data_spec(dataset: str, task: str) -> str:

@@ -75,7 +75,7 @@ def sample_flow_match(
         schedule = sigmas.tolist()
         random = {i for i in window_steps(window, steps) if schedule[i + 1] > 0}
         check_schedule(rule, eta, schedule, random)
-    # On the CPU whatever the device, as ComfyUI draws its starting noise: a seed means one picture
+    # On the CPU whatever the device, as ComfyUI draws its starting noise: a seed means one image
     # everywhere.
     generator = torch.Generator().manual_seed(sde_seed(extra_args.get("seed") or 0, stream))
     per_sample = x.new_ones([x.shape[0]])

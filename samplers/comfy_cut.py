@@ -1,6 +1,6 @@
 """Conditionings cut to a window of the canvas, as ComfyUI holds them during a run.
 
-Imported at run time only. Cut is whatever lies on the canvas: the masked picture and mask of Fill and
+Imported at run time only. Cut is whatever lies on the canvas: the masked image and mask of Fill and
 inpainting models, references of the canvas' own size, regional prompts. Cells that earlier windows painted
 count as known in the later ones.
 """
@@ -31,7 +31,7 @@ def entries_of(conds: dict[str, list | None]) -> list[dict]:
 
 
 class ConcatParts:
-    """Which channels of `c_concat` are the masked picture and which the mask, for one conditioning."""
+    """Which channels of `c_concat` are the masked image and which the mask, for one conditioning."""
 
     def __init__(
         self, data: Tensor | None, image: slice | None = None, mask: slice | None = None, keep: int = 0
@@ -40,13 +40,13 @@ class ConcatParts:
 
     @classmethod
     def of(cls, model: Any, entry: dict, channels: int) -> ConcatParts:
-        """Fill: the picture, then 64 channels of mask; inpainting: as the model's `concat_keys` say."""
+        """Fill: the image, then 64 channels of mask; inpainting: as the model's `concat_keys` say."""
         concat = entry.get("model_conds", {}).get("c_concat")
         if concat is None:
             return cls(None)
         data, keys = concat.cond, tuple(getattr(model, "concat_keys", ()) or ())
         if not keys:
-            # Exactly the picture: a control picture, or glid's, whose hole is exact zeros.
+            # Exactly the image: a control image, or glid's, whose hole is exact zeros.
             fill = data.shape[1] > channels
             return cls(data, slice(0, channels), slice(channels, None) if fill else None)
         places, at = {}, 0
@@ -74,14 +74,14 @@ class ConcatParts:
         new = painted[tile.rows, tile.columns].to(data.device)
         if self.image is None or not bool(new.any()):
             return data
-        picture = data[:, self.image]
-        if self.mask is None and bool((picture[:, :, new] != 0).any()):
-            return data  # a control picture: it shows what is to come, not what is known
+        masked = data[:, self.image]
+        if self.mask is None and bool((masked[:, :, new] != 0).any()):
+            return data  # a control image: it shows what is to come, not what is known
         latent = canvas[:, :, tile.rows, tile.columns].to(data)
         if len(latent) != len(data):
             data = data.expand(len(latent), *data.shape[1:]).clone()
-            picture = data[:, self.image]
-        picture.copy_(torch.where(new, latent, picture))
+            masked = data[:, self.image]
+        masked.copy_(torch.where(new, latent, masked))
         if self.mask is not None:
             data[:, self.mask].masked_fill_(new, self.keep)
         return data

@@ -169,8 +169,8 @@ def _judged(run: _Run, denoised: Tensor, s: Settings) -> Tensor:
     images = images.reshape(-1, *images.shape[-3:])  # a video VAE gives [N, frames, ...]
     if len(images) != count * batch:
         raise ValueError(
-            f"the VAE made {len(images)} pictures of {count * batch} latents: "
-            "the Early Filter Sampler judges single pictures."
+            f"the VAE made {len(images)} images of {count * batch} latents: "
+            "the Early Filter Sampler judges single images."
         )
     groups = torch.arange(batch).repeat(count)
     scores = s.judge(images, groups).reshape(count, batch)

@@ -51,10 +51,10 @@ class TiledSampler(comfy.samplers.Sampler):
         """ComfyUI's sampler interface: the guider, and latents [B,C,h,w] as the model sees them."""
         if noise.ndim != 4:
             raise ValueError(
-                f"the latent has shape {tuple(noise.shape)}: Tiled Sampler is for pictures, [batch, channels,"
+                f"the latent has shape {tuple(noise.shape)}: Tiled Sampler is for images, [batch, channels,"
                 " height, width]."
             )
-        picture = torch.zeros_like(noise) if latent_image is None else latent_image
+        latents = torch.zeros_like(noise) if latent_image is None else latent_image
         parts = [
             ConcatParts.of(model_wrap.inner_model, entry, noise.shape[1])
             for entry in entries_of(model_wrap.conds)
@@ -69,12 +69,12 @@ class TiledSampler(comfy.samplers.Sampler):
         )
         mixes = denoise_mask is not None or not any(part.mask for part in parts)
         run = _Run(
-            self.sampler, model_wrap, sigmas, extra_args, callback, disable_pbar, len(plan), picture.clone()
+            self.sampler, model_wrap, sigmas, extra_args, callback, disable_pbar, len(plan), latents.clone()
         )
         left = unknown.clone()
 
         def paint(context: Tensor, hole: Tensor, part_of_noise: Tensor, tile: tiles.Tile) -> Tensor:
-            start = torch.where(hole, picture[:, :, tile.rows, tile.columns], context)
+            start = torch.where(hole, latents[:, :, tile.rows, tile.columns], context)
             share = hole.float().expand_as(start) if mixes else None
             if share is not None and denoise_mask is not None:
                 share = share * denoise_mask[:, :, tile.rows, tile.columns]
@@ -84,7 +84,7 @@ class TiledSampler(comfy.samplers.Sampler):
 
         return tiles.sample(
             paint,
-            picture,
+            latents,
             unknown,
             plan,
             known=self.known,

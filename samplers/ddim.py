@@ -238,7 +238,7 @@ def sample(
     """Run a schedule from `noise` [B,...]; returns the latents, or (latents, transitions) with `record`.
 
     predict(x, t): the model; x in noise's dtype, t a 0-dim int64 tensor. The last step is always
-    deterministic: its noise would stay in the picture, and its tiny variance would drown every other
+    deterministic: its noise would stay in the image, and its tiny variance would drown every other
     log-probability. Window, generator, callback (dict with i, t, x, denoised, prediction), record and
     storage_dtype as in `flow_match.sample`.
     """

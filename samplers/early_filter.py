@@ -24,7 +24,7 @@ Judge = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """Model evaluations per picture of the batch: what this run needs, and what others would."""
+    """Model evaluations per image of the batch: what this run needs, and what others would."""
 
     candidates: int
     judged_after: int
@@ -37,7 +37,7 @@ class Cost:
 
     @property
     def plain(self) -> int:
-        """One picture without a choice."""
+        """One image without a choice."""
         return self.steps
 
     @property
@@ -48,7 +48,7 @@ class Cost:
     def __str__(self) -> str:
         return (
             f"{self.evaluations} model evaluations: {self.candidates} starts x {self.judged_after} steps + "
-            f"{self.kept} x {self.steps - self.judged_after} to finish; one plain picture takes "
+            f"{self.kept} x {self.steps - self.judged_after} to finish; one plain image takes "
             f"{self.plain}, finishing all starts {self.exhaustive}"
         )
 
@@ -82,7 +82,7 @@ def sde_generators(seed: int, candidates: int, stream: int = 0) -> list[torch.Ge
 def choose(scores: Tensor, keep: int = 1) -> Tensor:
     """Indices of the best scores along the first axis, best first: [N,...] -> [keep,...].
 
-    A NaN (a picture that could not be judged) comes last; of equals the earlier one wins.
+    A NaN (an image that could not be judged) comes last; of equals the earlier one wins.
     """
     ranked = torch.where(scores.isnan(), -torch.inf, scores.double())
     return ranked.argsort(dim=0, descending=True, stable=True)[:keep]

@@ -32,7 +32,7 @@ def dynamic_mu(
 ) -> float:
     """FLUX's resolution-dependent shift `mu`: a line through (256 tokens, 0.5) and (4096 tokens, 1.15).
 
-    `seq_len` counts the tokens of the picture that is denoised: a diptych's is that of both panels together,
+    `seq_len` counts the tokens of the image that is denoised: a diptych's is that of both panels together,
     references and text do not count. The schedule is shifted by `exp(mu)`. Beyond 4096 tokens the line goes
     on, as in diffusers' `calculate_shift`.
     """
@@ -48,7 +48,7 @@ def total_steps(steps: int, denoise: float = 1.0) -> int:
         raise ValueError(f"steps is {steps}: at least one step is needed.")
     if not 0.0 <= denoise <= 1.0:
         raise ValueError(
-            f"denoise is {denoise}: give a value from 0 (keep the picture) to 1 (start from noise)."
+            f"denoise is {denoise}: give a value from 0 (keep the image) to 1 (start from noise)."
         )
     return int(steps / denoise) if denoise > 0 else 0
 

@@ -1,8 +1,8 @@
 """Text to image and image to text: a small multimodal latent-diffusion system.
 
-Two encoders put pictures and texts into one space; an autoregressive decoder writes captions, because a text
+Two encoders put images and texts into one space; an autoregressive decoder writes captions, because a text
 is a sequence of tokens; a diffusion model conditioned on the text draws the latent that the image decoder
-turns into a picture, because a picture is continuous and two-dimensional. Not for FLUX or Stable Diffusion.
+turns into an image, because an image is continuous and two-dimensional. Not for FLUX or Stable Diffusion.
 Importing it loads neither diffusers nor transformers: their blocks are fetched where a module is built.
 """
 

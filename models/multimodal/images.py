@@ -1,4 +1,4 @@
-"""Pictures to embeddings, embeddings to latents, latents to pictures.
+"""Images to embeddings, embeddings to latents, latents to images.
 
 Pixels are [B,3,H,W] in -1..1. One normalisation group throughout: several would each forget how strong a flat
 colour is.
@@ -31,7 +31,7 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, elementwise_affine=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Raises ValueError for pictures of another size."""
+        """Raises ValueError for images of another size."""
         size = self.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixels is {tuple(pixels.shape)}: give [B, 3, {size}, {size}] in -1..1")

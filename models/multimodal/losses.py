@@ -33,7 +33,7 @@ def contrastive_loss(
 ) -> Tensor:
     """Symmetric cross entropy of scale * cosine similarities [B,B] (CLIP, arXiv 2103.00020).
 
-    same [B,B]: which rows have equal captions (`same_captions`). A picture then has several right texts, and
+    same [B,B]: which rows have equal captions (`same_captions`). An image then has several right texts, and
     its target is spread evenly over them instead of calling all but one wrong.
     """
     image, text = F.normalize(image_embeddings.float(), dim=-1), F.normalize(text_embeddings.float(), dim=-1)
@@ -44,9 +44,9 @@ def contrastive_loss(
 
 
 def foreground(pixels: Tensor, threshold: float = 0.2) -> Tensor:
-    """[B,1,H,W] float, 1 where pixels [B,3,H,W] in -1..1 differ from the picture's median colour.
+    """[B,1,H,W] float, 1 where pixels [B,3,H,W] in -1..1 differ from the image's median colour.
 
-    threshold: in the largest channel, of the range 0..1. Right for pictures on an even ground.
+    threshold: in the largest channel, of the range 0..1. Right for images on an even ground.
     """
     ground = pixels.flatten(2).median(dim=2).values[..., None, None]
     return ((pixels - ground).abs().amax(dim=1, keepdim=True) > 2 * threshold).to(pixels)

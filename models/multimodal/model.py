@@ -29,11 +29,11 @@ from .text import TextDecoder, TextEncoder, fresh_bert, fresh_gpt2
 
 STAGES = ("align", "diffuse", "joint")
 MAX_SCALE = 100.0  # of the contrastive similarities, as in CLIP
-BATCH = 16  # pictures at a time
+BATCH = 16  # images at a time
 
 
 class GenerativeMultimodalModel(nn.Module):
-    """Text -> embedding -> diffusion -> latent -> picture; picture -> embedding -> GPT-2 -> text."""
+    """Text -> embedding -> diffusion -> latent -> image; image -> embedding -> GPT-2 -> text."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class GenerativeMultimodalModel(nn.Module):
     def device(self) -> torch.device:
         return self.log_scale.device
 
-    # pictures and texts to embeddings
+    # images and texts to embeddings
 
     def pixels(self, images: Tensor) -> Tensor:
         """IMAGE [B,H,W,C] in 0..1 of any size to pixels [B,3,S,S] in -1..1: middle square, antialiased."""
@@ -146,16 +146,16 @@ class GenerativeMultimodalModel(nn.Module):
     @torch.no_grad()
     def similarity(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
         """Cosine similarity [images, prompts], float32 in -1..1."""
-        pictures, texts = self.encode_image(images).float(), self.encode_text(prompts).float()
-        return F.normalize(pictures, dim=-1) @ F.normalize(texts, dim=-1).T
+        seen, read = self.encode_image(images).float(), self.encode_text(prompts).float()
+        return F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T
 
     # training
 
     def pairs(self, images: Tensor, captions: Sequence[str], *, even_ground: bool = False) -> Pairs:
         """A training batch from IMAGE [B,H,W,C] and B captions, on the model's device.
 
-        even_ground: the pictures show things on an even ground, so that reconstruction can weigh the things.
-        Raises ValueError if there are not as many captions as pictures.
+        even_ground: the images show things on an even ground, so that reconstruction can weigh the things.
+        Raises ValueError if there are not as many captions as images.
         """
         captions, limit = tokens.check_texts("captions", captions), self.architecture.max_tokens
         return make_pairs(
@@ -271,7 +271,7 @@ class GenerativeMultimodalModel(nn.Module):
 
         A seed stands for the same noise on every device; None draws one. Without use_diffusion the text's
         embedding is decoded directly, and all samples of a prompt are the same. callback: see
-        `LatentDiffusionUNet.sample`; the steps are counted anew for every 16 pictures.
+        `LatentDiffusionUNet.sample`; the steps are counted anew for every 16 images.
         """
         if num_samples_per_prompt < 1:
             raise ValueError(f"num_samples_per_prompt is {num_samples_per_prompt}: give at least 1")

@@ -1,4 +1,4 @@
-"""A training batch: pictures and their captions as the losses take them."""
+"""A training batch: images and their captions as the losses take them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tokens import caption_ids, text_ids
 
 
 class Pairs(NamedTuple):
-    """Pictures and their captions as the losses take them; made by `GenerativeMultimodalModel.pairs`."""
+    """Images and their captions as the losses take them; made by `GenerativeMultimodalModel.pairs`."""
 
     pixels: Tensor  # [B,3,S,S] in -1..1
     input_ids: Tensor  # [B,L] for the text encoder

@@ -65,7 +65,7 @@ class TextDecoder(nn.Module):
         return self.projection(image_embeddings).unflatten(1, self.prefix_shape)
 
     def forward(self, image_embeddings: Tensor, input_ids: Tensor) -> Tensor:
-        """Logits [B,L,V] of a caption's tokens: position i has seen the picture and the tokens before i.
+        """Logits [B,L,V] of a caption's tokens: position i has seen the image and the tokens before i.
 
         Padding may only stand on the right, where nothing before can see it.
         """
@@ -86,9 +86,9 @@ class TextDecoder(nn.Module):
         max_new_tokens: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """New token ids [B * num_captions, L], the captions of a picture side by side.
+        """New token ids [B * num_captions, L], the captions of an image side by side.
 
-        temperature 0 takes the likeliest token, and all captions of a picture are the same; top_k 0 and
+        temperature 0 takes the likeliest token, and all captions of an image are the same; top_k 0 and
         top_p 1 leave every token in. With a seed torch's own random state stays as it was. Raises
         ValueError for a number out of range.
         """

@@ -1,4 +1,4 @@
-"""The canvas: a picture with room around it, the mask of what is unknown, and the way back.
+"""The canvas: an image with room around it, the mask of what is unknown, and the way back.
 
 Sizes are (height, width) in pixels. Nothing is resampled here, so that known pixels can return bit for bit.
 """
@@ -21,16 +21,16 @@ GROUND = 0.5  # gray, as ComfyUI's own padding: what a Fill model is shown where
 
 @dataclass(frozen=True)
 class CanvasLayout:
-    """How a canvas and the finished picture belong together; made by `expand` and by `crop_context`.
+    """How a canvas and the finished image belong together; made by `expand` and by `crop_context`.
 
-    `shown` of the source stands at `placed` in the finished picture, and `part` of the canvas goes, resized
+    `shown` of the source stands at `placed` in the finished image, and `part` of the canvas goes, resized
     where the sizes differ, to `spots` of it: one box per item, or one for all. `mask` [B,H,W] has the size of
-    the finished picture, 1 = taken from the canvas; it takes no part in comparisons.
+    the finished image, 1 = taken from the canvas; it takes no part in comparisons.
     """
 
     source_size: tuple[int, int]
     canvas_size: tuple[int, int]
-    picture_size: tuple[int, int]
+    finished_size: tuple[int, int]
     shown: Box
     placed: Box
     part: Box
@@ -59,9 +59,9 @@ def expand(
       The last two grow the sides that they are given to, in equal shares. Negative amounts crop.
     - `multiple`: both sides of the canvas are rounded up to it. The rest lies outside the amounts asked for
       (on an axis that does not grow: below or right), is unknown too, and `paste_back` cuts it off again.
-    - `mask` [B,H,W] of the image's size: unknown pixels of the picture itself, at most one mask per item.
-    - `overlap`: px of the picture along each growing side that are repainted as well; below 1 a fraction of
-      its side. `feather`: px over which the mask then fades into the picture, ((f - d) / f)^2 as in ComfyUI.
+    - `mask` [B,H,W] of the image's size: unknown pixels of the image itself, at most one mask per item.
+    - `overlap`: px of the image along each growing side that are repainted as well; below 1 a fraction of
+      its side. `feather`: px over which the mask then fades into the image, ((f - d) / f)^2 as in ComfyUI.
     - `ground`: the gray of the new area until it is filled; webui's mk2 expects 0.
 
     Raises ValueError in one sentence for amounts that leave nothing and for whatever it cannot take.
@@ -69,7 +69,7 @@ def expand(
     check_choice("unit", unit, UNITS)
     multiple = inputs.whole_number(multiple, "multiple", 1)
     feather = inputs.whole_number(feather, "feather")
-    source = inputs.picture(image)
+    source = inputs.checked(image)
     size = tuple(source.shape[1:3])
     own = None if mask is None else inputs.hole(mask, size)
     amounts = in_pixels({"left": left, "top": top, "right": right, "bottom": bottom}, unit, size)
@@ -96,7 +96,7 @@ def expand(
     layout = CanvasLayout(
         source_size=size,
         canvas_size=canvas_size,
-        picture_size=part[2:],
+        finished_size=part[2:],
         shown=shown,
         placed=Box(spot.top - part.top, spot.left - part.left, *spot[2:]),
         part=part,
@@ -110,7 +110,7 @@ def expand(
 class _Axis:
     """One axis of a canvas, in pixels: `cut` pixels of the source are dropped and `kept` kept.
 
-    They start at `start`; the `asked` pixels of the finished picture start at `outside`.
+    They start at `start`; the `asked` pixels of the finished image start at `outside`.
     """
 
     canvas: int
@@ -122,12 +122,12 @@ class _Axis:
     grows: tuple[bool, bool]
 
     def ramp(self, overlap: float, feather: int, side: str) -> Tensor:
-        """The mask along this axis [canvas]: 1 outside the picture, its edge faded where the side grows."""
+        """The mask along this axis [canvas]: 1 outside the image, its edge faded where the side grows."""
         fraction = 0 < overlap < 1
         deep = math.floor(overlap * self.kept + 1e-9) if fraction else inputs.whole_number(overlap, "overlap")
         if deep * sum(self.grows) >= self.kept and any(self.grows):
             raise ValueError(
-                f"overlap is {overlap} but the picture's {side} is {self.kept}: nothing of it would stay,"
+                f"overlap is {overlap} but the image's {side} is {self.kept}: nothing of it would stay,"
                 " use less."
             )
         place = torch.arange(self.canvas, dtype=torch.float32) - self.start

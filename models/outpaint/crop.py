@@ -1,6 +1,6 @@
 """Context crop: only the hole and its surroundings go through the model, at the model's own size.
 
-`paste_back` stitches the result into the picture again; outside the mask nothing changes.
+`paste_back` stitches the result into the image again; outside the mask nothing changes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def crop_context(
     - `blend`: px inside the hole over which the result fades in when it is pasted back.
 
     A batch of masks over one image gives one crop each, all of one size (that of the largest hole), so that
-    they can be sampled together; `paste_back(..., join=True)` puts all of them into the one picture.
+    they can be sampled together; `paste_back(..., join=True)` puts all of them into the one image.
     Raises ValueError for an empty mask, a mask of another size and NaN.
     """
     if not (math.isfinite(context) and context >= 1):
@@ -44,7 +44,7 @@ def crop_context(
     multiple = inputs.whole_number(multiple, "multiple", 1)
     size = inputs.whole_number(size or 0, "size")
     blend = inputs.whole_number(blend, "blend")
-    image = pixels.rgb(inputs.picture(image))
+    image = pixels.rgb(inputs.checked(image))
     mask = inputs.hole(mask, image.shape[1:3]).to(image.device)
     mask = torch.where(mask >= highpass, mask, 0)
     inputs.check_painted(mask)
@@ -65,7 +65,7 @@ def crop_context(
     layout = CanvasLayout(
         source_size=shape,
         canvas_size=crop_size,
-        picture_size=shape,
+        finished_size=shape,
         shown=whole,
         placed=whole,
         part=Box(0, 0, *crop_size),

@@ -1,4 +1,4 @@
-"""Fills that continue the picture: its edge, its mirror image, or mosaic tiles of the mirror image."""
+"""Fills that continue the image: its edge, its mirror image, or mosaic tiles of the mirror image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mirror(image: Tensor, mask: Tensor) -> Tensor:
 def mosaic(image: Tensor, mask: Tensor, short: int = 3, long: int = 24, tile: int = 16) -> Tensor:
     """The mirror image, stretched away from the edge, in tiles: `short` x `long` of them along each side.
 
-    Corners get (short + long) // 2 tiles each way. Holes inside the picture become squares of `tile` px. The
+    Corners get (short + long) // 2 tiles each way. Holes inside the image become squares of `tile` px. The
     stretch shows a quarter of the depth, as sd-webui-mosaic-outpaint's defaults do (area 0.5, ratio 2).
     """
     short, long, tile = (

@@ -1,6 +1,6 @@
 """What stands in the hole before a model paints it: one registry of fills, and the one function over it.
 
-A fill is `f(image, mask, **options) -> image`: [B,H,W,3] and [B,H,W] with 1 = unknown in, a whole picture
+A fill is `f(image, mask, **options) -> image`: [B,H,W,3] and [B,H,W] with 1 = unknown in, a whole image
 out. It is called with at least one known pixel (mask below 0.5) in each item, and only the hole of what it
 returns is used.
 """
@@ -88,7 +88,7 @@ def fill(canvas: Tensor, mask: Tensor, how: str, **options) -> Tensor:
     check_options(how, options)
     if how in LATENT_FILLS:
         return _fill_latent(canvas, mask, how, options)
-    image = pixels.rgb(inputs.picture(canvas, "canvas"))
+    image = pixels.rgb(inputs.checked(canvas, "canvas"))
     mask = inputs.hole(mask, image.shape[1:3], of="canvas").to(image.device)
     inputs.check_painted(mask)
     batch = max(len(image), len(mask))
@@ -116,7 +116,7 @@ def _fill_latent(latent: Tensor, mask: Tensor, how: str, options: dict) -> Tenso
     if latent.ndim != 4 or not latent.dtype.is_floating_point:
         raise ValueError(
             f"canvas has shape {tuple(latent.shape)} but fill '{how}' is for latents [batch, channels,"
-            " height, width]: encode the picture, or choose another fill."
+            " height, width]: encode the image, or choose another fill."
         )
     inputs.check_finite(latent, "canvas")
     mask = inputs.hole(mask, latent.shape[2:], of="latent").to(latent)

@@ -51,10 +51,10 @@ def lama(image: Tensor, mask: Tensor, model: str | Path | None = None, size: int
     height, width = image.shape[1:3]
     scale = min(1.0, size / min(height, width))
     small = max(round(height * scale), 1), max(round(width * scale), 1)
-    picture = pixels.resize_image(image.float(), *small).movedim(-1, 1)
+    shrunk = pixels.resize_image(image.float(), *small).movedim(-1, 1)
     hole = pixels.resize_mask((mask >= 0.5).float(), *small)[:, None]
     with torch.no_grad():
-        parts = [network(*pair).float() for pair in zip(picture.split(1), hole.split(1), strict=True)]
+        parts = [network(*pair).float() for pair in zip(shrunk.split(1), hole.split(1), strict=True)]
     filled = torch.cat(parts)[..., : small[0], : small[1]].movedim(1, -1).clamp(0, 1)
     return pixels.resize_image(filled, height, width).to(image)
 

@@ -10,16 +10,16 @@ from torch import Tensor
 from .. import pixels
 
 
-def picture(image: Tensor, name: str = "image") -> Tensor:
+def checked(image: Tensor, name: str = "image") -> Tensor:
     """[B,H,W,C] or [H,W,C] float -> [B,H,W,C], float64 staying float64, everything else float32.
 
-    Raises ValueError for what `pixels.as_image` refuses, for a picture of one pixel and for NaN.
+    Raises ValueError for what `pixels.as_image` refuses, for an image of one pixel and for NaN.
     """
     checked = pixels.as_image(image, name)
     if image.dtype == torch.float64:
         checked = image if image.ndim == 4 else image[None]
     if checked.shape[1:3] == (1, 1):
-        raise ValueError(f"{name} is 1x1: give a picture of at least two pixels.")
+        raise ValueError(f"{name} is 1x1: give an image of at least two pixels.")
     return checked
 
 

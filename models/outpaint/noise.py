@@ -1,4 +1,4 @@
-"""Fills that are random: noise with the picture's own spectrum (Outpainting mk2), plain and Perlin noise."""
+"""Fills that are random: noise with the image's own spectrum (Outpainting mk2), plain and Perlin noise."""
 
 from __future__ import annotations
 

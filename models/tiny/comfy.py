@@ -80,7 +80,7 @@ class DiffusersUNet(nn.Module):
 
 
 def load_unet(folder: Path, vae: Any | None = None):
-    """An SD inpainting UNet as a ModelPatcher: ComfyUI joins mask and masked picture, and samples epsilon."""
+    """An SD inpainting UNet as a ModelPatcher: ComfyUI joins mask and masked image, and samples epsilon."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(str(folder / "unet"), torch_dtype=_DTYPE)

@@ -38,7 +38,7 @@ async function load(page, file, vue) {
 
 async function run(page) {
   await load(page, task.workflow, task.vue);
-  await page.evaluate(() => {  // the whole graph in view: pictures load only where they are drawn
+  await page.evaluate(() => {  // the whole graph in view: images load only where they are drawn
     const boxes = window.app.graph._nodes.map((node) => node.getBounding());
     const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]));
     const right = Math.max(...boxes.map((b) => b[0] + b[2])), bottom = Math.max(...boxes.map((b) => b[1] + b[3]));
@@ -62,13 +62,13 @@ async function run(page) {
     return [...drawn, ...document.querySelectorAll("[data-node-id] img")];
   };
   await page.waitForFunction(`(${shown})().length && (${shown})().every((image) => image.complete)`, null, WAIT);
-  const pictures = await page.evaluate(`(${shown})().map((image) => image.naturalHeight)`);
+  const images = await page.evaluate(`(${shown})().map((image) => image.naturalHeight)`);
   if (task.screenshot) {
     await page.waitForTimeout(1000);
     await page.screenshot({ path: task.screenshot, type: "jpeg", quality: 80 });
   }
   const text = await page.evaluate(() => document.body.innerText);
-  return { seen, outcome, pictures, missingDialog: /missing node/i.test(text) };
+  return { seen, outcome, images, missingDialog: /missing node/i.test(text) };
 }
 
 async function measureAll(page) {
@@ -90,13 +90,13 @@ async function measureAll(page) {
   return { measured };
 }
 
-// What a run would leave on the nodes: pictures, texts, the line under the Early Filter Sampler.
+// What a run would leave on the nodes: images, texts, the line under the Early Filter Sampler.
 function pretendToHaveRun() {
-  const { app } = window, pictures = [{ filename: "example.png", subfolder: "", type: "input" }];
+  const { app } = window, images = [{ filename: "example.png", subfolder: "", type: "input" }];
   const ui = {
-    PreviewAny: { text: ["one line\nand another"] }, SaveImage: { images: pictures }, PreviewImage: { images: pictures },
-    DiptychRewardScore: { images: pictures }, DiptychEditScore: { images: pictures },
-    DiptychTrainLora: { images: [...pictures, ...pictures] }, DiptychTrainGRPO: { images: [...pictures, ...pictures] },
+    PreviewAny: { text: ["one line\nand another"] }, SaveImage: { images: images }, PreviewImage: { images: images },
+    DiptychRewardScore: { images: images }, DiptychEditScore: { images: images },
+    DiptychTrainLora: { images: [...images, ...images] }, DiptychTrainGRPO: { images: [...images, ...images] },
   };
   app.canvas.ds.scale = 1;
   app.canvas.ds.offset = [60, 60];

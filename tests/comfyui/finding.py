@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
 
 
 def make_base(base: Path, comfyui: Path) -> Path:
-    """A folder for `--base-directory`: the pack under a hyphenated name, and ComfyUI's example picture."""
+    """A folder for `--base-directory`: the pack under a hyphenated name, and ComfyUI's example image."""
     for name in ("custom_nodes", "input", "output", "user", "temp", "models/loras"):
         (base / name).mkdir(parents=True)
     pack = base / "custom_nodes" / "ComfyUI-Diptych"

@@ -1,4 +1,4 @@
-"""In a real browser: the page opens, an example workflow loads with every node known, runs, shows pictures.
+"""In a real browser: the page opens, an example workflow loads with every node known, runs, shows images.
 
 DIPTYCH_SCREENSHOT=docs/browser.jpg also saves what was seen, DIPTYCH_SCREENSHOTS=FOLDER every template.
 """
@@ -86,7 +86,7 @@ def test_a_workflow_opens_and_runs_in_the_page(page, comfyui, renderer):
     assert seen["outcome"] == "success"
     assert not seen["missingDialog"]
     assert [node["type"] for node in seen["seen"] if node["missing"] or node["errors"]] == []
-    assert seen["pictures"] and all(seen["pictures"])
+    assert seen["images"] and all(seen["images"])
     assert [problem for problem in seen["problems"] if "Diptych" in problem] == []
 
 

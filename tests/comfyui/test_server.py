@@ -1,4 +1,4 @@
-"""A real server process: it lists the nodes, serves help and templates, runs a prompt, returns a picture."""
+"""A real server process: it lists the nodes, serves help and templates, runs a prompt, returns an image."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_help_pages_and_templates_are_served(server):
 
 
 @pytest.mark.parametrize("name", ["instruction_edit_tiny", "kontext_edit"])
-def test_an_example_workflow_posted_as_a_prompt_gives_a_picture(server, name):
+def test_an_example_workflow_posted_as_a_prompt_gives_an_image(server, name):
     info = server.get_json("/object_info")
     schemas = {node: definition["input"] for node, definition in info.items()}
     prompt = workflow.to_api(comfy_cases.workflow(name), schemas)
     for node in prompt.values():
-        # The page may have run the same graph before, and a prompt that is cached whole lists no pictures.
+        # The page may have run the same graph before, and a prompt that is cached whole lists no images.
         if "filename_prefix" in node["inputs"]:
             node["inputs"]["filename_prefix"] += "_posted"
     result = server.run(prompt)
@@ -43,5 +43,5 @@ def test_an_example_workflow_posted_as_a_prompt_gives_a_picture(server, name):
     assert images
     for image in images:
         query = "&".join(f"{key}={quote(image[key])}" for key in ("filename", "subfolder", "type"))
-        picture = Image.open(io.BytesIO(server.get(f"/view?{query}")))
-        assert picture.height >= 64 and len(picture.getcolors(picture.width * picture.height)) > 1
+        image = Image.open(io.BytesIO(server.get(f"/view?{query}")))
+        assert image.height >= 64 and len(image.getcolors(image.width * image.height)) > 1

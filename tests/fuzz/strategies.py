@@ -1,4 +1,4 @@
-"""Pictures, masks and widget values of every kind, and the one demand on a node: a result or a sentence."""
+"""Images, masks and widget values of every kind, and the one demand on a node: a result or a sentence."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def folders(tmp_path_factory, fill_pipeline, kontext_pipeline, sd_inpaint_pipeli
 
 
 @pytest.fixture
-def picture():
+def random_image():
     """A function (batch, height, width, seed) -> IMAGE of smooth random colour plus grain."""
 
     def make(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

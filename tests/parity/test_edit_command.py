@@ -1,4 +1,4 @@
-"""`diptych edit` from a picture on disk to two pictures on disk, on tiny random models."""
+"""`diptych edit` from an image on disk to two images on disk, on tiny random models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from comfyui_diptych import cli
-from comfyui_diptych.commands import pictures
+from comfyui_diptych.commands import images
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,24 +39,24 @@ def tiny_folder(fill_pipeline, kontext_pipeline, tmp_path_factory):
 
 @pytest.fixture
 def edit(tiny_folder, tmp_path, monkeypatch):
-    """Run `diptych edit` with a model folder as the bundled one; returns the picture it wrote."""
+    """Run `diptych edit` with a model folder as the bundled one; returns the image it wrote."""
     monkeypatch.setenv("DIPTYCH_TINY_FOLDER", str(tiny_folder))
 
     def run(*words: str, name: str = "out.png") -> torch.Tensor:
         assert cli.main(["edit", *map(str, words), "-o", str(tmp_path / name)]) == 0
-        return pictures.load_image(tmp_path / name)
+        return images.load_image(tmp_path / name)
 
     return run
 
 
 @pytest.fixture
-def photo(tmp_path, picture):
+def photo(tmp_path, random_image):
     path = tmp_path / "photo.png"
-    pictures.to_pil(picture(1, 48, 80)[0]).save(path)
+    images.to_pil(random_image(1, 48, 80)[0]).save(path)
     return path
 
 
-def test_without_arguments_the_demo_picture_is_edited(edit, tmp_path, capsys):
+def test_without_arguments_the_demo_image_is_edited(edit, tmp_path, capsys):
     assert edit().shape == (1, 64, 64, 3)
     assert Image.open(tmp_path / "out_side_by_side.png").width > 2 * 256
     said = capsys.readouterr().out
@@ -84,11 +84,11 @@ def test_lora_strength_is_read_from_its_name_or_option(edit, photo, tiny_folder)
     assert not torch.equal(off, full)
 
 
-def test_a_mask_keeps_the_rest_of_the_picture(edit, photo, tmp_path):
+def test_a_mask_keeps_the_rest_of_the_image(edit, photo, tmp_path):
     mask = Image.new("L", (80, 48))
     mask.paste(255, (0, 0, 40, 48))
     mask.save(tmp_path / "mask.png")
-    edited, source = edit(photo, "make it red", "--mask", tmp_path / "mask.png"), pictures.load_image(photo)
+    edited, source = edit(photo, "make it red", "--mask", tmp_path / "mask.png"), images.load_image(photo)
     assert torch.equal(edited[:, :, 40:], source[:, :, 40:])
     assert not torch.equal(edited[:, :, :40], source[:, :, :40])
 
@@ -100,7 +100,7 @@ def test_transparency_survives_the_edit(edit, tmp_path):
         tmp_path / "clear.png", "make it blue", "--engine", "kontext", "--reference", tmp_path / "clear.png"
     )
     assert edited.shape == (1, 64, 64, 4)
-    assert torch.equal(edited[..., 3], pictures.load_image(tmp_path / "clear.png")[..., 3])
+    assert torch.equal(edited[..., 3], images.load_image(tmp_path / "clear.png")[..., 3])
 
 
 def test_a_negative_prompt_and_its_scale_work_together(edit, photo, capsys):

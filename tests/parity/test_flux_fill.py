@@ -48,9 +48,9 @@ def reference(pipeline, image, mask, prompts, steps, seed, guidance=30.0):
 
 @pytest.mark.parametrize(("height", "width", "batch", "steps"), CASES)
 def test_fill_equals_the_pipeline_with_the_posterior_mode(
-    fill, fill_pipeline, picture, mode_posterior, height, width, batch, steps
+    fill, fill_pipeline, random_image, mode_posterior, height, width, batch, steps
 ):
-    image, mask = picture(batch, height, width), half_mask(batch, height, width)
+    image, mask = random_image(batch, height, width), half_mask(batch, height, width)
     expected = reference(fill_pipeline, image, mask, PROMPTS[:batch], steps, seed=7)
     ours = fill_canvas(fill, image, mask, PROMPTS[:batch], sampling=Sampling(steps, seed=7))
     assert ours.std() > 0.05
@@ -59,52 +59,52 @@ def test_fill_equals_the_pipeline_with_the_posterior_mode(
 
 @pytest.mark.parametrize(("height", "width", "batch", "steps"), CASES[:3])
 def test_fill_equals_the_unpatched_pipeline_when_sampling_the_posterior(
-    fill, fill_pipeline, picture, height, width, batch, steps
+    fill, fill_pipeline, random_image, height, width, batch, steps
 ):
-    image, mask = picture(batch, height, width), half_mask(batch, height, width)
+    image, mask = random_image(batch, height, width), half_mask(batch, height, width)
     expected = reference(fill_pipeline, image, mask, PROMPTS[:batch], steps, seed=3)
     sampling = Sampling(steps, seed=3, posterior="sample")
     ours = fill_canvas(fill, image, mask, PROMPTS[:batch], sampling=sampling)
     assert (ours - expected).abs().max() <= TOLERANCE
 
 
-def test_one_picture_serves_a_batch_of_prompts(fill, fill_pipeline, picture, mode_posterior):
-    image, mask = picture(1, 32, 48), half_mask(1, 32, 48)
+def test_one_image_serves_a_batch_of_prompts(fill, fill_pipeline, random_image, mode_posterior):
+    image, mask = random_image(1, 32, 48), half_mask(1, 32, 48)
     expected = reference(fill_pipeline, image, mask, PROMPTS, 2, seed=1)
     ours = fill_canvas(fill, image, mask, PROMPTS, sampling=Sampling(2, seed=1))
     assert (ours - expected).abs().max() <= TOLERANCE
 
 
 def test_a_long_prompt_is_cut_as_in_the_pipeline_and_said(
-    fill, fill_pipeline, picture, mode_posterior, caplog
+    fill, fill_pipeline, random_image, mode_posterior, caplog
 ):
-    image, mask, prompt = picture(1, 32, 32), half_mask(1, 32, 32), "make the sky red but " * 9
+    image, mask, prompt = random_image(1, 32, 32), half_mask(1, 32, 32), "make the sky red but " * 9
     expected = reference(fill_pipeline, image, mask, [prompt], 1, seed=1)
     ours = fill_canvas(fill, image, mask, prompt, sampling=Sampling(1, seed=1))
     assert (ours - expected).abs().max() <= TOLERANCE
     assert "the prompt has 46 tokens; the last 22 are cut off" in caplog.text
 
 
-def test_masked_pixels_cannot_reach_the_model(fill, picture):
+def test_masked_pixels_cannot_reach_the_model(fill, random_image):
     mask = torch.zeros(1, 32, 32)
     mask[:, 8:20, 4:30] = 1
-    image, other = picture(1, 32, 32), picture(1, 32, 32)
+    image, other = random_image(1, 32, 32), random_image(1, 32, 32)
     other[:, 8:20, 4:30] = 0.9
     text = fill.encode_text(PROMPTS[0])
     features = [fill.condition(text, x, mask).features for x in (image, other)]
     assert torch.equal(*features)
 
 
-def test_guidance_and_prompt_change_the_picture(fill, picture):
-    image, mask, sampling = picture(1, 32, 32), torch.ones(1, 32, 32), Sampling(2)
+def test_guidance_and_prompt_change_the_image(fill, random_image):
+    image, mask, sampling = random_image(1, 32, 32), torch.ones(1, 32, 32), Sampling(2)
     base = fill_canvas(fill, image, mask, PROMPTS[0], sampling=sampling)
     assert not torch.equal(base, fill_canvas(fill, image, mask, PROMPTS[1], sampling=sampling))
     assert not torch.equal(base, fill_canvas(fill, image, mask, PROMPTS[0], guidance=50, sampling=sampling))
 
 
-def test_velocity_is_differentiable_in_x_and_weights(fill_pipeline, picture):
+def test_velocity_is_differentiable_in_x_and_weights(fill_pipeline, random_image):
     fill = FluxFill.from_pipeline(fill_pipeline)
-    condition = fill.condition(fill.encode_text(PROMPTS), picture(2, 32, 32), torch.ones(1, 32, 32))
+    condition = fill.condition(fill.encode_text(PROMPTS), random_image(2, 32, 32), torch.ones(1, 32, 32))
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
     weight = fill.transformer.proj_out.weight
     gradients = torch.autograd.grad(
@@ -113,7 +113,7 @@ def test_velocity_is_differentiable_in_x_and_weights(fill_pipeline, picture):
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def test_bfloat16_weights_take_and_give_float32_latents(fill, fill_pipeline, picture):
+def test_bfloat16_weights_take_and_give_float32_latents(fill, fill_pipeline, random_image):
     half = FluxFill(
         deepcopy(fill_pipeline.transformer).to(torch.bfloat16),
         deepcopy(fill_pipeline.vae).to(torch.bfloat16),
@@ -122,7 +122,9 @@ def test_bfloat16_weights_take_and_give_float32_latents(fill, fill_pipeline, pic
     x = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     predictions = []
     for model in (fill, half):
-        condition = model.condition(model.encode_text(PROMPTS[0]), picture(1, 32, 32), torch.ones(1, 32, 32))
+        condition = model.condition(
+            model.encode_text(PROMPTS[0]), random_image(1, 32, 32), torch.ones(1, 32, 32)
+        )
         with torch.no_grad():
             predictions.append(model.velocity(x, 0.5, condition))
             assert model.decode(x).dtype == torch.float32
@@ -130,8 +132,8 @@ def test_bfloat16_weights_take_and_give_float32_latents(fill, fill_pipeline, pic
     assert (predictions[0] - predictions[1]).abs().mean() < 0.1 * predictions[0].std()
 
 
-def test_a_condition_repeats_and_selects_as_separate_calls_would(fill, picture):
-    condition = fill.condition(fill.encode_text(PROMPTS), picture(2, 32, 32), torch.ones(1, 32, 32))
+def test_a_condition_repeats_and_selects_as_separate_calls_would(fill, random_image):
+    condition = fill.condition(fill.encode_text(PROMPTS), random_image(2, 32, 32), torch.ones(1, 32, 32))
     x = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = fill.velocity(x, 0.5, condition.repeat(2))
@@ -140,10 +142,10 @@ def test_a_condition_repeats_and_selects_as_separate_calls_would(fill, picture):
     assert torch.allclose(together[2:], second, atol=1e-5)
 
 
-def test_every_sample_may_have_its_own_sigma_and_guidance(fill, picture):
+def test_every_sample_may_have_its_own_sigma_and_guidance(fill, random_image):
     condition = fill.condition(
         fill.encode_text(PROMPTS),
-        picture(2, 32, 32),
+        random_image(2, 32, 32),
         torch.ones(1, 32, 32),
         guidance=torch.tensor([1.0, 30.0]),
     )
@@ -156,15 +158,15 @@ def test_every_sample_may_have_its_own_sigma_and_guidance(fill, picture):
         fill.velocity(x, torch.ones(3), condition)
 
 
-def test_an_edit_comes_back_at_the_source_size(fill, picture):
-    source = picture(1, 50, 75)
+def test_an_edit_comes_back_at_the_source_size(fill, random_image):
+    source = random_image(1, 50, 75)
     edit = edit_with_fill(fill, source, "make the sky red", panel_width=32, sampling=Sampling(1))
     assert edit.image.shape == source.shape
     assert edit.canvas.shape == (1, 16, 64, 3)
 
 
-def test_an_edit_mask_keeps_the_rest_exactly(fill, picture):
-    source, mask = picture(1, 32, 32), torch.zeros(1, 32, 32)
+def test_an_edit_mask_keeps_the_rest_exactly(fill, random_image):
+    source, mask = random_image(1, 32, 32), torch.zeros(1, 32, 32)
     mask[:, :16, :16] = 1
     edited = edit_with_fill(
         fill, source, "a cat", edit_mask=mask, panel_width=None, sampling=Sampling(1)
@@ -173,7 +175,7 @@ def test_an_edit_mask_keeps_the_rest_exactly(fill, picture):
     assert not torch.equal(edited[mask == 1], source[mask == 1])
 
 
-def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, picture, tmp_path):
+def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, random_image, tmp_path):
     fill_pipeline.save_pretrained(tmp_path)
     loaded = FluxFill.load(tmp_path, torch.float32, "cpu")
     assert isinstance(loaded, Denoiser)
@@ -185,9 +187,9 @@ def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, picture,
             parameter.data = (
                 parameter.data.clone()
             )  # a file's mapping is not aligned: other kernels, other bits
-    image, mask = picture(1, 32, 32), torch.ones(1, 32, 32)
-    pictures = [fill_canvas(model, image, mask, PROMPTS[0], sampling=Sampling(1)) for model in (fill, loaded)]
-    assert torch.equal(*pictures)
+    image, mask = random_image(1, 32, 32), torch.ones(1, 32, 32)
+    images = [fill_canvas(model, image, mask, PROMPTS[0], sampling=Sampling(1)) for model in (fill, loaded)]
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +199,14 @@ def test_a_saved_folder_loads_with_the_same_result(fill, fill_pipeline, picture,
         (32, 32, (16, 32), "mask is 32x16 but the image is 32x32"),
     ],
 )
-def test_wrong_sizes_are_named(fill, picture, height, width, mask_size, message):
+def test_wrong_sizes_are_named(fill, random_image, height, width, mask_size, message):
     with pytest.raises(ValueError, match=message):
-        fill.condition(fill.encode_text("a cat"), picture(1, height, width), torch.ones(1, *mask_size))
+        fill.condition(fill.encode_text("a cat"), random_image(1, height, width), torch.ones(1, *mask_size))
 
 
-def test_unequal_batches_are_named(fill, picture):
+def test_unequal_batches_are_named(fill, random_image):
     with pytest.raises(ValueError, match="a batch of 2 .* 3 samples"):
-        fill.condition(fill.encode_text(["a"] * 3), picture(2, 32, 32), torch.ones(1, 32, 32))
+        fill.condition(fill.encode_text(["a"] * 3), random_image(2, 32, 32), torch.ones(1, 32, 32))
 
 
 def test_weights_of_another_model_are_refused(kontext_pipeline):
@@ -222,10 +224,10 @@ def counting(function, counts):
 
 @pytest.mark.parametrize("generator", [False, True], ids=["mode", "sample"])
 def test_a_vae_sees_no_more_pixels_at_a_time_than_it_may(
-    fill_pipeline, sd_inpaint_pipeline, picture, monkeypatch, generator
+    fill_pipeline, sd_inpaint_pipeline, random_image, monkeypatch, generator
 ):
     """And gives what it gives for all at once; a single image is never cut."""
-    image = picture(5, 32, 48)
+    image = random_image(5, 32, 48)
     for host in (FluxFill.from_pipeline(fill_pipeline), SDInpaint.from_pipeline(sd_inpaint_pipeline)):
 
         def both(host):

@@ -36,16 +36,16 @@ def reference(pipeline, image, prompts, steps, seed, **kwargs):
 
 
 @pytest.mark.parametrize(("height", "width", "batch", "steps"), CASES)
-def test_kontext_equals_the_pipeline(kontext, kontext_pipeline, picture, height, width, batch, steps):
-    image = picture(batch, height, width)
+def test_kontext_equals_the_pipeline(kontext, kontext_pipeline, random_image, height, width, batch, steps):
+    image = random_image(batch, height, width)
     expected = reference(kontext_pipeline, image, PROMPTS[:batch], steps, seed=7, guidance_scale=2.5)
     ours = edit_with_kontext(kontext, image, PROMPTS[:batch], panel_width=0, sampling=Sampling(steps, seed=7))
     assert ours.image.std() > 0.05
     assert (ours.image - expected).abs().max() <= TOLERANCE
 
 
-def test_classifier_free_guidance_equals_the_pipelines_true_cfg(kontext, kontext_pipeline, picture):
-    image = picture(2, 32, 48)
+def test_classifier_free_guidance_equals_the_pipelines_true_cfg(kontext, kontext_pipeline, random_image):
+    image = random_image(2, 32, 48)
     expected = reference(
         kontext_pipeline, image, PROMPTS, 3, 1, negative_prompt=["blue dog"] * 2, true_cfg_scale=3.0
     )
@@ -81,9 +81,9 @@ def test_without_references_it_is_text_to_image(kontext, kontext_pipeline):
     assert (ours - expected).abs().max() <= TOLERANCE
 
 
-def test_references_of_different_sizes_and_batches_join_the_sequence(kontext, picture):
+def test_references_of_different_sizes_and_batches_join_the_sequence(kontext, random_image):
     condition = kontext.condition(
-        kontext.encode_text(PROMPTS), [picture(2, 32, 32), picture(1, 16, 48)], method="index"
+        kontext.encode_text(PROMPTS), [random_image(2, 32, 32), random_image(1, 16, 48)], method="index"
     )
     assert condition.references.shape == (2, 4 + 3, 64)
     assert condition.reference_ids.tolist() == [
@@ -108,7 +108,7 @@ def test_offset_placement_tiles_the_plane(sizes, expected):
     assert reference_positions(sizes) == expected
 
 
-def test_the_default_works_at_a_trained_size_and_returns_the_source_size(kontext, picture, monkeypatch):
+def test_the_default_works_at_a_trained_size_and_returns_the_source_size(kontext, random_image, monkeypatch):
     seen = []
     encode = kontext.encode
     monkeypatch.setattr(
@@ -117,7 +117,7 @@ def test_the_default_works_at_a_trained_size_and_returns_the_source_size(kontext
     monkeypatch.setattr(
         "comfyui_diptych.models.geometry.KONTEXT_SIZES", ((64, 32), (48, 48), (32, 64)), raising=True
     )
-    edit = edit_with_kontext(kontext, picture(1, 30, 51), "make the sky red", sampling=Sampling(1))
+    edit = edit_with_kontext(kontext, random_image(1, 30, 51), "make the sky red", sampling=Sampling(1))
     assert seen == [(1, 32, 64, 3)]
     assert edit.canvas.shape == (1, 32, 64, 3)
     assert edit.image.shape == (1, 30, 51, 3)

@@ -1,11 +1,11 @@
-"""`diptych outpaint` and `diptych inpaint`, from pictures on disk to pictures on disk, on tiny models."""
+"""`diptych outpaint` and `diptych inpaint`, from images on disk to images on disk, on tiny models."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from comfyui_diptych import cli
-from comfyui_diptych.commands import outpaint, pictures
+from comfyui_diptych.commands import images, outpaint
 from comfyui_diptych.models import editing
 from comfyui_diptych.models.flux_fill import FluxFill
 from comfyui_diptych.models.outpaint import expand, fill, paste_back
@@ -20,34 +20,34 @@ def models(fill_pipeline, sd_inpaint_pipeline, tmp_path_factory):
 
 
 @pytest.fixture
-def photo(tmp_path, picture):
+def photo(tmp_path, random_image):
     path = tmp_path / "photo.png"
-    pictures.to_pil(picture(1, 48, 64)[0]).save(path)
+    images.to_pil(random_image(1, 48, 64)[0]).save(path)
     return path
 
 
 @pytest.fixture
 def command(models, tmp_path):
-    """Run a subcommand in float32 with two steps; returns the picture it wrote."""
+    """Run a subcommand in float32 with two steps; returns the image it wrote."""
 
     def run(name: str, *words, engine: str = "fill") -> torch.Tensor:
         out = tmp_path / "out.png"
         model = ["--model", models / engine, "--dtype", "float32", "--device", "cpu", "--steps", "2"]
         assert cli.main([name, *map(str, [*words, *model, "-o", out])]) == 0
         assert (tmp_path / "out_side_by_side.png").is_file()
-        return pictures.load_image(out)
+        return images.load_image(out)
 
     return run
 
 
 def seen(image: torch.Tensor) -> torch.Tensor:
-    """The picture as 8 bits give it back."""
+    """The image as 8 bits give it back."""
     return (image * 255).round() / 255
 
 
-def test_the_picture_returns_and_the_rest_is_what_the_rooms_make(command, photo, models):
+def test_the_image_returns_and_the_rest_is_what_the_rooms_make(command, photo, models):
     made = command("outpaint", photo, "a red circle", "--right", "50%", "--top=8", "--keep-colours")
-    image = pictures.load_image(photo)
+    image = images.load_image(photo)
     assert made.shape == (1, 56, 96, 3) and torch.equal(made[:, 8:, :64], image)
     canvas, mask, layout = expand(image, right=32, top=8)
     canvas = fill(canvas, mask, "edge")
@@ -62,24 +62,24 @@ def test_sd_inpainting_outpaints_too_and_takes_an_aspect(command, photo):
         "outpaint", photo, "a red circle", "--aspect", "2:1", "--fill", "blur", engine="sd_inpaint"
     )
     assert made.shape == (1, 48, 96, 3)
-    assert torch.equal(made[:, :, 16:80], pictures.load_image(photo))
+    assert torch.equal(made[:, :, 16:80], images.load_image(photo))
 
 
 @pytest.mark.parametrize("engine", ["fill", "sd_inpaint"])
-def test_a_panorama_by_windows_keeps_the_picture(command, photo, engine):
+def test_a_panorama_by_windows_keeps_the_image(command, photo, engine):
     words = ["--right", 96, "--method", "tiles", "--window", 64]
     made = command("outpaint", photo, "a red circle", *words, engine=engine)
     assert made.shape == (1, 48, 160, 3)
-    assert torch.equal(made[:, :, :64], pictures.load_image(photo))
+    assert torch.equal(made[:, :, :64], images.load_image(photo))
 
 
 @pytest.mark.parametrize("size", [[], ["--size", "32"]], ids=["whole", "cropped"])
 def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, size):
     mask = torch.zeros(48, 64, 3)
     mask[20:30, 30:45] = 1
-    pictures.to_pil(mask).save(tmp_path / "mask.png")
+    images.to_pil(mask).save(tmp_path / "mask.png")
     made = command("inpaint", photo, "a red circle", "--mask", tmp_path / "mask.png", "--blend", 0, *size)
-    image = pictures.load_image(photo)
+    image = images.load_image(photo)
     outside = mask[None] == 0
     assert torch.equal(made[outside], image[outside])
     assert float((made - image)[:, 20:30, 30:45].abs().mean()) > 0.01
@@ -106,8 +106,8 @@ def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, s
 def test_wrong_input_is_one_sentence_before_a_model_is_loaded(
     words, message, photo, tmp_path, models, capsys, monkeypatch
 ):
-    pictures.to_pil(torch.ones(8, 8, 3)).save(tmp_path / "small.png")
-    pictures.to_pil(torch.zeros(48, 64, 3)).save(tmp_path / "black.png")
+    images.to_pil(torch.ones(8, 8, 3)).save(tmp_path / "small.png")
+    images.to_pil(torch.zeros(48, 64, 3)).save(tmp_path / "black.png")
     monkeypatch.setattr(FluxFill, "load", classmethod(lambda *_: pytest.fail("a model was loaded")))
     words = [word.format(photo=photo, tmp=tmp_path) for word in words]
     assert cli.main([*words, "--model", str(models / "fill"), "-o", str(tmp_path / "out.png")]) == 2

@@ -22,11 +22,11 @@ def inpaint(sd_inpaint_pipeline):
     [(64, 64, 1, 2, 0.0), (64, 128, 2, 5, 0.0), (128, 64, 1, 20, 0.0)],
 )
 def test_inpainting_equals_the_pipeline(
-    inpaint, sd_inpaint_pipeline, picture, request, posterior, height, width, batch, steps, eta
+    inpaint, sd_inpaint_pipeline, random_image, request, posterior, height, width, batch, steps, eta
 ):
     if posterior == "mode":
         request.getfixturevalue("mode_posterior")
-    image = picture(batch, height, width)
+    image = random_image(batch, height, width)
     mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(2))
     expected = sd_inpaint_pipeline(
         prompt=PROMPTS[:batch],
@@ -61,8 +61,10 @@ def test_max_resize_repaints_every_cell_the_mask_touches():
     assert latent_mask(mask, "nearest").sum() == 0
 
 
-def test_epsilon_is_differentiable(inpaint, picture):
-    condition = inpaint.condition(inpaint.encode_text("a cat"), picture(1, 64, 64), torch.ones(1, 64, 64))
+def test_epsilon_is_differentiable(inpaint, random_image):
+    condition = inpaint.condition(
+        inpaint.encode_text("a cat"), random_image(1, 64, 64), torch.ones(1, 64, 64)
+    )
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     (gradient,) = torch.autograd.grad(inpaint.epsilon(x, 500, condition).square().sum(), x)
     assert gradient.abs().sum() > 0

@@ -20,8 +20,8 @@ def denoiser(request, fill_pipeline, sd_inpaint_pipeline):
 
 
 @pytest.fixture
-def canvas(picture):
-    made, mask, _ = expand(picture(1, 64, 64), right=64)
+def canvas(random_image):
+    made, mask, _ = expand(random_image(1, 64, 64), right=64)
     return fill(made, mask, "edge"), mask
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_diptych import cli
-from comfyui_diptych.commands import doctor, edit, installed, pictures
+from comfyui_diptych.commands import doctor, edit, images, installed
 from PIL import Image
 
 
@@ -45,9 +45,9 @@ WRONG = [
     (["{tmp}/none.png"], "image {tmp}/none.png does not exist"),
     (["{photo}"], "an instruction is missing"),
     (["{photo}", "  "], "the instruction is empty"),
-    (["{fill}/model_index.json", "x"], "model_index.json cannot be read as a picture"),
+    (["{fill}/model_index.json", "x"], "model_index.json cannot be read"),
     (["{photo}", "x", "-o", "{tmp}/none/out.png"], "its folder does not exist"),
-    (["{photo}", "x", "-o", "{tmp}/out.txt"], "has no picture suffix"),
+    (["{photo}", "x", "-o", "{tmp}/out.txt"], "has no image suffix"),
     (["{photo}", "x", "-o", "{photo}/out.png"], "{photo} is a file"),
     (["{photo}", "x", "-o", "{tmp}/" + "x" * 300 + ".png"], "has too long a name"),
     (["{photo}", "x", "--rule", "best"], "rule is 'best': choose one of ode"),
@@ -213,7 +213,7 @@ def test_the_defaults_are_those_the_models_were_trained_at(photo, fill_folder, t
     assert (kontext.engine, kontext.panel_width, kontext.guidance) == ("kontext", None, 2.5)
 
 
-def test_words_alone_edit_the_demo_picture(fill_folder):
+def test_words_alone_edit_the_demo_image(fill_folder):
     request = request_for("make the circle red", "--model", fill_folder)
     assert request.image.shape == (1, 64, 64, 3)
     assert request.instruction == "make the circle red"
@@ -227,10 +227,10 @@ def test_a_hub_id_tells_its_engine():
 @pytest.mark.parametrize(
     ("mode", "channels"), [("RGB", 3), ("L", 3), ("P", 3), ("CMYK", 3), ("RGBA", 4), ("LA", 4)]
 )
-def test_pictures_of_every_mode_are_read(tmp_path, mode, channels):
-    path = tmp_path / "picture.tif"
+def test_images_of_every_mode_are_read(tmp_path, mode, channels):
+    path = tmp_path / "image.tif"
     Image.new("RGB", (4, 6), (10, 200, 30)).convert(mode).save(path)
-    image = pictures.load_image(path)
+    image = images.load_image(path)
     assert image.shape == (1, 6, 4, channels)
     assert 0 <= image.min() and image.max() <= 1
 
@@ -238,7 +238,7 @@ def test_pictures_of_every_mode_are_read(tmp_path, mode, channels):
 def test_sixteen_bits_keep_their_precision(tmp_path):
     values = np.array([[0, 1000], [40000, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    image = pictures.load_image(tmp_path / "deep.png")
+    image = images.load_image(tmp_path / "deep.png")
     assert torch.allclose(image[0, ..., 0], torch.from_numpy(values / 65535).float())
 
 
@@ -246,7 +246,7 @@ def test_a_turned_photo_is_read_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert pictures.load_image(tmp_path / "turned.jpg").shape == (1, 8, 4, 3)
+    assert images.load_image(tmp_path / "turned.jpg").shape == (1, 8, 4, 3)
 
 
 def test_a_mask_is_white_or_transparent_where_it_repaints(tmp_path):
@@ -256,20 +256,20 @@ def test_a_mask_is_white_or_transparent_where_it_repaints(tmp_path):
     clear = Image.new("RGBA", (4, 4), "red")
     clear.putpixel((1, 2), (0, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
-    masks = [pictures.load_mask(tmp_path / name) for name in ("gray.png", "clear.png")]
+    masks = [images.load_mask(tmp_path / name) for name in ("gray.png", "clear.png")]
     assert torch.equal(*masks)
     assert masks[0].sum() == 1 and masks[0][0, 2, 1] == 1
 
 
-def test_saving_and_reading_a_picture_keeps_its_bytes(tmp_path):
+def test_saving_and_reading_an_image_keeps_its_bytes(tmp_path):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)) / 255
-    pictures.save(pictures.to_pil(image), tmp_path / "out.png")
-    assert torch.equal(pictures.load_image(tmp_path / "out.png")[0], image)
+    images.save(images.to_pil(image), tmp_path / "out.png")
+    assert torch.equal(images.load_image(tmp_path / "out.png")[0], image)
 
 
-def test_side_by_side_holds_both_pictures_in_order():
+def test_side_by_side_holds_both_images_in_order():
     before, after = torch.zeros(64, 64, 3), torch.ones(64, 64, 4) * torch.tensor([0.0, 1.0, 0.0, 1.0])
-    sheet = pictures.side_by_side(before, after, "make it green " * 12)
+    sheet = images.side_by_side(before, after, "make it green " * 12)
     colours = [colour for _, colour in sorted(sheet.getcolors(1 << 20), reverse=True)]
     assert {(0, 0, 0), (0, 255, 0), (255, 255, 255)} <= set(colours)
     assert sheet.getpixel((20, 100)) == (0, 0, 0)

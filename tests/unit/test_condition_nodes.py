@@ -28,12 +28,12 @@ class FakeVAE:
         return pooled[:, torch.arange(16) % 3].contiguous()
 
 
-def picture(*shape, seed=0):
+def random_image(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def prompt(**options):
-    return [[picture(1, 4, 8), {"pooled_output": picture(1, 8), **options}]]
+    return [[random_image(1, 4, 8), {"pooled_output": random_image(1, 8), **options}]]
 
 
 def fill(image, mask=None, vae=None, **options):
@@ -54,7 +54,7 @@ def model_with(inputs=None, **config):
 
 
 def test_fill_gives_the_model_gray_under_a_hard_four_dimensional_mask():
-    image, mask, vae = picture(1, 32, 64, 3), torch.rand(1, 32, 64), FakeVAE()
+    image, mask, vae = random_image(1, 32, 64, 3), torch.rand(1, 32, 64), FakeVAE()
     positive, negative, latent = fill(image, mask, vae)
     hard = (mask >= 0.5).float()
     for conditioning in (positive, negative):
@@ -69,14 +69,14 @@ def test_fill_gives_the_model_gray_under_a_hard_four_dimensional_mask():
 
 @pytest.mark.parametrize("policy, size", [("stretch", (48, 96)), ("crop", (32, 80)), ("pad", (48, 96))])
 def test_fill_makes_both_sides_multiples_of_16(policy, size):
-    positive, _, latent = fill(picture(1, 43, 91, 4), torch.ones(1, 20, 30), policy=policy)
+    positive, _, latent = fill(random_image(1, 43, 91, 4), torch.ones(1, 20, 30), policy=policy)
     assert positive[0][1]["concat_mask"].shape == (1, 1, *size)
     assert latent["samples"].shape[-2:] == (size[0] // 8, size[1] // 8)
 
 
 @pytest.mark.parametrize("images, masks", [(1, 1), (1, 3), (3, 1), (3, 2), (2, 4)])
 def test_fill_repeats_unequal_batches(images, masks):
-    image, mask = picture(images, 32, 32, 3), picture(masks, 32, 32)
+    image, mask = random_image(images, 32, 32, 3), random_image(masks, 32, 32)
     positive, _, latent = fill(image, mask, noise_mask=True)
     batch, values = max(images, masks), positive[0][1]
     assert len(latent["samples"]) == len(latent["noise_mask"]) == batch
@@ -88,7 +88,7 @@ def test_fill_repeats_unequal_batches(images, masks):
 
 
 def test_fill_takes_mask_tokens_as_they_are():
-    image, soft = picture(1, 32, 48, 3), picture(1, 32, 48, seed=3)
+    image, soft = random_image(1, 32, 48, 3), random_image(1, 32, 48, seed=3)
     hard_tokens, seen, _ = DiptychMaskPacker().pack(soft)
     by_mask, by_tokens = fill(image, soft)[0][0][1], fill(image, mask_tokens=hard_tokens)[0][0][1]
     assert torch.equal(by_mask["concat_mask"], by_tokens["concat_mask"])
@@ -100,14 +100,14 @@ def test_fill_takes_mask_tokens_as_they_are():
 
 @pytest.mark.parametrize("model", [None, model_with(384), model_with(in_channels=96), SimpleNamespace()])
 def test_fill_accepts_a_fill_model_and_what_it_cannot_know(model):
-    fill(picture(1, 16, 16, 3), torch.ones(1, 16, 16), model=model)
+    fill(random_image(1, 16, 16, 3), torch.ones(1, 16, 16), model=model)
 
 
 @pytest.mark.parametrize("model, channels", [(model_with(64), 64), (model_with(in_channels=16), 64)])
 def test_fill_refuses_another_model_before_encoding(model, channels):
     vae = FakeVAE()
     with pytest.raises(ValueError, match=f"model takes {channels} input channels, so it is not FLUX.1-Fill"):
-        fill(picture(1, 16, 16, 3), torch.ones(1, 16, 16), vae, model=model)
+        fill(random_image(1, 16, 16, 3), torch.ones(1, 16, 16), vae, model=model)
     assert not vae.encoded
 
 
@@ -123,11 +123,11 @@ def test_fill_refuses_another_model_before_encoding(model, channels):
 )
 def test_fill_says_what_is_wrong_with_the_mask(options, words):
     with pytest.raises(ValueError, match=words):
-        fill(picture(1, 32, 32, 3), **options)
+        fill(random_image(1, 32, 32, 3), **options)
 
 
 def test_packer_shows_every_channel_of_what_the_model_sees():
-    mask = picture(2, 30, 50)
+    mask = random_image(2, 30, 50)
     tokens, seen, preview = DiptychMaskPacker().pack(mask)
     assert seen.shape == (2, 32, 48) and set(seen.unique().tolist()) <= {0.0, 1.0}
     assert torch.equal(tokens, packing.pack_mask(seen)) and tokens.shape == (2, 6, 256)
@@ -147,13 +147,13 @@ def test_packer_options_do_what_they_say():
     assert torch.equal(pack(mask, feather=8)[1], mask)
     soft = pack(mask, feather=8, binarise=False)[1]
     assert 0 < soft[0, 32, 22] < 0.5 < soft[0, 32, 25] < 1
-    assert pack(mask, image=picture(1, 100, 133, 3))[1].shape == (1, 96, 128)
+    assert pack(mask, image=random_image(1, 100, 133, 3))[1].shape == (1, 96, 128)
     assert torch.equal(pack(mask * 0.4)[1], torch.zeros_like(mask))
     assert torch.equal(pack(mask * 0.4, binarise=False)[1], mask * 0.4)
 
 
 def test_packer_and_fill_conditioner_agree_on_the_size_under_every_policy():
-    image, mask = picture(1, 41, 75, 3), picture(1, 20, 30)
+    image, mask = random_image(1, 41, 75, 3), random_image(1, 20, 30)
     for policy in geometry.POLICIES:
         tokens = DiptychMaskPacker().pack(mask, image, policy=policy)[0]
         by_tokens = fill(image, mask_tokens=tokens, policy=policy)[0][0][1]["concat_mask"]
@@ -162,7 +162,7 @@ def test_packer_and_fill_conditioner_agree_on_the_size_under_every_policy():
 
 @pytest.mark.parametrize("size", [(1080, 1920), (300, 200), (64, 64)])
 def test_kontext_uses_the_nearest_trained_size_and_split_undoes_it(size):
-    image = picture(1, *size, 3)
+    image = random_image(1, *size, 3)
     conditioning, latent, layout = kontext(image)
     height, width = geometry.kontext_size(size)
     references = conditioning[0][1]["reference_latents"]
@@ -174,7 +174,7 @@ def test_kontext_uses_the_nearest_trained_size_and_split_undoes_it(size):
 
 @pytest.mark.parametrize("policy", geometry.POLICIES)
 def test_kontext_mask_inpaints_and_leaves_the_rest_exact(policy):
-    image, mask = picture(1, 70, 90, 4), torch.zeros(1, 70, 90)
+    image, mask = random_image(1, 70, 90, 4), torch.zeros(1, 70, 90)
     mask[:, 20:40, 20:60] = 1
     _, latent, layout = kontext(image, mask=mask, size_policy="keep", policy=policy)
     height, width = layout.panel_size
@@ -184,18 +184,20 @@ def test_kontext_mask_inpaints_and_leaves_the_rest_exact(policy):
 
 
 def test_kontext_takes_several_references_and_chains():
-    first, latent, _ = kontext(picture(1, 64, 64, 3), image_2=picture(1, 32, 48, 3), size_policy="keep")
+    first, latent, _ = kontext(
+        random_image(1, 64, 64, 3), image_2=random_image(1, 32, 48, 3), size_policy="keep"
+    )
     assert [tuple(x.shape[-2:]) for x in first[0][1]["reference_latents"]] == [(8, 8), (4, 6)]
     assert "reference_latents_method" not in first[0][1]
-    second, _, _ = kontext(picture(1, 16, 16, 3), first, size_policy="keep", reference_method="index")
+    second, _, _ = kontext(random_image(1, 16, 16, 3), first, size_policy="keep", reference_method="index")
     assert [tuple(x.shape[-2:]) for x in second[0][1]["reference_latents"]] == [(8, 8), (4, 6), (2, 2)]
     assert second[0][1]["reference_latents_method"] == "index"
     assert len(first[0][1]["reference_latents"]) == 2
 
 
 def test_kontext_batches_are_edits_or_references():
-    images = picture(3, 32, 32, 3)
-    conditioning, latent, _ = kontext(images, size_policy="keep", image_2=picture(1, 32, 32, 3))
+    images = random_image(3, 32, 32, 3)
+    conditioning, latent, _ = kontext(images, size_policy="keep", image_2=random_image(1, 32, 32, 3))
     assert [len(x) for x in conditioning[0][1]["reference_latents"]] == [3, 1] and len(latent["samples"]) == 3
     conditioning, latent, layout = kontext(images, size_policy="keep", batch="references")
     assert [len(x) for x in conditioning[0][1]["reference_latents"]] == [1, 1, 1]
@@ -205,7 +207,7 @@ def test_kontext_batches_are_edits_or_references():
 
 
 def test_kontext_megapixels_sets_the_area():
-    _, latent, layout = kontext(picture(1, 100, 200, 3), size_policy="megapixels", megapixels=0.25)
+    _, latent, layout = kontext(random_image(1, 100, 200, 3), size_policy="megapixels", megapixels=0.25)
     height, width = layout.panel_size
     assert isinstance(layout, Layout) and height * width == pytest.approx(2**18, rel=0.05)
     assert latent["samples"].shape[-2:] == (height // 8, width // 8)
@@ -217,7 +219,7 @@ def test_kontext_megapixels_sets_the_area():
 )
 def test_kontext_says_what_is_wrong(options, words):
     with pytest.raises(ValueError, match=words):
-        kontext(picture(1, 32, 32, 3), **options)
+        kontext(random_image(1, 32, 32, 3), **options)
 
 
 def test_an_edit_needs_words_and_a_plain_fill_none():
@@ -228,7 +230,7 @@ def test_an_edit_needs_words_and_a_plain_fill_none():
 
 
 def test_a_whole_edit_through_the_nodes_returns_the_source_outside_the_mask():
-    image, mask = picture(2, 75, 101, 4), torch.zeros(1, 75, 101)
+    image, mask = random_image(2, 75, 101, 4), torch.zeros(1, 75, 101)
     mask[:, 10:30, 40:80] = 1
     diptych, diptych_mask, text, layout = DiptychBuilder().build(image, "make it red", mask, panel_width=64)
     assert text.endswith("but make it red")
@@ -239,9 +241,9 @@ def test_a_whole_edit_through_the_nodes_returns_the_source_outside_the_mask():
     assert torch.equal(edited[outside], image[outside]) and beside.shape == edited.shape == image.shape
 
 
-def test_an_empty_mask_means_the_whole_picture():
-    """Load Image gives an empty 64x64 mask for a picture without alpha."""
-    image, empty = picture(1, 32, 32, 3), torch.zeros(1, 64, 64)
+def test_an_empty_mask_means_the_whole_image():
+    """Load Image gives an empty 64x64 mask for an image without alpha."""
+    image, empty = random_image(1, 32, 32, 3), torch.zeros(1, 64, 64)
     diptych, mask, _, layout = DiptychBuilder().build(image, "x", empty, panel_width=32)
     assert bool((mask[:, :, 32:] == 1).all())
     assert not DiptychSplit().split(torch.zeros_like(diptych), layout, mask=empty)[0].any()
@@ -260,8 +262,8 @@ def digest(value):
 
 
 def test_no_node_changes_what_it_is_given():
-    image, mask = picture(2, 45, 70, 4), picture(1, 45, 70)
-    conditioning = prompt(reference_latents=[picture(1, 16, 4, 4)])
+    image, mask = random_image(2, 45, 70, 4), random_image(1, 45, 70)
+    conditioning = prompt(reference_latents=[random_image(1, 16, 4, 4)])
     given = (image, mask, conditioning)
     before = digest(given)
     diptych, diptych_mask, _, layout = DiptychBuilder().build(image, "x", mask, second_panel="gray")
@@ -295,7 +297,7 @@ def test_every_input_and_output_says_what_it_is(node):
 
 
 def test_an_empty_mask_is_refused_where_a_mask_is_needed():
-    image, vae = picture(2, 32, 32, 3), FakeVAE()
+    image, vae = random_image(2, 32, 32, 3), FakeVAE()
     one = torch.zeros(2, 32, 32)
     one[0, 3, 3] = 1
     for mask, words in ((torch.zeros(1, 64, 64), "mask is empty"), (one, "mask 2 of 2 is empty")):
@@ -307,13 +309,13 @@ def test_an_empty_mask_is_refused_where_a_mask_is_needed():
 
 
 def test_a_mask_that_is_nowhere_a_half_is_never_taken_without_a_word():
-    image, faint = picture(1, 32, 32, 3), torch.full((1, 32, 32), 0.4)
+    image, faint = random_image(1, 32, 32, 3), torch.full((1, 32, 32), 0.4)
     for call in (
         lambda: DiptychBuilder().build(image, "x", faint, panel_width=32),
         lambda: fill(image, faint),
         lambda: kontext(image, mask=faint),
         lambda: DiptychSplit().split(
-            picture(1, 32, 64, 3), DiptychBuilder().build(image, "x")[3], mask=faint
+            random_image(1, 32, 64, 3), DiptychBuilder().build(image, "x")[3], mask=faint
         ),
     ):
         with pytest.raises(ValueError, match="nowhere 0.5 or more"):
@@ -321,7 +323,7 @@ def test_a_mask_that_is_nowhere_a_half_is_never_taken_without_a_word():
 
 
 def test_in_a_batch_every_mask_counts_by_itself():
-    image, masks = picture(2, 32, 32, 3), torch.zeros(2, 32, 32)
+    image, masks = random_image(2, 32, 32, 3), torch.zeros(2, 32, 32)
     masks[0, 3:9, 3:9] = 1
     both = DiptychBuilder().build(image, "x", masks, panel_width=32)
     for i in range(2):
@@ -346,14 +348,14 @@ def test_a_vae_of_another_model_is_one_sentence(node, channels, known):
         vae.latent_channels = channels
     with pytest.raises(ValueError, match=f"vae makes latents of {channels} channels but FLUX.1 takes 16"):
         if node:
-            node(picture(1, 64, 64, 3), vae)
+            node(random_image(1, 64, 64, 3), vae)
         else:
-            DiptychKontextConditioner().condition(prompt(), vae, picture(1, 64, 64, 3))
+            DiptychKontextConditioner().condition(prompt(), vae, random_image(1, 64, 64, 3))
     assert not known or not vae.encoded
 
 
 def test_a_stroke_of_one_pixel_reaches_the_model_through_every_node():
-    image, mask = picture(1, 64, 64, 3), torch.zeros(1, 640, 640)
+    image, mask = random_image(1, 64, 64, 3), torch.zeros(1, 640, 640)
     mask[:, :, 333] = 1
     column = 333 // 10
     built = DiptychBuilder().build(image, "x", mask, panel_width=32)[1]
@@ -367,7 +369,7 @@ def test_a_stroke_of_one_pixel_reaches_the_model_through_every_node():
 
 
 def test_soft_tokens_are_clamped_and_nan_is_refused():
-    image = picture(1, 32, 32, 3)
+    image = random_image(1, 32, 32, 3)
     wild = torch.full((1, 32, 32), 3.0)
     wild[:, :16] = -2
     tokens, seen, _ = DiptychMaskPacker().pack(wild, binarise=False)
@@ -399,7 +401,7 @@ def test_kontext_says_how_it_sized_the_image(size, done, caplog):
 
 def test_a_mask_that_crop_leaves_nothing_of_is_refused():
     """Found by tests/fuzz."""
-    image, mask = picture(1, 40, 80, 3), torch.zeros(1, 40, 80)
+    image, mask = random_image(1, 40, 80, 3), torch.zeros(1, 40, 80)
     mask[:, :2] = 1
     for call in (
         lambda: DiptychBuilder().build(image, "x", mask, panel_width=0, policy="crop"),

@@ -1,4 +1,4 @@
-"""A picture goes into a diptych and comes back: its own size, and bit for bit where nothing was resampled."""
+"""An image goes into a diptych and comes back: its own size, and bit for bit where nothing was resampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 SIDES = ("right", "left", "bottom", "top")
 
 
-def picture(*shape, seed=0):
+def random_image(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -34,7 +34,7 @@ def smooth(height, width):
 def test_split_of_build_is_the_source_bit_for_bit_at_its_own_scale(
     batch, height, width, channels, policy, side
 ):
-    source = picture(batch, height, width, channels)
+    source = random_image(batch, height, width, channels)
     built = dp.build(source, panel_width=0, policy=policy, side=side)
     assert built.image.shape[1] % 16 == built.image.shape[2] % 16 == 0
     expected = source.expand(-1, -1, -1, 3) if channels == 1 else source
@@ -59,7 +59,7 @@ def test_split_always_returns_the_source_size_and_about_the_source(height, width
 
 
 def test_a_source_that_fits_already_is_never_touched():
-    source = picture(2, 48, 64, 3)
+    source = random_image(2, 48, 64, 3)
     for policy in dp.geometry.POLICIES:
         built = dp.build(source, panel_width=64, policy=policy)
         assert built.image.shape == (2, 48, 128, 3)
@@ -69,7 +69,7 @@ def test_a_source_that_fits_already_is_never_touched():
 
 @pytest.mark.parametrize("side", SIDES)
 def test_the_mask_is_the_edit_panel_and_the_edit_is_read_from_there(side):
-    source = picture(1, 32, 48, 3)
+    source = random_image(1, 32, 48, 3)
     built = dp.build(source, "x", panel_width=48, side=side)
     axis = 2 if side in ("right", "left") else 1
     halves = built.mask.chunk(2, dim=axis)
@@ -83,7 +83,7 @@ def test_the_mask_is_the_edit_panel_and_the_edit_is_read_from_there(side):
 @pytest.mark.parametrize("policy", dp.geometry.POLICIES)
 @pytest.mark.parametrize("panel", [0, 32, 128])
 def test_outside_the_edit_mask_the_source_is_returned_exactly(policy, panel):
-    source, region = picture(2, 75, 53, 3), torch.zeros(1, 75, 53)
+    source, region = random_image(2, 75, 53, 3), torch.zeros(1, 75, 53)
     region[:, 20:50, 10:40] = 1
     built = dp.build(source, "x", edit_mask=region, panel_width=panel, policy=policy)
     edited = dp.split(torch.full_like(built.image, 0.3), built.layout, feather=4).edited
@@ -103,7 +103,7 @@ def test_feathering_fades_from_source_to_edit():
 
 
 def test_outside_the_edit_mask_the_edit_panel_shows_the_source():
-    source, region = picture(1, 32, 32, 3), torch.zeros(32, 32)
+    source, region = random_image(1, 32, 32, 3), torch.zeros(32, 32)
     region[8:16, 8:16] = 1
     for second in ("gray", "noise", "copy"):
         built = dp.build(source, edit_mask=region, panel_width=32, second=second, seed=1)
@@ -116,22 +116,22 @@ def test_outside_the_edit_mask_the_edit_panel_shows_the_source():
 
 def test_noise_depends_on_the_seed_only():
     first, again, other = (
-        dp.build(picture(1, 32, 32, 3), second="noise", seed=s, panel_width=32).image for s in (1, 1, 2)
+        dp.build(random_image(1, 32, 32, 3), second="noise", seed=s, panel_width=32).image for s in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first[:, :, :32], other[:, :, :32])
 
 
-def test_a_mask_of_another_size_follows_the_picture():
+def test_a_mask_of_another_size_follows_the_image():
     region = torch.zeros(1, 40, 20)
     region[:, 20:] = 1
-    built = dp.build(picture(1, 64, 64, 3), edit_mask=region, panel_width=64)
+    built = dp.build(random_image(1, 64, 64, 3), edit_mask=region, panel_width=64)
     assert torch.equal(built.mask[0, :, 64:], torch.cat((torch.zeros(32, 64), torch.ones(32, 64))))
 
 
 @pytest.mark.parametrize("images, masks", [(1, 3), (3, 1), (2, 4), (3, 2)])
 def test_batches_of_unequal_length_repeat(images, masks):
-    source, regions = picture(images, 32, 32, 3), torch.zeros(masks, 32, 32)
+    source, regions = random_image(images, 32, 32, 3), torch.zeros(masks, 32, 32)
     for i in range(masks):
         regions[i, i * 4 : i * 4 + 4] = 1
     built = dp.build(source, edit_mask=regions, panel_width=32)
@@ -143,8 +143,8 @@ def test_batches_of_unequal_length_repeat(images, masks):
         assert bool((edited[i][region] == 1).all()) and torch.equal(edited[i][~region], original[~region])
 
 
-def test_a_batch_of_edits_of_one_picture_comes_back_as_a_batch():
-    source = picture(1, 50, 40, 4)
+def test_a_batch_of_edits_of_one_image_comes_back_as_a_batch():
+    source = random_image(1, 50, 40, 4)
     built = dp.build(source, panel_width=0, policy="crop")
     edits = built.image.repeat(4, 1, 1, 1)
     edited, beside = dp.split(edits, built.layout)
@@ -152,7 +152,7 @@ def test_a_batch_of_edits_of_one_picture_comes_back_as_a_batch():
 
 
 def test_cropped_borders_and_alpha_come_back_from_the_source():
-    source = picture(1, 45, 70, 4)
+    source = random_image(1, 45, 70, 4)
     built = dp.build(source, panel_width=0, policy="crop")
     edited = dp.split(torch.zeros_like(built.image), built.layout).edited
     assert edited.shape == source.shape and torch.equal(edited[..., 3], source[..., 3])
@@ -161,9 +161,9 @@ def test_cropped_borders_and_alpha_come_back_from_the_source():
 
 
 def test_changed_keeps_every_unchanged_pixel_and_takes_every_changed_one():
-    source = picture(1, 64, 64, 3)
+    source = random_image(1, 64, 64, 3)
     built = dp.build(source, panel_width=64)
-    noise = 0.02 * (picture(1, 64, 128, 3, seed=5) - 0.5)
+    noise = 0.02 * (random_image(1, 64, 128, 3, seed=5) - 0.5)
     decoded = (built.image + noise).clone()
     decoded[:, 20:40, 64 + 10 : 64 + 30] = 1 - decoded[:, 20:40, 64 + 10 : 64 + 30].round()
     edited = dp.split(decoded, built.layout, paste="changed").edited
@@ -174,7 +174,7 @@ def test_changed_keeps_every_unchanged_pixel_and_takes_every_changed_one():
 
 
 def test_changed_is_exact_outside_at_another_scale_too():
-    source = picture(1, 96, 128, 3)
+    source = random_image(1, 96, 128, 3)
     built = dp.build(source, panel_width=64)
     decoded = built.image.clone()
     decoded[:, 16:32, 64 + 16 : 64 + 32] = 1 - decoded[:, 16:32, 64 + 16 : 64 + 32].round()
@@ -204,7 +204,7 @@ def test_a_diptych_that_was_upscaled_is_read_in_proportion():
 
 
 def test_a_mask_given_to_split_limits_what_returns_though_the_model_saw_the_whole_panel():
-    source, region = picture(1, 32, 32, 3), torch.zeros(32, 32)
+    source, region = random_image(1, 32, 32, 3), torch.zeros(32, 32)
     region[4:9, 4:9] = 1
     built = dp.build(source, panel_width=32)
     assert bool((built.mask[:, :, 32:] == 1).all())
@@ -213,21 +213,21 @@ def test_a_mask_given_to_split_limits_what_returns_though_the_model_saw_the_whol
     assert bool((edited[:, region == 1] == 1).all())
 
 
-def test_half_precision_and_single_pictures_are_taken():
-    source = picture(33, 40, 3).half()
+def test_half_precision_and_single_images_are_taken():
+    source = random_image(33, 40, 3).half()
     edited = dp.split(dp.build(source, panel_width=0, policy="pad")).edited
     assert edited.dtype == torch.float32 and torch.equal(edited[0], source.float())
 
 
 def test_layouts_compare_by_geometry_and_cannot_be_changed():
-    one, two = (dp.build(picture(1, 64, 32, 3, seed=s)).layout for s in (1, 2))
+    one, two = (dp.build(random_image(1, 64, 32, 3, seed=s)).layout for s in (1, 2))
     assert one == two and hash(one) == hash(two)
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.side = "left"
 
 
 def test_nothing_given_is_written_to():
-    source, region = picture(1, 40, 50, 4), picture(1, 40, 50)
+    source, region = random_image(1, 40, 50, 4), random_image(1, 40, 50)
     kept = source.clone(), region.clone()
     for paste in dp.PASTE:
         for policy in dp.geometry.POLICIES:
@@ -241,22 +241,22 @@ def test_nothing_given_is_written_to():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda b: dp.build(picture(1, 32, 32, 3), side="middle"), "side is 'middle'"),
-        (lambda b: dp.build(picture(1, 32, 32, 3), second="white"), "second is 'white'"),
-        (lambda b: dp.build(picture(1, 32, 32, 3), policy="fit"), "policy is 'fit'"),
-        (lambda b: dp.build(picture(1, 32, 32, 3), panel_width=100), "panel_width is 100"),
-        (lambda b: dp.build(picture(1, 32, 32, 3), "x", template="a cat"), "template"),
+        (lambda b: dp.build(random_image(1, 32, 32, 3), side="middle"), "side is 'middle'"),
+        (lambda b: dp.build(random_image(1, 32, 32, 3), second="white"), "second is 'white'"),
+        (lambda b: dp.build(random_image(1, 32, 32, 3), policy="fit"), "policy is 'fit'"),
+        (lambda b: dp.build(random_image(1, 32, 32, 3), panel_width=100), "panel_width is 100"),
+        (lambda b: dp.build(random_image(1, 32, 32, 3), "x", template="a cat"), "template"),
         (lambda b: dp.split(b.image, b.layout, paste="some"), "paste is 'some'"),
         (lambda b: dp.split(b.image, b.layout, paste="mask"), "no mask"),
         (lambda b: dp.split(b.image[:, :, :32], b.layout), "diptych is 32x32"),
-        (lambda b: dp.split(b.image, b.layout, source=picture(1, 32, 64, 3)), "source is 64x32"),
+        (lambda b: dp.split(b.image, b.layout, source=random_image(1, 32, 64, 3)), "source is 64x32"),
         (lambda b: dp.split(b.image), "layout is missing"),
         (lambda b: dp.split(b.image, b.layout, paste="changed", threshold=0), "threshold is 0"),
         (lambda b: dp.split(b.image, dataclasses.replace(b.layout, source=None), paste="changed"), "source"),
     ],
 )
 def test_what_cannot_be_is_one_clear_sentence(call, words):
-    built = dp.build(picture(1, 32, 32, 3), panel_width=32)
+    built = dp.build(random_image(1, 32, 32, 3), panel_width=32)
     with pytest.raises(ValueError) as error:
         call(built)
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Best of N while sampling: the winner is the plain sampler's own picture, and nothing is computed twice."""
+"""Best of N while sampling: the winner is the plain sampler's own image, and nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_candidate_is_the_plain_sampler_to_the_last_bit(rule, judged):
 
 @pytest.mark.parametrize("rule", flow_match.RULES)
 @pytest.mark.parametrize("batch", [0, 1, 4])
-def test_the_winner_is_the_picture_of_its_own_seed(rule, batch):
+def test_the_winner_is_the_image_of_its_own_seed(rule, batch):
     made = best_of(
         velocity, noises(6), SIGMAS, brightness, judge_steps=JUDGED, rule=rule, batch=batch,
         generators=sde_generators(5, 6),

@@ -124,7 +124,7 @@ def test_noise_of_a_whole_schedule_is_the_published_one(rule, steps, published):
 
 
 def final_marginal(rule, steps, dance_leaves_noise=False):
-    """Mean and std of the picture under an exact model: every step is affine, so they propagate exactly."""
+    """Mean and std of the image under an exact model: every step is affine, so they propagate exactly."""
     schedule = sigmas(steps, shift=3.0).double()
     mean, variance = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from comfyui_diptych.commands import pictures
+from comfyui_diptych.commands import images
 from comfyui_diptych.models import image_files
 from comfyui_diptych.models.image_files import ImageFileError, image_size, read_image, read_mask
 from comfyui_diptych.training.data import sample
@@ -74,11 +74,11 @@ def test_one_bit_is_black_and_white():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_upright_and_their_size_too(kind, orientation):
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 255, (3, 5, 3), dtype=np.uint8)).resize((40, 24), Image.NEAREST)
+    image = Image.fromarray(rng.integers(0, 255, (3, 5, 3), dtype=np.uint8)).resize((40, 24), Image.NEAREST)
     exif = Image.Exif()
     exif[0x0112] = orientation
     try:
-        data = encoded(picture, kind, exif=exif, quality=95)
+        data = encoded(image, kind, exif=exif, quality=95)
     except KeyError:
         pytest.skip(f"this Pillow writes no {kind}")
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
@@ -88,8 +88,8 @@ def test_images_are_upright_and_their_size_too(kind, orientation):
 
 
 def damaged_exif() -> dict[str, bytes]:
-    picture = Image.new("RGB", (60, 40), (90, 90, 90))
-    jpeg = encoded(picture, "JPEG")
+    image = Image.new("RGB", (60, 40), (90, 90, 90))
+    jpeg = encoded(image, "JPEG")
     blocks = {
         "text as orientation": b"Exif\0\0II*\0\x08\0\0\0\x01\0"
         + struct.pack("<HHI", 0x0112, 2, 4)
@@ -103,12 +103,12 @@ def damaged_exif() -> dict[str, bytes]:
         name: jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + jpeg[2:]
         for name, block in blocks.items()
     }
-    files["PNG"] = encoded(picture, exif=b"\x00\x08\x00\x02\x01\x12\x00\x03")
+    files["PNG"] = encoded(image, exif=b"\x00\x08\x00\x02\x01\x12\x00\x03")
     return files
 
 
 @pytest.mark.parametrize("name", damaged_exif())
-def test_a_readable_picture_with_damaged_exif_is_a_picture(name):
+def test_a_readable_image_with_damaged_exif_is_an_image(name):
     data = damaged_exif()[name]
     assert image_size(data) == (40, 60) and read_image(data).shape == (40, 60, 3)
 
@@ -166,16 +166,16 @@ def test_a_huge_image_is_made_smaller_without_a_float_copy_of_it(mode, tmp_path)
     if mode in ("I;16", "F"):
         levels = np.zeros((side, side), {"I;16": np.uint16, "F": np.float32}[mode])
         levels[: side // 2] = 65535 if mode == "I;16" else 1
-        picture = Image.fromarray(levels)
+        image = Image.fromarray(levels)
     else:
-        picture = Image.new(mode, (side, side))
+        image = Image.new(mode, (side, side))
         white = 1 if mode == "1" else 255 if mode in "LP" else (255,) * len(mode)
-        picture.paste(white, (0, 0, side, side // 2))
+        image.paste(white, (0, 0, side, side // 2))
     if mode == "P":
-        picture.putpalette([value for level in range(256) for value in (level,) * 3])
+        image.putpalette([value for level in range(256) for value in (level,) * 3])
     path = tmp_path / ("x.tif" if mode == "F" else "x.png")
-    picture.save(path)
-    del picture
+    image.save(path)
+    del image
     tracemalloc.start()
     image = read_image(path, most=most)
     mask = read_mask(path, most=most)
@@ -214,7 +214,7 @@ def bomb() -> bytes:
     "data, words",
     [
         (b"", "missing"),
-        (b"not a picture", "not a readable image"),
+        (b"not an image", "not a readable image"),
         (encoded(grey(255, np.uint8))[:80], "cannot be decoded"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "not a readable image"),
         (bomb(), "178 megapixels"),
@@ -224,7 +224,7 @@ def bomb() -> bytes:
         ({"bytes": None, "path": None}, "missing"),
     ],
 )
-def test_what_is_no_picture_is_one_sentence(data, words):
+def test_what_is_no_image_is_one_sentence(data, words):
     for read in (read_image, read_mask):
         with pytest.raises(ImageFileError, match=words) as error:
             read(data)
@@ -264,15 +264,15 @@ def test_the_command_line_reads_the_same(tmp_path):
     for kind, data in (GREYS | transparent()).items():
         path = tmp_path / "x"
         path.write_bytes(data)
-        assert torch.equal(pictures.load_image(path)[0], read_image(data, alpha=True)), kind
-        assert torch.equal(pictures.load_mask(path)[0], read_mask(data)), kind
+        assert torch.equal(images.load_image(path)[0], read_image(data, alpha=True)), kind
+        assert torch.equal(images.load_mask(path)[0], read_mask(data)), kind
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        pictures.load_image(tmp_path / "none.png")
+        images.load_image(tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("suffix", pictures.OPAQUE)
+@pytest.mark.parametrize("suffix", images.OPAQUE)
 def test_formats_without_transparency_are_written_on_white(tmp_path, suffix):
     rgba = np.zeros((16, 16, 4), np.uint8)
     rgba[..., 0] = 255  # red, wholly transparent
-    pictures.save(Image.fromarray(rgba), tmp_path / f"x{suffix}")
+    images.save(Image.fromarray(rgba), tmp_path / f"x{suffix}")
     assert float(read_image(tmp_path / f"x{suffix}").min()) > 0.98

@@ -42,9 +42,9 @@ def test_every_known_pixel_comes_back_and_the_size_is_what_was_asked(
     assert torch.equal(finished, paste_back(noise_like(canvas), image, layout))
 
 
-def test_rounding_goes_outwards_and_keeps_the_picture_where_the_layout_says():
+def test_rounding_goes_outwards_and_keeps_the_image_where_the_layout_says():
     canvas, mask, layout = expand(photo(100, 371), left=128, multiple=64)
-    assert canvas.shape == (1, 128, 512, 3) and layout.picture_size == (100, 499)
+    assert canvas.shape == (1, 128, 512, 3) and layout.finished_size == (100, 499)
     assert mask[0, 0].sum() == 141 and mask[0, :, 200].sum() == 28  # mk2's 141, and 28 rows below
     canvas, mask, layout = expand(photo(64, 371), left=60, right=30, multiple=64)
     assert canvas.shape[2] == 512 and int(mask[0, 0, :100].sum()) == 60 + 51 * 60 // 90
@@ -65,7 +65,7 @@ def test_rounding_goes_outwards_and_keeps_the_picture_where_the_layout_says():
 )
 def test_units(amounts, unit, size):
     _, mask, layout = expand(photo(), **amounts, unit=unit, multiple=1)
-    assert layout.picture_size == size == tuple(mask.shape[1:])
+    assert layout.finished_size == size == tuple(mask.shape[1:])
 
 
 def test_mosaic_outpaints_boxes():
@@ -113,7 +113,7 @@ def test_overlap_then_feather():
     assert torch.allclose(row[52:56], torch.tensor([0, 1 / 16, 4 / 16, 9 / 16]))
 
 
-def test_masks_per_item_and_gray_pictures():
+def test_masks_per_item_and_gray_images():
     masks = torch.zeros(3, 48, 64)
     masks[1, 5:9, 10:20] = 1
     canvas, mask, layout = expand(photo(channels=1), left=16, mask=masks, multiple=1)
@@ -284,7 +284,7 @@ def test_a_crop_without_resampling_is_a_round_trip_bit_for_bit():
     assert torch.equal(finished == 0, (mask == 1)[..., None].expand_as(finished))
 
 
-def test_several_crops_go_into_one_picture():
+def test_several_crops_go_into_one_image():
     image = photo(80, 120)
     mask = torch.zeros(3, 80, 120)
     for item, x in zip(mask, (5, 50, 95), strict=True):

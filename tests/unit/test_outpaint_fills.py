@@ -48,7 +48,7 @@ def test_known_pixels_stay_and_soft_masks_mix(how, dtype):
 
 
 @pytest.mark.parametrize("how", CONTINUING)
-def test_a_constant_picture_stays_constant(how):
+def test_a_constant_image_stays_constant(how):
     image = torch.tensor([0.2, 0.6, 0.9]).expand(1, 40, 56, 3)
     tolerance = 5 if how in ("telea", "ns") else 1  # OpenCV drifts by 8-bit rounding
     assert float((fill(image, hole(), how) - image).abs().max()) <= tolerance / 255
@@ -268,7 +268,7 @@ def test_noise_is_finite_where_mk2_is_not(kind, noise_q):
     assert bool(torch.isfinite(fill(image, mask, "noise", noise_q=noise_q)).all())
 
 
-def test_noise_gets_smoother_with_q_and_has_the_pictures_colours():
+def test_noise_gets_smoother_with_q_and_has_the_images_colours():
     image, mask = scene(120, 128, 40, 0)
     texture = gaussian_filter(np.random.default_rng(1).normal(size=(120, 128, 1)), (2, 2, 0))
     image = torch.where(mask[..., None] > 0, image, (image + torch.from_numpy(texture)).clamp(0, 1))
@@ -302,7 +302,7 @@ def test_mosaic_shows_what_is_next_to_the_edge():
     image = torch.linspace(0, 1, 100)[None, None, :, None].expand(1, 80, 100, 3).clone()
     canvas, mask, _ = expand(image, right=48, multiple=1)
     tiles = fill(canvas, mask, "mosaic")[0, 0, 100:, 0].unique()
-    # three tiles of the mirror image, stretched fourfold: 4 px of the picture each
+    # three tiles of the mirror image, stretched fourfold: 4 px of the image each
     assert torch.allclose(tiles.flip(0), torch.tensor([97.5, 93.5, 89.5]) / 99, atol=0.008)
 
 
@@ -316,7 +316,7 @@ def test_latent_fills():
 
 
 class FakeLama:
-    """Returns the picture with its hole made 0.25, in the size it was given."""
+    """Returns the image with its hole made 0.25, in the size it was given."""
 
     architecture = SimpleNamespace(name="LaMa")
 

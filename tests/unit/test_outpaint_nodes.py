@@ -29,7 +29,7 @@ def image():
     return torch.rand(1, 40, 56, 3, generator=torch.Generator().manual_seed(0))
 
 
-def test_from_canvas_to_picture(image):
+def test_from_canvas_to_image(image):
     canvas, mask, layout = run("DiptychOutpaintCanvas", image=image, left=24, bottom=-8)
     assert canvas.shape == (1, 32, 80, 3)
     (filled,) = run("DiptychFillHole", image=canvas, mask=mask, how="mirror")
@@ -41,7 +41,7 @@ def test_from_canvas_to_picture(image):
 
 
 def test_an_unpainted_mask_is_no_mask_where_one_may_be_left_out(image):
-    empty = torch.zeros(1, 64, 64)  # ComfyUI's Load Image, for a picture without alpha
+    empty = torch.zeros(1, 64, 64)  # ComfyUI's Load Image, for an image without alpha
     canvas, mask, layout = run("DiptychOutpaintCanvas", image=image, right=8, mask=empty)
     assert int(mask[:, :, :56].sum()) == 8 * 56  # the rows below that make 48
     (finished,) = run("DiptychPasteBack", image=canvas, original=image, layout=layout, mask=empty)

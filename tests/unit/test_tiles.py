@@ -90,7 +90,7 @@ def test_glid_order_is_golden(height, width, direction, places, known):
         assert [tile.known for tile in plan] == known
 
 
-def test_glid_order_of_a_large_picture_has_sixteen_tiles():
+def test_glid_order_of_a_large_image_has_sixteen_tiles():
     _, seen = glid_canvas(torch.randn(1, 4, 96, 160), "expand")
     assert len(tiles.plan(~seen, order="glid")) == 16
 
@@ -102,7 +102,7 @@ def test_glid_order_of_holes_is_golden(canvas, start, end, places):
     assert [(tile.x, tile.y) for tile in tiles.plan(unknown, order="glid")] == places
 
 
-def test_what_glid_paints_from_nothing_is_painted_from_the_picture_outwards():
+def test_what_glid_paints_from_nothing_is_painted_from_the_image_outwards():
     """Left by 64 cells: glid's first tile is all unknown, the reason why its "half" could not be steered."""
     _, seen = glid_canvas(torch.randn(1, 4, 64, 64), "left", 64)
     assert tiles.plan(~seen, order="glid")[0].known == 0

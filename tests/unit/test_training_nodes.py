@@ -58,7 +58,7 @@ def test_menu_entries_that_vanished_say_where_to_put_them(comfyui):
         nodes.model_folder("gone")
 
 
-def test_adding_a_picture_to_the_folder_trains_again(comfyui):
+def test_adding_an_image_to_the_folder_trains_again(comfyui):
     before = nodes.DiptychTrainLora.IS_CHANGED(dataset="cats", steps=1)
     assert before == nodes.DiptychTrainLora.IS_CHANGED(dataset="cats")
     Image.new("RGB", (16, 16)).save(comfyui / "input" / "cats" / "b_source.png")
@@ -160,8 +160,8 @@ def test_every_instruction_of_the_world_is_understood():
     assert understand(edits[0].source, "make it nicer") is None
 
 
-def score(*pictures, **options):
-    return DiptychEditScore().score(*pictures, **options)["result"]
+def score(*batches, **options):
+    return DiptychEditScore().score(*batches, **options)["result"]
 
 
 def test_scores_tell_the_edit_from_no_edit_and_from_a_spoilt_one():
@@ -177,14 +177,14 @@ def test_scores_tell_the_edit_from_no_edit_and_from_a_spoilt_one():
     assert "success" in good[4] and good[5].shape[0] == 1 and good[5].shape[-1] == 3
 
 
-def test_a_mask_over_all_of_the_picture_leaves_nothing_to_keep():
-    pictures = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
-    whole = score(pictures[:1], pictures[1:], mask=torch.ones(1, 16, 16))
+def test_a_mask_over_all_of_the_image_leaves_nothing_to_keep():
+    batches = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    whole = score(batches[:1], batches[1:], mask=torch.ones(1, 16, 16))
     assert whole[0] == 1.0 and whole[1] > 0 and "nothing to keep" in whole[4] and "nan" not in whole[4]
-    none = score(pictures[:1], pictures[:1])  # no mask, and no edit to tell where one would be
+    none = score(batches[:1], batches[:1])  # no mask, and no edit to tell where one would be
     assert none[1] == 0.0 and "nothing to change" in none[4] and "nan" not in none[4]
-    empty = score(pictures[:1], pictures[1:], mask=torch.zeros(1, 64, 64))
-    assert empty[:5] == score(pictures[:1], pictures[1:])[:5]
+    empty = score(batches[:1], batches[1:], mask=torch.zeros(1, 64, 64))
+    assert empty[:5] == score(batches[:1], batches[1:])[:5]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, -5.0])

@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import case
-from .two_hosts import PROMPT, SEED, fill_graph, noise, picture, right_half, sample, text
+from .two_hosts import PROMPT, SEED, fill_graph, noise, random_image, right_half, sample, text
 
 CORE_SHIFT = math.exp(1.15)  # core's fixed shift of FLUX, as the pack's scheduler counts
 
@@ -32,7 +32,7 @@ def the_fill_chain_equals_cores_on_equal_settings(host, noise_mask):
     graph = host.graph()
     loader = graph.add("DiptychTinyModelLoader", which="fill")
     positive = text(graph, loader[1], 30.0)
-    image, mask = graph.given(picture(1, 64, 128)), graph.given(right_half(1, 64, 128))
+    image, mask = graph.given(random_image(1, 64, 128)), graph.given(right_half(1, 64, 128))
     core = graph.add(
         "InpaintModelConditioning",
         positive=positive,
@@ -63,7 +63,7 @@ def the_kontext_chain_equals_cores_on_equal_settings(host):
     graph = host.graph()
     loader = graph.add("DiptychTinyModelLoader", which="kontext")
     positive = text(graph, loader[1], 2.5)
-    first, second = graph.given(picture(1, 64, 64)), graph.given(picture(1, 32, 64))
+    first, second = graph.given(random_image(1, 64, 64)), graph.given(random_image(1, 32, 64))
     latents = [graph.add("VAEEncode", pixels=image, vae=loader[2])[0] for image in (first, second)]
     referenced = positive
     for latent in latents:
@@ -90,7 +90,7 @@ def the_ode_rule_equals_core_euler_bit_for_bit(host):
         "DiptychKontextConditioner",
         conditioning=text(graph, loader[1], 2.5),
         vae=loader[2],
-        image=graph.given(picture(1, 64, 64)),
+        image=graph.given(random_image(1, 64, 64)),
         size_policy="keep",
     )
     euler = graph.add("KSamplerSelect", sampler_name="euler")[0]
@@ -109,7 +109,7 @@ def starting_noise_is_one_generator_on_spatial_latents(host):
 
 
 def condition_both(host, image, mask):
-    """(core's, ours) kept values of the two Fill conditioners on one picture and mask"""
+    """(core's, ours) kept values of the two Fill conditioners on one image and mask"""
     graph = host.graph()
     loader = graph.add("DiptychTinyModelLoader", which="fill")
     positive = text(graph, loader[1], 30.0, PROMPT)
@@ -134,7 +134,7 @@ def it_differs_by_making_sides_multiples_of_16(host):
 def it_differs_by_one_mask_rule_for_pixels_and_channels(host):
     ramp = torch.linspace(0, 1, 129)[:-1].expand(1, 64, 128)
     assert (ramp == 0.5).any()
-    (core, _), (ours, _) = condition_both(host, picture(1, 64, 128), ramp)
+    (core, _), (ours, _) = condition_both(host, random_image(1, 64, 128), ramp)
     assert len(core["concat_mask"].unique()) > 100  # soft for the model, though its pixels were cut hard
     assert ours["concat_mask"].unique().tolist() == [0.0, 1.0]
     assert torch.equal(ours["concat_mask"].reshape(ramp.shape), (ramp >= 0.5).float())
@@ -142,9 +142,9 @@ def it_differs_by_one_mask_rule_for_pixels_and_channels(host):
 
 @case
 def it_differs_by_broadcasting_batches_where_core_fails(host):
-    graph, decoded = fill_graph(host, picture(3, 64, 64), right_half(2, 64, 64))
+    graph, decoded = fill_graph(host, random_image(3, 64, 64), right_half(2, 64, 64))
     assert host.run(graph.keep(image=decoded)).kept["image"].shape == (3, 64, 64, 3)
-    graph, decoded = fill_graph(host, picture(1, 64, 64), right_half(2, 64, 64))
+    graph, decoded = fill_graph(host, random_image(1, 64, 64), right_half(2, 64, 64))
     assert host.run(graph.keep(image=decoded)).kept["image"].shape == (2, 64, 64, 3)
 
 

@@ -11,7 +11,7 @@ REWARD = {"name": "jpeg_size", "weight": -1.0}
 
 
 class Contest(Bench):
-    """`Bench` with a judge that likes pictures which need many bytes."""
+    """`Bench` with a judge that likes images which need many bytes."""
 
     def __init__(self, host, **options):
         super().__init__(host, **{"height": 8, "width": 8, "batch": 1, "steps": 5, **options})
@@ -49,7 +49,7 @@ def one_candidate_is_the_plain_sampler_bit_for_bit(host, setting):
 
 
 @case(each=lambda: [f"{setting}, {rule}" for setting in SETTINGS for rule in ("ode", "flow")])
-def the_winner_is_the_plain_samplers_picture_of_its_seed(host, setting):
+def the_winner_is_the_plain_samplers_image_of_its_seed(host, setting):
     """Seeds 11, 12, 13 compete; the kept latent of every sample is one of the three plain ones."""
     setting, _, rule = setting.partition(", ")
     contest = Contest(host, **SETTINGS[setting])
@@ -75,20 +75,20 @@ def the_winner_is_the_plain_samplers_picture_of_its_seed(host, setting):
 
 @case
 def the_judge_prefers_what_the_reward_prefers(host):
-    """Judged at the last step, the kept picture is the best of the finished ones."""
+    """Judged at the last step, the kept image is the best of the finished ones."""
     contest = Contest(host)
     best = contest.sample("best", contest.best(judge_steps=5))
-    pictures = {"best": contest.graph.add("VAEDecode", samples=best, vae=contest.vae)[0]}
+    images = {"best": contest.graph.add("VAEDecode", samples=best, vae=contest.vae)[0]}
     for seed in (11, 12, 13):
         latent = contest.plain(f"seed {seed}", seed)
-        pictures[f"seed {seed}"] = contest.graph.add("VAEDecode", samples=latent, vae=contest.vae)[0]
+        images[f"seed {seed}"] = contest.graph.add("VAEDecode", samples=latent, vae=contest.vae)[0]
     scores = {
         name: contest.graph.add("DiptychRewardScore", images=image, reward=contest.reward)[0]
-        for name, image in pictures.items()
+        for name, image in images.items()
     }
     contest.graph.keep(**{f"score {name}": score for name, score in scores.items()})
     contest.run()
-    best, *others = (contest.kept[f"score {name}"] for name in pictures)
+    best, *others = (contest.kept[f"score {name}"] for name in images)
     assert best == min(others)
 
 
@@ -110,7 +110,7 @@ def every_step_shows_all_starts_and_then_the_winner(host):
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert [value for value, _ in seen] == [1, 2, 2, 3, 4, 5]
-    # three starts in a grid of two by two, then one picture
+    # three starts in a grid of two by two, then one image
     assert seen[0][1] == seen[1][1] and seen[2][1] == seen[5][1]
     assert seen[0][1][0] == 2 * seen[5][1][0] or seen[0][1][0] == seen[5][1][0]  # previews are capped
 
@@ -167,12 +167,12 @@ def every_rule_ends_without_noise(host, rule):
 def a_reward_may_come_after_another_and_judges_a_batch(host):
     graph = host.graph()
     demo = [graph.add("DiptychDemoImage", example=example) for example in (3, 4)]
-    pictures = graph.add("ImageBatch", image1=demo[0][0], image2=demo[0][3])[0]
+    images = graph.add("ImageBatch", image1=demo[0][0], image2=demo[0][3])[0]
     shapes = graph.add("DiptychReward", name="shapes", weight=1.0)[0]
     both = graph.add("DiptychReward", name="keep_l1", weight=0.5, also=shapes)[0]
     node = graph.add(
         "DiptychRewardScore",
-        images=pictures,
+        images=images,
         reward=both,
         source=demo[0][0],
         mask=demo[0][2],

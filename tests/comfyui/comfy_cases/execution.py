@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import SkipCase, case
-from .two_hosts import fill_graph, picture, right_half, sample, text
+from .two_hosts import fill_graph, random_image, right_half, sample, text
 
 
 def kontext_chain(host, *, steps: int, rule: str = "ode", **sampler):
@@ -15,7 +15,7 @@ def kontext_chain(host, *, steps: int, rule: str = "ode", **sampler):
         "DiptychKontextConditioner",
         conditioning=text(graph, loader[1], 2.5),
         vae=loader[2],
-        image=graph.given(picture(1, 64, 64)),
+        image=graph.given(random_image(1, 64, 64)),
         size_policy="keep",
     )
     node = graph.add("DiptychFlowMatchEulerSampler", rule=rule, **sampler)[0]
@@ -57,8 +57,8 @@ def every_step_shows_a_preview(host):
         host.run(kontext_chain(host, steps=3))
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
-    pictures = [preview for preview in previews if preview is not None]
-    assert len(pictures) == 3 and all(kind == "JPEG" for kind, *_ in pictures)
+    images = [preview for preview in previews if preview is not None]
+    assert len(images) == 3 and all(kind == "JPEG" for kind, *_ in images)
 
 
 @case(each=lambda: ["ode", "flow", "dance", "cps", "rf_ancestral"])
@@ -75,7 +75,7 @@ def a_model_that_is_not_fill_is_refused_before_anything_is_encoded(host):
     fill, kontext = (graph.add("DiptychTinyModelLoader", which=which) for which in ("fill", "kontext"))
     positive = text(graph, fill[1], 30.0)
     inputs = {"positive": positive, "negative": positive, "vae": fill[2]}
-    image, mask = graph.given(picture(1, 64, 64)), graph.given(right_half(1, 64, 64))
+    image, mask = graph.given(random_image(1, 64, 64)), graph.given(right_half(1, 64, 64))
     node = graph.add("DiptychFluxFillConditioner", image=image, mask=mask, model=kontext[0], **inputs)
     run = host.run(graph.keep(latent=node[2]), may_fail=True)
     assert "64 input channels" in run.error and "Fill" in run.error
@@ -83,7 +83,7 @@ def a_model_that_is_not_fill_is_refused_before_anything_is_encoded(host):
 
 @case
 def an_unfitting_size_fails_with_one_sentence(host):
-    graph, decoded = fill_graph(host, picture(1, 64, 64), torch.zeros(1, 3, 4, 64, 64))
+    graph, decoded = fill_graph(host, random_image(1, 64, 64), torch.zeros(1, 3, 4, 64, 64))
     run = host.run(graph.keep(image=decoded), may_fail=True)
     assert run.message("execution_error")["exception_type"].endswith("ValueError")
     assert "mask" in run.error and "\n" not in run.error.strip()

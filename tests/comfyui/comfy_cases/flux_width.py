@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import case
-from .two_hosts import picture, right_half, sample
+from .two_hosts import random_image, right_half, sample
 
 HIDDEN, RANK = 3072, 32
 IN = {"fill": 384, "kontext": 64}
@@ -108,12 +108,12 @@ def remove_files(host, which: str) -> None:
 
 
 def conditioned(graph, which: str, model) -> tuple:
-    """(conditioning, latent) of the pack's conditioner on a random prompt and a small picture."""
+    """(conditioning, latent) of the pack's conditioner on a random prompt and a small image."""
     generator = torch.Generator().manual_seed(3)
     words = torch.randn(1, 8, 4096, generator=generator)
     guided = {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 30.0}
     text, vae = graph.given([[words, guided]]), graph.add("DiptychTinyModelLoader", which="fill")[2]
-    image = graph.given(picture(1, 64, 128))
+    image = graph.given(random_image(1, 64, 128))
     if which == "kontext":
         shared = {"conditioning": text, "vae": vae, "image": image, "size_policy": "keep"}
         return graph.add("DiptychKontextConditioner", **shared)[:2]

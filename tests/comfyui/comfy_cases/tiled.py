@@ -69,8 +69,8 @@ def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host
     nodes = host.nodes
     with torch.inference_mode():
         model, clip, vae = nodes["DiptychTinyModelLoader"]().load("fill")
-        picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-        canvas, mask, _ = nodes["DiptychOutpaintCanvas"]().expand(picture, 0, 0, 64, 0, "px")
+        image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+        canvas, mask, _ = nodes["DiptychOutpaintCanvas"]().expand(image, 0, 0, 64, 0, "px")
         (text,) = nodes["CLIPTextEncode"]().encode(clip, "a red circle")
         positive, negative, latent = nodes["DiptychFluxFillConditioner"]().condition(
             text, text, vae, canvas, mask
@@ -134,16 +134,16 @@ def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host
 
 
 KINDS = {  # model's concat_keys, channels of c_concat, whether the hole is zeros, what becomes known
-    "inpainting": (("mask", "masked_image"), 5, False, "picture and mask"),
-    "inverted": (("masked_image", "mask_inverted"), 5, False, "picture and mask"),
-    "Fill": ((), 4 + 64, False, "picture and mask"),
-    "glid": ((), 4, True, "picture"),
-    "control picture": ((), 4, False, "nothing"),
+    "inpainting": (("mask", "masked_image"), 5, False, "image and mask"),
+    "inverted": (("masked_image", "mask_inverted"), 5, False, "image and mask"),
+    "Fill": ((), 4 + 64, False, "image and mask"),
+    "glid": ((), 4, True, "image"),
+    "control image": ((), 4, False, "nothing"),
 }
 
 
 @case(each=lambda: KINDS)
-def each_kind_of_picture_in_the_conditioning_is_cut_its_own_way(host, kind):
+def each_kind_of_image_in_the_conditioning_is_cut_its_own_way(host, kind):
     from types import SimpleNamespace
 
     import comfy.conds
@@ -174,7 +174,7 @@ def each_kind_of_picture_in_the_conditioning_is_cut_its_own_way(host, kind):
     new = window.clone()
     if becomes != "nothing":
         new[:, image][inside] = canvas[..., 6:8]
-    if becomes == "picture and mask":
+    if becomes == "image and mask":
         mask = {"inpainting": slice(0, 1), "inverted": slice(4, 5), "Fill": slice(4, None)}[kind]
         new[:, mask][inside] = 1 if kind == "inverted" else 0
     assert torch.equal(found, new) and torch.equal(data, before)
@@ -197,10 +197,10 @@ def each_kind_of_picture_in_the_conditioning_is_cut_its_own_way(host, kind):
 def the_shell_paints_the_same_windows(host):
     if not host.pack("models.tiny").card().get("trained"):
         raise SkipCase("the bundled tiny models are not trained yet")
-    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     graph = host.graph()
     model, clip, vae, *_ = graph.add("DiptychTinyModelLoader", which="fill")
-    canvas, mask, *_ = graph.add("DiptychOutpaintCanvas", image=graph.given(picture), right=64.0)
+    canvas, mask, *_ = graph.add("DiptychOutpaintCanvas", image=graph.given(image), right=64.0)
     filled = graph.add("DiptychFillHole", image=canvas, mask=mask, how="edge")[0]
     encoded = graph.add("CLIPTextEncode", clip=clip, text="a red circle")[0]
     guided = graph.add("FluxGuidance", conditioning=encoded, guidance=30.0)[0]

@@ -83,7 +83,7 @@ def the_vae_equals_diffusers_posterior_mode_and_decoder(host, which):
 
 
 @case
-def odd_pictures_and_alpha_are_cropped_as_by_any_vae(host):
+def odd_images_and_alpha_are_cropped_as_by_any_vae(host):
     _, _, vae = load(host, "fill")
     assert vae.encode(torch.rand(1, 67, 93, 3)).shape == (1, 16, 8, 11)
     encode = host.nodes["VAEEncode"]()
@@ -103,7 +103,7 @@ def the_latent_format_uses_the_vaes_own_numbers(host):
 
 
 @case
-def previews_show_the_pictures_colours(host):
+def previews_show_the_images_colours(host):
     import latent_preview
 
     model, _, vae = load(host, "fill")
@@ -111,11 +111,11 @@ def previews_show_the_pictures_colours(host):
     image = colours.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
     x0 = model.model.process_latent_in(vae.encode(image))
     previewer = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
-    picture = previewer.decode_latent_to_preview(x0)
-    assert picture.size == (16, 8)
-    seen = torch.tensor(list(picture.getdata())).float().view(8, 16, 3)[::2, ::2]
+    image = previewer.decode_latent_to_preview(x0)
+    assert image.size == (16, 8)
+    seen = torch.tensor(list(image.getdata())).float().view(8, 16, 3)[::2, ::2]
     correlation = torch.corrcoef(torch.stack([seen.flatten(), colours.flatten()]))[0, 1]
-    assert correlation > 0.3, f"correlation of preview and picture is {correlation:.2f}"
+    assert correlation > 0.3, f"correlation of preview and image is {correlation:.2f}"
 
 
 @case
@@ -167,7 +167,7 @@ def text_and_guidance_nodes_take_the_clip(host):
 
 
 @case
-def one_sd_prediction_equals_the_diffusers_unet_with_mask_and_masked_picture(host):
+def one_sd_prediction_equals_the_diffusers_unet_with_mask_and_masked_image(host):
     from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
     pipe = StableDiffusionInpaintPipeline.from_pretrained(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import case
-from .two_hosts import picture
+from .two_hosts import random_image
 
 
 def train(host, name: str, **widgets):
@@ -139,12 +139,12 @@ def a_folder_without_pairs_fails_with_one_sentence(host):
 
 
 @case
-def a_score_of_the_expected_picture_is_a_success(host):
+def a_score_of_the_expected_image_is_a_success(host):
     graph = host.graph()
     demo = graph.add("DiptychDemoImage", example=3)
-    pictures = {"edited": demo[3], "source": demo[0], "instruction": demo[1], "mask": demo[2]}
-    node = graph.add("DiptychEditScore", **pictures)
-    photo = graph.given(picture(1, 48, 32))
+    batches = {"edited": demo[3], "source": demo[0], "instruction": demo[1], "mask": demo[2]}
+    node = graph.add("DiptychEditScore", **batches)
+    photo = graph.given(random_image(1, 48, 32))
     other = graph.add("DiptychEditScore", edited=photo, source=photo)
     kept = host.run(graph.keep(kept=node[0], success=node[3], sheet=node[5], unknown=other[3])).kept
     assert kept["kept"] == 1 and kept["success"] == 1 and kept["unknown"] == -1 and kept["sheet"].ndim == 4
@@ -180,7 +180,7 @@ def reward_training_leaves_a_lora_that_says_how_it_came_about(host):
 
 
 @case
-def a_batch_of_pictures_and_instructions_is_enough_to_learn_from(host):
+def a_batch_of_images_and_instructions_is_enough_to_learn_from(host):
     graph = host.graph()
     reward = graph.add("DiptychReward", name="shapes")[0]
     demo = graph.add("DiptychDemoImage", example=3)

@@ -1,4 +1,4 @@
-"""One picture on two hosts: the graph equals diffusers on the same weights, prompt, noise and schedule."""
+"""One image on two hosts: the graph equals diffusers on the same weights, prompt, noise and schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse(size: str) -> tuple[int, int, int]:
     return int(batch or 1), height, width
 
 
-def picture(batch: int, height: int, width: int) -> torch.Tensor:
+def random_image(batch: int, height: int, width: int) -> torch.Tensor:
     """Coloured tiles, the same for the same size."""
     tiles = torch.rand(
         batch, height // 16, width // 16, 3, generator=torch.Generator().manual_seed(height + width)
@@ -64,7 +64,7 @@ def sample(graph, model, conditioning, latent, *, steps: int = 4, sampler=None, 
 
 
 def fill_graph(host, image, mask, *, prompt: str = PROMPT, guidance: float = 30.0):
-    """(graph, reference to the decoded picture) of the pack's Fill chain"""
+    """(graph, reference to the decoded image) of the pack's Fill chain"""
     graph = host.graph()
     loader = graph.add("DiptychTinyModelLoader", which="fill")
     positive = text(graph, loader[1], guidance, prompt)
@@ -147,59 +147,59 @@ def run_pipeline(pipe, start: torch.Tensor, image: torch.Tensor, **inputs) -> to
     return result.images.movedim(1, -1)
 
 
-def assert_same_picture(host, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def assert_same_image(host, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ours.shape == theirs.shape
     difference = (ours - theirs).abs().max().item()
-    assert difference <= host.within(TOLERANCE), f"the pictures differ by up to {difference:.2e}"
-    assert ours.std() > 0.01, "a blank picture proves nothing"
+    assert difference <= host.within(TOLERANCE), f"the images differ by up to {difference:.2e}"
+    assert ours.std() > 0.01, "a blank image proves nothing"
 
 
 @case(each=lambda: SIZES)
 def the_fill_graph_equals_flux_fill_pipeline(host, size):
-    image, mask = picture(*parse(size)), right_half(*parse(size))
+    image, mask = random_image(*parse(size)), right_half(*parse(size))
     graph, decoded = fill_graph(host, image, mask)
     ours = host.run(graph.keep(image=decoded)).kept["image"]
     pipe = pipeline(host, "fill")
     theirs = run_pipeline(pipe, noise(*parse(size)), image, mask_image=mask[:, None], guidance_scale=30.0)
-    assert_same_picture(host, ours, theirs)
+    assert_same_image(host, ours, theirs)
 
 
 @case(each=lambda: SIZES)
 def the_fill_graph_equals_the_packs_own_loop_on_diffusers(host, size):
-    image, mask = picture(*parse(size)), right_half(*parse(size))
+    image, mask = random_image(*parse(size)), right_half(*parse(size))
     graph, decoded = fill_graph(host, image, mask)
     ours = host.run(graph.keep(image=decoded)).kept["image"]
     fill = host.pack("models.flux_fill").FluxFill.load(folder(host, "fill"), torch.float32, "cpu")
     condition = fill.condition(fill.encode_text(PROMPT), image, mask, guidance=30.0)
-    assert_same_picture(host, ours, denoise(host, fill, condition, noise(*parse(size))))
+    assert_same_image(host, ours, denoise(host, fill, condition, noise(*parse(size))))
 
 
 @case(each=lambda: SIZES)
 def the_kontext_graph_equals_flux_kontext_pipeline(host, size):
     batch, height, width = parse(size)
-    image = picture(batch, height, width)
+    image = random_image(batch, height, width)
     graph, decoded = kontext_graph(host, image)
     ours = host.run(graph.keep(image=decoded)).kept["image"]
     pipe = pipeline(host, "kontext")
     extra = {"guidance_scale": 2.5, "max_area": height * width, "_auto_resize": False}
-    assert_same_picture(host, ours, run_pipeline(pipe, noise(*parse(size)), image, **extra))
+    assert_same_image(host, ours, run_pipeline(pipe, noise(*parse(size)), image, **extra))
 
 
 @case(each=lambda: ["one reference", "two references", "three references"])
 def the_kontext_graph_equals_the_packs_own_loop_on_diffusers(host, references):
     count = ["one reference", "two references", "three references"].index(references) + 1
-    images = [picture(1, 64, 64), picture(1, 32, 64), picture(1, 48, 48)][:count]
+    images = [random_image(1, 64, 64), random_image(1, 32, 64), random_image(1, 48, 48)][:count]
     graph, decoded = kontext_graph(host, images[0], others=images[1:])
     ours = host.run(graph.keep(image=decoded)).kept["image"]
     kontext = host.pack("models.flux_kontext").FluxKontext.load(folder(host, "kontext"), torch.float32, "cpu")
     condition = kontext.condition(kontext.encode_text(PROMPT), images, guidance=2.5)
-    assert_same_picture(host, ours, denoise(host, kontext, condition, noise(1, 64, 64)))
+    assert_same_image(host, ours, denoise(host, kontext, condition, noise(1, 64, 64)))
 
 
 @case
 def an_instruction_edit_equals_the_packs_own_loop_from_builder_to_split(host):
     diptych = host.pack("models.diptych")
-    source = picture(1, 64, 64)
+    source = random_image(1, 64, 64)
     graph = host.graph()
     loader = graph.add("DiptychTinyModelLoader", which="fill")
     built = graph.add("DiptychBuilder", image=graph.given(source), instruction=PROMPT, panel_width=0)
@@ -221,5 +221,5 @@ def an_instruction_edit_equals_the_packs_own_loop_from_builder_to_split(host):
     made = diptych.build(source, PROMPT, panel_width=None)
     condition = fill.condition(fill.encode_text(made.prompt), made.image, made.mask, guidance=50.0)
     edited, panel = diptych.split(denoise(host, fill, condition, noise(1, 64, 128)), made.layout)
-    assert_same_picture(host, ours["edited"], edited)
-    assert_same_picture(host, ours["panel"], panel)
+    assert_same_image(host, ours["edited"], edited)
+    assert_same_image(host, ours["panel"], panel)

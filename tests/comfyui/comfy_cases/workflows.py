@@ -19,7 +19,7 @@ LOADERS = {
 SLOTS = {"UNETLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
 LORAS = {"DiptychGRPOLoraLoader": "lora", "LoraLoaderModelOnly": "lora_name"}
 BUNDLED = "diptych tiny demo/"
-PICTURE = 64
+SIDE = 64
 FEW = {
     "steps": 2,
     "judge_steps": 1,
@@ -78,7 +78,7 @@ def tiny_lora(host, *, moe: bool) -> Path:
 
 
 def swapped(prompt: dict) -> dict:
-    """The same prompt on the tiny model, on small pictures, in two steps."""
+    """The same prompt on the tiny model, on small images, in two steps."""
     kontext = any(node["class_type"] == "DiptychKontextConditioner" for node in prompt.values())
     slots = {key: SLOTS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SLOTS}
     small = {key: node for key, node in prompt.items() if key not in slots}
@@ -88,8 +88,8 @@ def swapped(prompt: dict) -> dict:
             if isinstance(value, list) and value[0] in slots:
                 inputs[key] = ["tiny", slots[value[0]]]
         inputs.update({key: few for key, few in FEW.items() if key in inputs})
-        if inputs.get("panel_width", 0) > PICTURE:
-            inputs["panel_width"] = PICTURE
+        if inputs.get("panel_width", 0) > SIDE:
+            inputs["panel_width"] = SIDE
         if "size_policy" in inputs:
             inputs["size_policy"] = "keep"
     if slots:
@@ -99,12 +99,12 @@ def swapped(prompt: dict) -> dict:
 
 
 def small_example(host) -> None:
-    """ComfyUI's example picture at the tiny model's size."""
+    """ComfyUI's example image at the tiny model's size."""
     from PIL import Image
 
     path = host.base / "input" / "example.png"
-    with Image.open(path) as picture:
-        small = picture.convert("RGB").resize((PICTURE, PICTURE))
+    with Image.open(path) as image:
+        small = image.convert("RGB").resize((SIDE, SIDE))
     small.save(path)
 
 
@@ -152,8 +152,8 @@ def it_runs_changes_no_input_and_is_cached_after(host, name):
     assert changed == [], changed
     ran = {prompt[key]["class_type"] for key in first.executed}
     assert ran == {node["class_type"] for node in prompt.values()}
-    pictures = [image for output in first.outputs.values() for image in output.get("images", [])]
-    assert pictures
+    images = [image for output in first.outputs.values() for image in output.get("images", [])]
+    assert images
     if host.caches:
         assert host.run(prompt).executed == []
     assert torch.is_inference_mode_enabled() is False
@@ -173,25 +173,25 @@ def the_demo_as_shipped_makes_the_edit_it_asks_for(host, name):
 
 
 @case(each=lambda: ["outpaint_tiny", "panorama_tiny", "context_crop_tiny"])
-def what_an_outpaint_does_not_repaint_is_the_picture_itself(host, name):
+def what_an_outpaint_does_not_repaint_is_the_image_itself(host, name):
     prompt = convert(host, name)
     number = {node["class_type"]: key for key, node in prompt.items()}
-    kept = {"picture": [number["DiptychDemoImage"], 0], "finished": [number["DiptychPasteBack"], 0]}
+    kept = {"image": [number["DiptychDemoImage"], 0], "finished": [number["DiptychPasteBack"], 0]}
     if name == "context_crop_tiny":
         kept["mask"] = [number["DiptychDemoImage"], 2]
     for key, value in kept.items():
         prompt[f"keep {key}"] = {"class_type": "TestKeepValue", "inputs": {"value": value, "name": key}}
     run = host.run(prompt)
-    picture, finished = run.kept["picture"], run.kept["finished"]
-    height, width = picture.shape[1:3]
+    image, finished = run.kept["image"], run.kept["finished"]
+    height, width = image.shape[1:3]
     if name != "context_crop_tiny":
         assert tuple(finished.shape[1:3]) == (64, 96 if name == "outpaint_tiny" else 192)
         known = torch.ones(1, height, width, dtype=torch.bool)
     else:
-        assert finished.shape == picture.shape == (1, 128, 128, 3)
+        assert finished.shape == image.shape == (1, 128, 128, 3)
         known = run.kept["mask"] == 0
-        assert not torch.equal(finished, picture)
-    assert torch.equal(finished[:, :height, :width][known], picture[known])
+        assert not torch.equal(finished, image)
+    assert torch.equal(finished[:, :height, :width][known], image[known])
 
 
 @case

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 PROMPTS = ["a red circle", "a blue square"]
 
 
-def test_a_seed_gives_the_same_pictures_bit_for_bit_and_another_gives_others(shared):
+def test_a_seed_gives_the_same_images_bit_for_bit_and_another_gives_others(shared):
     first = shared.generate_from_text(PROMPTS, num_inference_steps=3)
     state = torch.random.get_rng_state()
     again = shared.generate_from_text(PROMPTS, num_inference_steps=3, seed=42)
@@ -26,7 +26,7 @@ def test_a_seed_gives_the_same_pictures_bit_for_bit_and_another_gives_others(sha
     assert not torch.equal(first[0], first[1])
 
 
-def test_without_a_seed_pictures_follow_torch(shared):
+def test_without_a_seed_images_follow_torch(shared):
     def draw():
         return shared.generate_from_text("a red circle", 1, num_inference_steps=1, seed=None)
 
@@ -37,7 +37,7 @@ def test_without_a_seed_pictures_follow_torch(shared):
     assert not torch.equal(first, second)
 
 
-def test_more_prompts_do_not_change_the_pictures_of_the_first(shared, monkeypatch):
+def test_more_prompts_do_not_change_the_images_of_the_first(shared, monkeypatch):
     alone = shared.generate_from_text(PROMPTS[:1], 1, num_inference_steps=2)
     monkeypatch.setattr("comfyui_diptych.models.multimodal.model.BATCH", 2)
     five = shared.generate_from_text(PROMPTS[:1] * 2 + PROMPTS[1:] * 3, 1, num_inference_steps=2)
@@ -46,12 +46,12 @@ def test_more_prompts_do_not_change_the_pictures_of_the_first(shared, monkeypatc
 
 
 @pytest.mark.parametrize("steps", [1, 10, 100])
-def test_any_number_of_steps_gives_finite_pictures(shared, steps):
+def test_any_number_of_steps_gives_finite_images(shared, steps):
     seen = []
-    picture = shared.generate_from_text(
+    image = shared.generate_from_text(
         "a red circle", 1, num_inference_steps=steps, callback=lambda i, x0: seen.append((i, x0.shape))
     )
-    assert picture.isfinite().all()
+    assert image.isfinite().all()
     assert seen == [(i, (1, 4, 7, 7)) for i in range(steps)]
 
 
@@ -111,10 +111,10 @@ def test_ddim_turns_standard_normal_data_by_the_angle_of_the_schedule(model, ste
 
 
 def test_without_diffusion_the_embedding_is_decoded_directly(shared):
-    pictures = shared.generate_from_text(PROMPTS, 2, use_diffusion=False)
+    images = shared.generate_from_text(PROMPTS, 2, use_diffusion=False)
     direct = shared.image_decoder(shared.encode_text(PROMPTS)) / 2 + 0.5
-    assert torch.equal(pictures[::2], pictures[1::2])
-    assert torch.allclose(pictures[::2], direct.clamp(0, 1).movedim(1, -1), atol=1e-6)
+    assert torch.equal(images[::2], images[1::2])
+    assert torch.allclose(images[::2], direct.clamp(0, 1).movedim(1, -1), atol=1e-6)
 
 
 def test_half_precision_generates_as_well(model):
@@ -153,8 +153,8 @@ def test_a_vanishing_temperature_is_greedy(shared, images):
 
 def test_the_old_entry_warns_and_forwards(shared, images):
     with pytest.warns(DeprecationWarning, match="call generate_from_text"):
-        pictures = shared.cross_modal_generation(PROMPTS, num_inference_steps=2)
-    assert torch.equal(pictures, shared.generate_from_text(PROMPTS, num_inference_steps=2))
+        images = shared.cross_modal_generation(PROMPTS, num_inference_steps=2)
+    assert torch.equal(images, shared.generate_from_text(PROMPTS, num_inference_steps=2))
     with pytest.warns(DeprecationWarning, match="call generate_from_image"):
         captions = shared.cross_modal_generation(images, seed=4)
     assert captions == shared.generate_from_image(images, seed=4)

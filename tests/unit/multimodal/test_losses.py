@@ -34,7 +34,7 @@ def test_contrastive_loss_of_equal_embeddings_is_the_logarithm_of_the_batch():
     assert mm.contrastive_loss(ones, ones, 10.0).item() == pytest.approx(math.log(6), abs=1e-6)
 
 
-def test_pictures_of_one_caption_are_not_pushed_apart():
+def test_images_of_one_caption_are_not_pushed_apart():
     """Two perfect groups at a large scale: soft targets leave no gradient, hard ones do."""
     angles = torch.tensor([0.0, 0.0, 1.5, 1.5])
     text = torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -126,7 +126,7 @@ def test_statistics_make_latents_standard_and_are_undone(model):
     assert torch.allclose(diffusion.latent_mean, before + 1, atol=1e-4)
 
 
-def test_statistics_come_from_the_latents_of_pictures(model):
+def test_statistics_come_from_the_latents_of_images(model):
     images = torch.rand(40, 28, 28, 3)
     model.update_latent_statistics(images)
     latents = model.image_decoder.get_latent_from_embedding(model.encode_image(images))

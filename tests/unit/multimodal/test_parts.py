@@ -104,9 +104,9 @@ def test_the_tiny_preset_is_small_and_keeps_seven_by_seven(tokenizer):
 
 
 def test_embeddings_of_both_kinds_have_one_length(shared, images, captions):
-    pictures, texts = shared.encode_image(images), shared.encode_text(captions)
-    assert pictures.shape == texts.shape == (3, 16)
-    for embeddings in (pictures, texts):
+    seen, texts = shared.encode_image(images), shared.encode_text(captions)
+    assert seen.shape == texts.shape == (3, 16)
+    for embeddings in (seen, texts):
         assert torch.allclose(embeddings.norm(dim=1), torch.tensor(4.0), atol=1e-3)
 
 
@@ -119,10 +119,10 @@ def test_similarity_is_the_cosine(shared, images, captions):
     assert torch.equal(found[:, 0], found[:, 2])
 
 
-def test_pictures_of_any_size_lose_their_margins_only(shared):
-    picture = torch.rand(1, 28, 28, 3)
-    wide = torch.cat([torch.zeros(1, 28, 5, 3), picture, torch.ones(1, 28, 5, 3)], dim=2)
-    assert torch.equal(shared.pixels(wide), picture.movedim(-1, 1) * 2 - 1)
+def test_images_of_any_size_lose_their_margins_only(shared):
+    image = torch.rand(1, 28, 28, 3)
+    wide = torch.cat([torch.zeros(1, 28, 5, 3), image, torch.ones(1, 28, 5, 3)], dim=2)
+    assert torch.equal(shared.pixels(wide), image.movedim(-1, 1) * 2 - 1)
     assert shared.pixels(torch.rand(2, 90, 60, 1)).shape == (2, 3, 28, 28)
 
 

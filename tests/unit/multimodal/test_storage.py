@@ -170,6 +170,6 @@ def test_pretrained_text_parts_are_taken_and_saved_with_their_own_tokenizers(sha
     assert torch.equal(model.text_decoder.gpt2.lm_head.weight, gpt2.lm_head.weight)
     again = load(model.save_pretrained(tmp_path / "model"))
     assert len(again.tokenizer) == len(tokenizer) != len(again.caption_tokenizer) == len(other)
-    picture = torch.rand(1, 56, 56, 3)
-    assert again.generate_from_image(picture, 1, 0) == model.generate_from_image(picture, 1, 0)
+    image = torch.rand(1, 56, 56, 3)
+    assert again.generate_from_image(image, 1, 0) == model.generate_from_image(image, 1, 0)
     assert torch.allclose(again.encode_text("a red circle"), model.encode_text("a red circle"), atol=1e-5)

@@ -180,7 +180,7 @@ def blocks_that_hear_the_text(unet) -> list[bool]:
     return heard
 
 
-def swapped_text_changes_the_picture(unet) -> bool:
+def swapped_text_changes_the_image(unet) -> bool:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 4, 7, 7, generator=generator)
     text = torch.randn(2, 16, generator=generator)
@@ -212,10 +212,10 @@ def test_the_text_reaches_every_residual_block(attention, count):
     torch.manual_seed(0)
     unet = mm.ConditionalUNet2D(**sizes, blocks=1, attention=attention)
     assert blocks_that_hear_the_text(unet) == [True] * count
-    assert swapped_text_changes_the_picture(unet)
+    assert swapped_text_changes_the_image(unet)
     old = DeafUNet(**sizes, blocks=1, attention=attention)
     assert blocks_that_hear_the_text(old) == [False] * count
-    assert not swapped_text_changes_the_picture(old)
+    assert not swapped_text_changes_the_image(old)
     unet.up[0] = DeafBlock(unet.up[0], unet)
     assert sum(blocks_that_hear_the_text(unet)) == count - 1
 
@@ -233,13 +233,13 @@ def test_without_scale_and_shift_text_and_time_change_nothing(shared):
     assert torch.equal(one, unet(latents, torch.tensor([500, 900]), torch.randn(2, 16)))
 
 
-def test_a_swapped_text_changes_the_generated_picture(shared):
+def test_a_swapped_text_changes_the_generated_image(shared):
     text = shared.encode_text(["a red circle", "a blue square"])
     noise = torch.randn(1, 4, 7, 7).expand(2, -1, -1, -1)
-    pictures = shared.generate_image_from_text(text, 3, noise=noise)
-    assert (pictures[0] - pictures[1]).abs().max() > 1e-3
+    images = shared.generate_image_from_text(text, 3, noise=noise)
+    assert (images[0] - images[1]).abs().max() > 1e-3
     swapped = shared.generate_image_from_text(text.flip(0), 3, noise=noise)
-    assert torch.allclose(swapped, pictures.flip(0), atol=1e-5)
+    assert torch.allclose(swapped, images.flip(0), atol=1e-5)
 
 
 def test_the_diffusion_loss_of_the_model_depends_on_the_pairing(shared, images, captions):

@@ -1,5 +1,4 @@
-"""Pictures in and out of the command line: files to IMAGE tensors, IMAGE tensors to files, before beside
-after.
+"""Images of the command line: read from files, written to files, and set side by side before and after.
 
 Not for resizing to a model's size: that is `models/diptych.py`.
 """
@@ -19,12 +18,12 @@ from ..models.image_files import to_pil
 
 WRITABLE = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 OPAQUE = (".jpg", ".jpeg", ".bmp")
-SHOWN_HEIGHT = 256  # smaller pictures are enlarged in the side-by-side so that its words can be read
+SHOWN_HEIGHT = 256  # smaller images are enlarged in the side-by-side so that its words can be read
 MARGIN = 12
 
 
 def load_image(path: str | Path) -> Tensor:
-    """Read a picture as IMAGE [1,H,W,C] float32 0..1, upright; C is 4 if it has transparency, else 3.
+    """Read an image as IMAGE [1,H,W,C] float32 0..1, upright; C is 4 if it has transparency, else 3.
 
     Raises FileNotFoundError or ValueError in one sentence.
     """
@@ -33,7 +32,7 @@ def load_image(path: str | Path) -> Tensor:
 
 
 def load_mask(path: str | Path) -> Tensor:
-    """Read a mask as MASK [1,H,W], soft: white repaints; of a picture with transparency, what is transparent.
+    """Read a mask as MASK [1,H,W], soft: white repaints; of an image with transparency, what is transparent.
 
     Raises FileNotFoundError or ValueError in one sentence.
     """
@@ -48,7 +47,7 @@ def _named(path: str | Path) -> Iterator[None]:
     try:
         yield
     except image_files.ImageFileError as error:
-        raise ValueError(f"image {path} cannot be read as a picture: {error}") from error
+        raise ValueError(f"image {path} cannot be read: {error}") from error
 
 
 def check_writable(path: Path, image: Tensor | None = None) -> None:
@@ -56,20 +55,20 @@ def check_writable(path: Path, image: Tensor | None = None) -> None:
     from ..training.runtime.disk import check_file
 
     if path.suffix.lower() not in WRITABLE:
-        raise ValueError(f"output {path} has no picture suffix: use one of {', '.join(WRITABLE)}")
+        raise ValueError(f"output {path} has no image suffix: use one of {', '.join(WRITABLE)}")
     check_file(path, need=(1 << 20) + (0 if image is None else image.numel()))
 
 
-def save(picture: Image.Image, path: Path) -> Path:
-    """Write an RGB or RGBA picture, whole or not at all; where its path fails, elsewhere, which is said.
+def save(image: Image.Image, path: Path) -> Path:
+    """Write an RGB or RGBA image, whole or not at all; where its path fails, elsewhere, which is said.
 
     Formats without transparency get a white ground. Returns where it is.
     """
     from ..training.runtime.disk import keep, write_whole
 
     if path.suffix.lower() in OPAQUE:
-        picture = _on_white(picture)
-    return keep(path, lambda place: write_whole(place, picture.save))
+        image = _on_white(image)
+    return keep(path, lambda place: write_whole(place, image.save))
 
 
 def side_by_side_path(path: Path) -> Path:
@@ -98,13 +97,13 @@ def side_by_side(before: Tensor, after: Tensor, caption: str) -> Image.Image:
     return sheet
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode != "RGBA":
-        return picture.convert("RGB")
-    ground = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(ground, picture).convert("RGB")
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(ground, image).convert("RGB")
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    times = max(min(-(-SHOWN_HEIGHT // picture.height), 8 * SHOWN_HEIGHT // picture.width), 1)
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+def _enlarged(image: Image.Image) -> Image.Image:
+    times = max(min(-(-SHOWN_HEIGHT // image.height), 8 * SHOWN_HEIGHT // image.width), 1)
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
