@@ -42,9 +42,7 @@ VAE = 83_819_683 * 4
 REST = 1.5 * GB
 LIMIT, CARD = 0.85, 24  # of the peer; GB
 PUBLISHED = {512: 37, 768: 39, 1024: 42}
-LORA = SimpleNamespace(
-    rank=32, alpha=32.0, lora_dropout=0.0, method="lora", moe_experts=4, moe_top_k=1, moe_gate="softmax_all"
-)
+LORA = SimpleNamespace(rank=32, alpha=32.0, method="lora", moe_experts=4, moe_top_k=1, moe_gate="softmax_all")
 
 
 def transformer(double: int, single: int, device: str, dtype: torch.dtype = torch.bfloat16):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
+from . import notation
 from .runtime.disk import check_name, reason
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -26,8 +27,6 @@ CHOICES = {
     "init": ("pretrained", "random"),
     "layout": ("auto", "diptych", "inpaint"),
     "sizing": ("squash", "buckets"),
-    "loss_on": ("all", "edited", "weighted"),
-    "time_sampling": ("logit_normal", "uniform", "mode"),
     "loss_weighting": ("none", "sigma_sqrt", "cosmap"),
     "moe_gate": ("softmax_topk", "softmax_all"),
     "optimizer": ("adamw", "prodigy", "adamw8bit"),
@@ -36,7 +35,6 @@ CHOICES = {
     "base_dtype": ("float32", "bfloat16", "float16", "float8_e4m3fn"),
     "cache_dtype": ("float32", "bfloat16", "float16"),
     "save_dtype": ("float32", "bfloat16", "float16"),
-    "mask_downsample": ("max", "nearest"),
 }
 
 
@@ -74,16 +72,28 @@ ELSEWHERE = {
 LOWEST = {
     1: "max_steps batch_size accumulation rank save_every keep_last log_every bucket_step mask_variants "
     "max_sequence_length num_class_images encode_batch moe_experts sample_steps",
-    0: "threads seed data_limit sample_every sample_count lr_warmup lr weight_decay grad_clip logit_std "
-    "noise_offset guidance_max edit_loss_weight mask_loss_weight prior_loss_weight moe_balance lora_dropout "
-    "ema prompt_drop adam_beta1 adam_beta2",
+    0: "threads seed sample_every sample_count lr_warmup lr weight_decay grad_clip "
+    "noise_offset guidance_max edit_loss_weight prior_loss_weight moe_balance ema prompt_drop adam_beta2",
 }
 HIGHEST = {
-    1: "ema prompt_drop lora_dropout adam_beta1 adam_beta2",
+    1: "ema prompt_drop adam_beta2",
     2**32 - 1: "seed",
     16_384: "resolution",
     100_000: "rank batch_size accumulation keep_last sample_count sample_steps mask_variants threads "
     "max_sequence_length encode_batch",
+}
+
+
+# Options of earlier versions, and what to do instead.
+GONE = {
+    "data_limit": "give a smaller source: a folder or table with fewer rows, shapes:COUNT",
+    "mask_downsample": "leave it out: a latent cell is repainted where any of its pixels is",
+    "logit_mean": "write time_sampling: logit_normal:MEAN,STD",
+    "logit_std": "write time_sampling: logit_normal:MEAN,STD",
+    "mode_scale": "use time_sampling: logit_normal:MEAN,STD, a mean above 0 for more of high noise",
+    "mask_loss_weight": "write loss_on: weighted:WEIGHT",
+    "lora_dropout": "leave it out; against overfitting use fewer steps, a lower rank or more data",
+    "adam_beta1": "leave it out: it is 0.9",
 }
 
 
@@ -98,7 +108,7 @@ def option(default: Any, help: str) -> Any:
 class TrainConfig:
     """What to train, on what, how. The defaults are ICEdit's where ICEdit has one."""
 
-    gone: ClassVar[dict[str, str]] = {}  # options of earlier versions, and what to do instead
+    gone: ClassVar[dict[str, str]] = GONE
 
     # what
     task: str = option("fill", "fill | kontext | sd_inpaint: which model family and training target.")
@@ -132,7 +142,6 @@ class TrainConfig:
         "precomputed or shapes (see training/data/sources.py).",
     )
     sample_data: list[str] = option([], "Sources of the sample pictures; the first rows of `data` if empty.")
-    data_limit: int = option(0, "Use at most this many rows of each source; 0 = all.")
     layout: str = option(
         "auto", "fill: diptych (source|target) or inpaint; auto = diptych if rows have a source."
     )
@@ -161,9 +170,6 @@ class TrainConfig:
         "Random masks where a row has none: noise, rectangles, ellipses, strokes, full, half.",
     )
     mask_variants: int = option(1, "Random masks drawn (and cached) per row.")
-    mask_downsample: str = option(
-        "max", "sd_inpaint: mask to latent size by max (no seams) or nearest (diffusers)."
-    )
     class_prompt: str = option("", "Prior preservation: prompt of the class; empty = off.")
     class_dir: str = option("", "Prior preservation: folder of class pictures, topped up automatically.")
     num_class_images: int = option(100, "Prior preservation: how many class pictures.")
@@ -183,18 +189,17 @@ class TrainConfig:
 
     # loss
     loss_on: str = option(
-        "all", "all: both panels (ICEdit); edited: repainted area only; weighted: see below."
-    )
-    mask_loss_weight: float = option(
-        4.0, "loss_on=weighted: weight of the repainted area against 1 elsewhere."
+        "all",
+        "all: both panels (ICEdit) | edited: the repainted area only | weighted:W: the repainted area with "
+        "weight W against 1 elsewhere.",
     )
     edit_loss_weight: float = option(
         0.0, "Weight added where the row's own mask says that the edit is (fill diptychs, kontext)."
     )
-    time_sampling: str = option("logit_normal", "logit_normal (ICEdit) | uniform | mode: how sigma is drawn.")
-    logit_mean: float = option(0.0, "Mean of the logit-normal.")
-    logit_std: float = option(1.0, "Standard deviation of the logit-normal.")
-    mode_scale: float = option(1.29, "Scale of the SD3 `mode` distribution.")
+    time_sampling: str = option(
+        "logit_normal",
+        "How sigma is drawn: logit_normal:MEAN,STD (without numbers 0,1, as ICEdit) | uniform.",
+    )
     loss_weighting: str = option("none", "none | sigma_sqrt | cosmap: SD3's weights of the squared error.")
     guidance: float = option(1.0, "Embedded guidance value during training.")
     guidance_max: float = option(
@@ -209,7 +214,6 @@ class TrainConfig:
     )
     rank: int = option(32, "LoRA rank.")
     lora_alpha: Optional[float] = option(None, "LoRA alpha; the rank if empty.")  # noqa: UP045
-    lora_dropout: float = option(0.0, "Dropout on the LoRA input.")
     target_modules: list[str] = option(
         [], "Regular expressions (full match) of trained linears; the task's default if empty."
     )
@@ -227,8 +231,9 @@ class TrainConfig:
     accumulation: int = option(1, "Micro-steps per optimiser step.")
     optimizer: str = option("prodigy", "prodigy (lr 1) | adamw | adamw8bit (bitsandbytes).")
     lr: float = option(1.0, "Learning rate; 1 for Prodigy.")
-    adam_beta1: float = option(0.9, "First moment decay.")
-    adam_beta2: float = option(0.999, "Second moment decay.")
+    adam_beta2: float = option(
+        0.999, "Decay of the second moment; 0.98 settles sooner in short runs of large batches."
+    )
     weight_decay: float = option(0.01, "Decoupled weight decay.")
     lr_schedule: str = option("constant", "constant | cosine | linear, all after the warm-up.")
     lr_warmup: int = option(0, "Optimiser steps of linear warm-up.")
@@ -268,6 +273,7 @@ class TrainConfig:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
         check_numbers(self, LOWEST, HIGHEST)
+        self.sigmas, self.regions  # raise ValueError where they are written wrongly  # noqa: B018
         for name in ("output_name", "recipe"):
             if getattr(self, name):
                 check_name(getattr(self, name), name)
@@ -310,6 +316,16 @@ class TrainConfig:
     def held_out_rows(self) -> int:
         """Rows of `sample_data` that are prepared."""
         return self.sample_count
+
+    @property
+    def sigmas(self) -> notation.TimeSampling:
+        """What `time_sampling` says."""
+        return notation.TimeSampling.read(self.time_sampling)
+
+    @property
+    def regions(self) -> notation.LossOn:
+        """What `loss_on` says."""
+        return notation.LossOn.read(self.loss_on)
 
     @property
     def alpha(self) -> float:

@@ -45,7 +45,7 @@ sft.Trainer(c, on_report=die).run()
 
 
 def test_20_steps_equal_9_then_kill_then_11_bit_for_bit(folders, tmp_path):
-    options = {"max_steps": 20, "save_every": 9, "ema": 0.9, "accumulation": 2, "lora_dropout": 0.1}
+    options = {"max_steps": 20, "save_every": 9, "ema": 0.9, "accumulation": 2}
     cache = {"cache_dir": str(tmp_path / "cache")}
     straight, path = run(toy(folders, tmp_path / "straight", **options, **cache))
     broken = toy(folders, tmp_path / "broken", **options, **cache)
@@ -165,7 +165,7 @@ def test_deepspeed_in_two_processes_equals_one_and_resumes(folders, tmp_path, st
     ("task", "method", "options"),
     [
         ("fill", "moe_lora", {"ema": 0.9, "loss_on": "edited", "sample_every": 2, "sample_steps": 2}),
-        ("fill", "lora", {"layout": "inpaint", "mask_variants": 2, "cache": False, "loss_on": "weighted"}),
+        ("fill", "lora", {"layout": "inpaint", "mask_variants": 2, "cache": False, "loss_on": "weighted:4"}),
         (
             "fill",
             "lora",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_every_bundled_recipe_parses(path):
     task = values.get("task")
     if task in WORLD_TASKS:
         module, name = WORLD_TASKS[values.pop("task")]
-        module = importlib.import_module(f"comfyui_diptych.training.{module}")
+        module = importlib.import_module(f"comfyui_diptych.training.tiny.{module}")
         assert config.from_dict(values, getattr(module, name)).output_dir
     elif task in config.TASKS:
         assert config.from_dict(values, kind).recipe == path.stem
@@ -79,6 +80,14 @@ def test_overrides_are_typed_like_the_file(tmp_path):
         ({"init_lora": "a.safetensors", "method": "full"}, "merge the LoRA with fuse_loras"),
         ({"text_lengths": [64], "train_text_encoder": True, "method": "full"}, "for frozen T5 encoders"),
         ({"edit_loss_weight": 2.0, "task": "sd_inpaint"}, "edit_loss_weight is for fill and kontext"),
+        (
+            {"time_sampling": "mode"},
+            "time_sampling is 'mode': use one of logit_normal, logit_normal:MEAN,STD",
+        ),
+        ({"time_sampling": "logit_normal:1"}, "use one of logit_normal"),
+        ({"time_sampling": "logit_normal:0,-1"}, "STD is a finite number, 0 or more"),
+        ({"loss_on": "weighted"}, "for example weighted:4"),
+        ({"loss_on": "weighted:-4"}, "WEIGHT is a finite number, 0 or more"),
         ({"save_dtype": "float8"}, "save_dtype is 'float8': use one of float32"),
         ({"lr": "nan"}, "lr is nan: give a finite number"),
         ({"lr": float("inf")}, "lr is inf: give a finite number"),
@@ -100,6 +109,23 @@ def test_overrides_are_typed_like_the_file(tmp_path):
 def test_mistakes_are_named_with_the_remedy(values, words):
     with pytest.raises(ValueError, match=words):
         config.from_dict(values)
+
+
+@pytest.mark.parametrize("kind", [config.TrainConfig, GRPOConfig])
+def test_an_option_that_is_gone_says_what_to_do_instead(kind):
+    assert config.TrainConfig.gone.items() <= GRPOConfig.gone.items()
+    assert not kind.gone.keys() & {f.name for f in dataclasses.fields(kind)}
+    for name, remedy in kind.gone.items():
+        with pytest.raises(ValueError, match=f"option {name} is gone: {re.escape(remedy)}"):
+            config.from_dict({name: 1}, kind)
+
+
+def test_options_of_several_values_are_read_in_one_way():
+    assert config.TrainConfig().sigmas == ("logit_normal", 0.0, 1.0)
+    c = config.from_dict({"time_sampling": "logit_normal: 1.5, 1e-1", "loss_on": "weighted:4"})
+    assert c.sigmas == ("logit_normal", 1.5, 0.1) and c.regions == ("weighted", 4.0)
+    c = config.from_dict({"time_sampling": "uniform", "loss_on": "edited"})
+    assert (c.sigmas.kind, c.regions.kind) == ("uniform", "edited")
 
 
 @pytest.mark.parametrize(

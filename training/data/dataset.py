@@ -67,9 +67,7 @@ class Corpus:
     def __init__(self, config, template: str, specs: list[str] | None = None, limit: int = 0):
         """`specs`: other sources than the configuration's (sample pictures), without class pictures."""
         self.config = config
-        self.source = open_source(
-            list(config.data if specs is None else specs), config.seed, limit or config.data_limit
-        )
+        self.source = open_source(list(config.data if specs is None else specs), config.seed, limit)
         if specs is None:
             self.source = prior.with_class(self.source, config)
         self.arranger = Arranger(config, template)

@@ -25,6 +25,7 @@ HIGHEST = {
     10_000: "rollout_steps group_size groups_per_update nft_times winner_states",
 }
 GONE = {
+    **TrainConfig.gone,
     **dict.fromkeys(
         ("screen", "screen_rows", "screen_steps"), "learn on more rows: give a larger data source"
     ),

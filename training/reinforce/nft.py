@@ -87,9 +87,7 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     share = c.group_size if c.nft_shared_noise else 1
     positions = [member // share * c.nft_times + index for member in rollout.members]
     u = row_uniform(c.seed, positions, "nft")
-    level = sigma_from_uniform(
-        u, c.time_sampling, logit_mean=c.logit_mean, logit_std=c.logit_std, mode_scale=c.mode_scale
-    )
+    level = sigma_from_uniform(u, *c.sigmas)
     level = level.to(x0.device).clamp(1e-3, 1 - 1e-3)
     noise = row_noise(c.seed, [(1 << 41) + position for position in positions], tuple(x0.shape[1:]))
     x, time = trainer.task.noised(x0, noise.to(x0.device), level)

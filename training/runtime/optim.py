@@ -28,7 +28,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config) -> torch.optim.Op
     parameters = list(parameters)
     if not parameters:
         raise ValueError("nothing is trained: check method and target_modules")
-    betas, decay = (config.adam_beta1, config.adam_beta2), config.weight_decay
+    betas, decay = (0.9, config.adam_beta2), config.weight_decay
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=decay)
     if config.optimizer == "prodigy":

@@ -120,7 +120,6 @@ def add_lora(module: nn.Module, patterns: list[str], config) -> list[str]:
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
-            lora_dropout=config.lora_dropout,
             init_lora_weights="gaussian",
             target_modules="|".join(re.escape(n) for n in plain),
         )

@@ -198,7 +198,7 @@ class Task:
     def cells(self, batch: dict[str, Any], latents: Tensor) -> Tensor | None:
         """Weights of the latents' cells [B,1,h,w] in the loss; None = every cell alike."""
         c = self.config
-        cells = losses.region(batch.get("mask"), latents, c.loss_on, c.mask_loss_weight)
+        cells = losses.region(batch.get("mask"), latents, *c.regions)
         if "touched" in batch:
             cells = losses.emphasised(cells, batch["touched"], c.edit_loss_weight)
         return cells
@@ -370,9 +370,7 @@ class FluxTask(Task):
 
     def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
         c = self.config
-        sigma = losses.sigma_from_uniform(
-            u, c.time_sampling, logit_mean=c.logit_mean, logit_std=c.logit_std, mode_scale=c.mode_scale
-        ).to(noise.device)
+        sigma = losses.sigma_from_uniform(u, *c.sigmas).to(noise.device)
         x, target = losses.noised(batch["latents"], noise, sigma)
         prediction = self.host.velocity(x, sigma, self.condition(batch, batch.get("guidance", c.guidance)))
         rows = losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))

@@ -45,23 +45,21 @@ def row_uniform(seed: int, positions: list[int], stream: str) -> Tensor:
 
 
 def sigma_from_uniform(
-    u: Tensor, sampling: str, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+    u: Tensor, sampling: str = "logit_normal", mean: float = 0.0, std: float = 1.0
 ) -> Tensor:
     """Map uniform u [B] to sigma in (0, 1), float32 [B].
 
-    logit_normal: sigmoid(mean + std * Phi^-1(u)) (ICEdit: mean 0, std 1, no resolution shift); mode: 1 - u -
-    s (cos^2(pi u / 2) - 1 + u) (SD3, arXiv 2403.03206, eq. 20); uniform: u.
+    logit_normal: sigmoid(mean + std * Phi^-1(u)) (SD3, arXiv 2403.03206, eq. 19; ICEdit: mean 0, std 1, no
+    resolution shift); uniform: u.
     """
     u = u.double().clamp(1e-6, 1 - 1e-6)
     if sampling == "logit_normal":
         normal = math.sqrt(2.0) * torch.erfinv(2 * u - 1)
-        sigma = torch.sigmoid(logit_mean + logit_std * normal)
-    elif sampling == "mode":
-        sigma = 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        sigma = torch.sigmoid(mean + std * normal)
     elif sampling == "uniform":
         sigma = u
     else:
-        raise ValueError(f"time_sampling is {sampling!r}: use logit_normal, uniform or mode")
+        raise ValueError(f"time_sampling is {sampling!r}: use logit_normal or uniform")
     return sigma.clamp(1e-5, 1 - 1e-5).float()
 
 

@@ -61,7 +61,7 @@ class SDInpaintTask(Task):
         from ...models.denoiser import Condition, TextEmbedding
         from ...models.sd_inpaint import latent_mask
 
-        cells = latent_mask(batch["mask"].float(), self.config.mask_downsample)
+        cells = latent_mask(batch["mask"].float())
         features = torch.cat([cells.to(batch["masked_latents"]), batch["masked_latents"]], dim=1)
         negative = TextEmbedding(batch["empty_tokens"]) if "empty_tokens" in batch else None
         return Condition(

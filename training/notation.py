@@ -1,0 +1,67 @@
+"""How options that hold more than one value are written: one small type each, with its parser.
+
+`read` takes the text of a recipe and raises ValueError naming the option and how to write it. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+
+
+def _fields(option: str, text: str, pattern: str, remedy: str) -> re.Match[str]:
+    """The whole text matched, or ValueError: `option is 'text': remedy`."""
+    match = re.fullmatch(pattern, text.strip())
+    if match is None:
+        raise ValueError(f"{option} is {text!r}: {remedy}")
+    return match
+
+
+class TimeSampling(NamedTuple):
+    """The distribution of sigma: kind "logit_normal" or "uniform"; mean and std are the logit-normal's."""
+
+    kind: str
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def read(cls, text: str) -> TimeSampling:
+        """`logit_normal`, `logit_normal:MEAN,STD` or `uniform`."""
+        match = _fields(
+            "time_sampling",
+            text,
+            rf"uniform|logit_normal(?::\s*({NUMBER})\s*,\s*({NUMBER}))?",
+            "use one of logit_normal, logit_normal:MEAN,STD, uniform",
+        )
+        kind = text.strip().partition(":")[0]
+        if match[1] is None:
+            return cls(kind)
+        mean, std = float(match[1]), float(match[2])
+        if std < 0 or not math.isfinite(mean + std):
+            raise ValueError(f"time_sampling is {text!r}: STD is a finite number, 0 or more")
+        return cls(kind, mean, std)
+
+
+class LossOn(NamedTuple):
+    """Where the loss is taken: kind "all", "edited" or "weighted"; weight is the repainted area's."""
+
+    kind: str
+    weight: float = 1.0
+
+    @classmethod
+    def read(cls, text: str) -> LossOn:
+        """`all`, `edited` or `weighted:WEIGHT`."""
+        match = _fields(
+            "loss_on",
+            text,
+            rf"all|edited|weighted:\s*({NUMBER})",
+            "use one of all, edited, weighted:WEIGHT, for example weighted:4",
+        )
+        kind, weight = text.strip().partition(":")[0], float(match[1] or 1)
+        if weight < 0 or not math.isfinite(weight):
+            raise ValueError(f"loss_on is {text!r}: WEIGHT is a finite number, 0 or more")
+        return cls(kind, weight)
