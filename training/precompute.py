@@ -26,8 +26,9 @@ from .data.cache import fingerprint
 from .data.dataset import Corpus, Progress, silent
 from .data.precomputed import index_row, is_written, read_index, write_index, write_row
 from .data.preprocess import Arranged
-from .data.sample import Sample, stamp
+from .data.sample import Sample
 from .runtime.disk import check_folder, check_room, write_whole
+from .runtime.fingerprints import stamp
 from .tasks.base import make_task
 
 logger = logging.getLogger(__name__)

@@ -30,6 +30,7 @@ from .evaluate import preview
 from .runtime import changes, checkpoint, disk, lock, optim, processes, resume
 from .runtime.attention import for_learning
 from .runtime.checkpoint import TrainingError
+from .runtime.random_streams import row_noise, row_uniform
 from .tasks import adapters, export, initial, losses
 from .tasks.base import make_task
 
@@ -190,8 +191,8 @@ class Trainer:
             numbers = numbers + next(self.class_order)
             positions += [p + (1 << 40) for p in positions]  # another stretch of the random stream
         self.micro += 1
-        drop = (losses.row_uniform(c.seed, positions, "drop") < c.prompt_drop).tolist()
-        return *self._with_noise(numbers, drop, positions), losses.row_uniform(c.seed, positions, "sigma")
+        drop = (row_uniform(c.seed, positions, "drop") < c.prompt_drop).tolist()
+        return *self._with_noise(numbers, drop, positions), row_uniform(c.seed, positions, "sigma")
 
     def _with_noise(
         self, numbers: list[int], drop: list[bool], positions: list[int]
@@ -199,7 +200,7 @@ class Trainer:
         """The tensors of these rows and the noise of these places in the random stream, on the device."""
         batch = self._to_device(self.batches(numbers, drop) | self.task.draw(self.config.seed, positions))
         shape = tuple(batch["latents"].shape[1:])
-        noise = losses.row_noise(self.config.seed, positions, shape, self.config.noise_offset)
+        noise = row_noise(self.config.seed, positions, shape, self.config.noise_offset)
         return batch, noise.to(self.accelerator.device)
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from comfyui_diptych.training.reinforce import contrastive, held_out, nft, rollo
 from comfyui_diptych.training.reinforce import supervised as states
 from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.runtime import checkpoint, optim
-from comfyui_diptych.training.tasks import adapters, losses
+from comfyui_diptych.training.runtime.random_streams import row_noise, row_uniform
+from comfyui_diptych.training.tasks import adapters
 from comfyui_diptych.training.tasks.sampling import RolloutSettings
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -517,8 +518,8 @@ def test_rows_of_the_data_add_their_supervised_gradient(folders, tmp_path, limit
     added = update_gradients(trainer, keep, advantage, data=[7, 1, 4, 0, 9])
     batch = trainer.batches([7, 1, 4, 0, 9], [False] * 5)
     places = list(range(5))
-    noise = losses.row_noise(0, [states.DATA + place for place in places], batch["latents"].shape[1:])
-    loss = 3 * trainer.task.row_losses(batch, noise, losses.row_uniform(0, places, "data")).mean()
+    noise = row_noise(0, [states.DATA + place for place in places], batch["latents"].shape[1:])
+    loss = 3 * trainer.task.row_losses(batch, noise, row_uniform(0, places, "data")).mean()
     alone = torch.autograd.grad(loss, list(trainer.names.values()))
     for (name, value), gradient in zip(added.items(), alone, strict=True):
         torch.testing.assert_close(value - without[name], gradient, atol=2e-5, rtol=1e-3)
@@ -549,7 +550,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
         batch = trainer.rollout_batch(trainer.batches, [row])
         paths, ends = [], []
         for member in range(4 * row, 4 * row + 4):
-            noise = losses.row_noise(0, [member], tuple(batch["latents"].shape[1:]))
+            noise = row_noise(0, [member], tuple(batch["latents"].shape[1:]))
             seen = []
             with torch.no_grad():
                 end, _ = trainer.task.rollout(batch, noise, sampling, callback=seen.append)
@@ -557,7 +558,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
             ends.append(end)
         for place, pull in enumerate(pulls[row]):
             for number in range(2):
-                u = losses.row_uniform(0, [4 * row + place], f"visited {number}")
+                u = row_uniform(0, [4 * row + place], f"visited {number}")
                 event = paths[place][1 + int(u * 3)]
                 time = torch.as_tensor(event["sigma"] if task == "kontext" else event["t"]).reshape(1)
                 prediction = trainer.task.predict(event["x"], time, batch, 1.0)

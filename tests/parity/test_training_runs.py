@@ -212,12 +212,12 @@ def test_every_family_and_method_trains_only_what_it_should(folders, tmp_path, t
 
 def test_nan_stops_with_one_sentence_and_leaves_the_last_checkpoint(folders, tmp_path, monkeypatch):
     c = toy(folders, tmp_path, save_every=2)
-    real = sft.losses.row_noise
+    real = sft.row_noise
 
     def poisoned(seed, positions, shape, offset=0.0):
         return real(seed, positions, shape, offset) * (float("nan") if positions[0] >= 4 else 1)
 
-    monkeypatch.setattr(sft.losses, "row_noise", poisoned)
+    monkeypatch.setattr(sft, "row_noise", poisoned)
     with pytest.raises(checkpoint.TrainingError, match=r"nan.*step 3.*step_00000002 is intact"):
         run(c)
     saved = checkpoint.read_tensors(tmp_path / "checkpoints" / "step_00000002", "trained.safetensors")

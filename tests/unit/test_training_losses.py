@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_diptych.training.runtime.attention import for_learning
+from comfyui_diptych.training.runtime.random_streams import row_noise, row_uniform
 from comfyui_diptych.training.tasks import losses
 
 
@@ -92,11 +93,11 @@ def test_diffusion_targets_equal_diffusers(kind):
 
 
 def test_random_streams_depend_on_seed_position_and_use_only():
-    one = losses.row_noise(3, [5, 6], (2, 2))
-    assert torch.equal(one[1], losses.row_noise(3, [6], (2, 2))[0])
+    one = row_noise(3, [5, 6], (2, 2))
+    assert torch.equal(one[1], row_noise(3, [6], (2, 2))[0])
     assert not torch.equal(one[0], one[1])
-    assert not torch.equal(losses.row_uniform(3, [5], "drop"), losses.row_uniform(3, [5], "sigma"))
-    drops = losses.row_uniform(0, list(range(4000)), "drop") < 0.1
+    assert not torch.equal(row_uniform(3, [5], "drop"), row_uniform(3, [5], "sigma"))
+    drops = row_uniform(0, list(range(4000)), "drop") < 0.1
     assert drops.float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 

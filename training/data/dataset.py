@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..tasks.losses import row_generator
+from ..runtime.fingerprints import stamp
+from ..runtime.random_streams import row_generator
 from . import prior
 from .buckets import BucketBatchSampler
 from .cache import ContentCache, fingerprint, text_key
 from .preprocess import Arranged, Arranger
-from .sample import Sample, stamp
+from .sample import Sample
 from .sources import open_source
 
 DROPPED_PROMPT = " "

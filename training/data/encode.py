@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ...models.denoiser import ENCODED_PIXELS
+from ..runtime.fingerprints import stamp
 from .broken import Broken, BrokenSample
 from .cache import image_key, text_key
 from .dataset import DROPPED_PROMPT, Batches, Corpus, Entry, Latents, Progress
 from .preprocess import Arranged
-from .sample import Sample, stamp
+from .sample import Sample
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ...models.image_files import looks_like_image
+from ..runtime.fingerprints import stamp
 from . import rows
 from .broken import BrokenSample
 from .folders import read_caption, visible_files
-from .sample import Sample, read_image, read_mask, read_size, stamp
+from .sample import Sample, read_image, read_mask, read_size
 
 ROLES = ("source", "target", "mask")
 

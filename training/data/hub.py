@@ -11,9 +11,10 @@ import hashlib
 import re
 from pathlib import Path
 
+from ..runtime.fingerprints import stamp
 from .broken import BrokenSample
 from .folders import files_below, is_visible
-from .sample import Sample, read_image, read_size, stamp
+from .sample import Sample, read_image, read_size
 
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
 NEEDS_DATASETS = "reading {} needs the package datasets: pip install datasets"

@@ -35,10 +35,11 @@ import torch
 from ...models.lora.containers import load_zip, plain
 from ...models.prompt import instruction_of
 from ..runtime.disk import write_whole
+from ..runtime.fingerprints import stamp
 from . import rows
 from .broken import BrokenSample
 from .folders import decode
-from .sample import Sample, stamp
+from .sample import Sample
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from ...models.image_files import looks_like_image
-from ..tasks.losses import row_generator, row_noise
+from ..runtime.fingerprints import stamp
+from ..runtime.random_streams import row_generator, row_noise
 from .folders import visible_files
 from .preprocess import Arranged
-from .sample import Sample, read_image, read_size, stamp, to_pil
+from .sample import Sample, read_image, read_size, to_pil
 from .sources import Source
 
 

@@ -6,7 +6,6 @@ Not for data set layouts (`sources.py` and its neighbours) or batching (`buckets
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,11 +73,6 @@ class Sample:
     def mask_pil(self) -> Image.Image:
         """8-bit, white = repaint."""
         return to_pil(self.mask)
-
-
-def stamp(*parts: object) -> str:
-    """A short hash of whatever identifies a source."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def read_size(where, name: str) -> tuple[int, int]:

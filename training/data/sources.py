@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...models.geometry import check_whole
+from ..runtime.fingerprints import stamp
 from .folders import files_below, visible_files
-from .sample import Sample, stamp
+from .sample import Sample
 
 KINDS = ("pairs", "images", "jsonl", "magicbrush", "omniedit", "precomputed", "shapes")
 _SPEC = re.compile(

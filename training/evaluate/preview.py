@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models.image_files import to_pil
 from ..data.dataset import latents_like
-from ..tasks.losses import row_noise
+from ..runtime.random_streams import row_noise
 
 
 @torch.no_grad()

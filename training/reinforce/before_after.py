@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import session
 from ..data.dataset import latents_like
 from ..evaluate import plots
-from ..tasks.losses import row_noise
+from ..runtime.random_streams import row_noise
 from .scoring import Judge, judged
 
 SHOWN = 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import latents_like
-from ..tasks.losses import row_noise
+from ..runtime.random_streams import row_noise
 from ..tasks.sampling import RolloutSettings
 
 STRETCH = 1 << 52  # of the random stream; rollouts number their noise from 0

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...samplers.gaussian import velocity_kl
 from ..runtime.optim import MovingAverage
-from ..tasks.losses import row_noise, row_uniform, sigma_from_uniform
+from ..runtime.random_streams import row_noise, row_uniform
+from ..tasks.losses import sigma_from_uniform
 from . import contrastive
 from .advantage import ADVANTAGE_MAX
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...samplers.gaussian import sde_seed
 from ..data.dataset import latents_like
+from ..runtime.random_streams import row_noise, row_uniform
 from ..tasks.base import Task
-from ..tasks.losses import row_noise, row_uniform
 from ..tasks.sampling import Recorded, RolloutSettings
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..runtime.attention import for_learning
-from ..tasks.losses import row_uniform, weighted_mse
+from ..runtime.random_streams import row_uniform
+from ..tasks.losses import weighted_mse
 
 DATA = 1 << 42  # stretch of the random stream for supervised rows
 FLOOR = 0.05  # a drift that is left at the end cannot be undone there: its error must not weigh without limit

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.lora.files import with_strength
-from ..data.sample import stamp
+from .fingerprints import files_stamp, stamp
 
 # Options with which the saved weights, moments or places in the data would mean something else.
 FIXED = {
@@ -40,8 +40,6 @@ def stamps(config: Any, denoiser: str) -> dict[str, str]:
 
 
 def _content(name: str, text: str, denoiser: str) -> Any:
-    from ..tasks.base import files_stamp
-
     where, strength = with_strength(text) if name == "fuse_loras" else (text, 1.0)
     path = Path(where)
     if path.is_file():

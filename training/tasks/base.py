@@ -24,7 +24,9 @@ from ...samplers import flow_match, schedule
 from ...samplers.gaussian import per_sample
 from ..data.cache import fingerprint
 from ..data.preprocess import Arranged
-from ..data.sample import Sample, stamp
+from ..data.sample import Sample
+from ..runtime.fingerprints import files_stamp, stamp
+from ..runtime.random_streams import row_uniform
 from . import adapters, initial, losses, padding
 from .sampling import Recorded, RolloutSettings, lora_at
 
@@ -43,18 +45,6 @@ def component(model: str, name: str, dtype: torch.dtype | None = None, *, random
         return cls.from_config(cls.load_config(model, subfolder=name)).to(dtype)
     kwargs = {"torch_dtype": dtype} if dtype is not None else {}
     return cls.from_pretrained(model, subfolder=name, **kwargs)
-
-
-def files_stamp(folder: Path, sample: int = 1 << 16) -> str:
-    """A short hash of a folder's files: names, sizes, and the first and last `sample` bytes of each."""
-    facts = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(sample)
-            file.seek(max(0, size - sample))
-            facts.append((path.name, size, head, file.read(sample)))
-    return stamp(facts)
 
 
 class Task:
@@ -329,10 +319,10 @@ class FluxTask(Task):
     def draw(self, seed: int, positions: list[int]) -> dict[str, Tensor]:
         c, out = self.config, {}
         if c.guidance_max:
-            u = losses.row_uniform(seed, positions, "guidance").float()
+            u = row_uniform(seed, positions, "guidance").float()
             out["guidance"] = c.guidance + (c.guidance_max - c.guidance) * u
         if c.text_lengths:
-            u = losses.row_uniform(seed, positions, "text length")
+            u = row_uniform(seed, positions, "text length")
             out["text_lengths"] = torch.tensor(c.text_lengths)[(u * len(c.text_lengths)).long()]
         return out
 

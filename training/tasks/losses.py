@@ -1,47 +1,11 @@
-"""Training targets and losses of the flow-matching and epsilon models. Pure tensor code, no models, no data.
-
-Randomness is stateless: `row_generator(seed, position, stream)` gives the generator of one training row, so
-what a row sees depends on nothing but the seed and its place in the run. That makes resuming, more processes
-and accumulation give the same numbers.
-"""
+"""Training targets and losses of the flow-matching and epsilon models: functions of tensors alone."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
-
-
-def row_generator(seed: int, position: int, stream: str = "") -> torch.Generator:
-    """CPU generator of row `position` (global count of rows since step 0) for the use named `stream`."""
-    digest = hashlib.blake2b(f"{seed}/{position}/{stream}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def row_noise(seed: int, positions: list[int], shape: tuple[int, ...], offset: float = 0.0) -> Tensor:
-    """Standard normal noise [B, *shape] float32; `offset` adds that strength times one normal per channel."""
-    rows = []
-    for position in positions:
-        generator = row_generator(seed, position, "noise")
-        noise = torch.randn(shape, generator=generator)
-        if offset:
-            per_channel = (shape[0],) + (1,) * (len(shape) - 1)
-            noise = noise + offset * torch.randn(per_channel, generator=generator)
-        rows.append(noise)
-    return torch.stack(rows)
-
-
-def row_uniform(seed: int, positions: list[int], stream: str) -> Tensor:
-    """One uniform number in [0, 1) per row, float64 [B]."""
-    return torch.tensor(
-        [
-            torch.rand((), generator=row_generator(seed, p, stream), dtype=torch.float64).item()
-            for p in positions
-        ],
-        dtype=torch.float64,
-    )
 
 
 def sigma_from_uniform(
