@@ -13,8 +13,8 @@ import argparse
 import time
 
 from comfyui_diptych.models import editing, tiny
-from comfyui_diptych.training.evaluate.reward_sheet import Beside, CanvasJudge
-from comfyui_diptych.training.rewards.chosen import Chosen, parse
+from comfyui_diptych.training.evaluate.judge import Judge
+from comfyui_diptych.training.rewards import Selection, parse
 from comfyui_diptych.training.tiny import shapes
 
 
@@ -39,15 +39,15 @@ def edit(denoiser, engine: str, pair, sampling: editing.Sampling, candidates: in
     guidance = tiny.card().get("guidance", {}).get(engine, 30.0 if engine == "fill" else 2.5)
     source, spent = pair.source[None], [sampling.steps]
     if candidates > 1:
-        judged = CanvasJudge.make(Chosen((parse("shapes"),)), Beside(pair.instruction, source))
+        layout = None
         if engine == "fill":
             from comfyui_diptych.models import diptych
 
             layout = diptych.build(source, pair.instruction, panel_width=source.shape[2]).layout
-            judged = CanvasJudge.make(judged.chosen, judged.beside, layout)
+        judge = Judge.of(Selection((parse("shapes"),)), pair.instruction, source, layout=layout)
         best = editing.BestOf(
             candidates,
-            judged,
+            judge,
             judge_steps,
             batch=0,
             on_result=lambda made: spent.append(made.cost.evaluations),

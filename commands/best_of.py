@@ -55,13 +55,13 @@ def check(
         return None
     if not args.judge and not tiny:
         raise ValueError("--best-of needs a judge: add for example --judge vlm_yes or --judge clip_h")
-    from ..training.evaluate.reward_sheet import Beside, CanvasJudge
-    from ..training.rewards.chosen import Chosen, parse
+    from ..training.evaluate.judge import Judge
+    from ..training.rewards import Selection, parse
 
     judge_steps = args.judge_steps if args.judge_steps is not None else max(1, round(steps / 3))
     cost_of(args.best_of, judge_steps, 1, steps)
-    chosen = Chosen(tuple(parse(text) for text in args.judge or ["shapes"]))
-    judge = CanvasJudge.make(chosen, Beside(instruction, source=image), layout)
+    chosen = Selection(tuple(parse(text) for text in args.judge or ["shapes"]))
+    judge = Judge.of(chosen, instruction, image, layout=layout)
 
     def tell(made: Any) -> None:
         scores = ", ".join("not judged" if s.isnan() else f"{float(s):.4g}" for s in made.scores)

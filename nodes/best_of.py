@@ -147,9 +147,9 @@ class DiptychEarlyFilterSampler:
         if keep > candidates:
             raise ValueError(f"keep is {keep} but there are {candidates} candidates: keep fewer.")
         from ..samplers.comfy_early_filter import Settings, early_filter_sampler
-        from ..training.evaluate.reward_sheet import Beside, CanvasJudge
+        from ..training.evaluate.judge import Judge
 
-        judge = CanvasJudge.make(reward, Beside(instruction, source, mask), layout)
+        judge = Judge.of(reward, instruction, source, mask, layout=layout)
         settings = Settings(
             judge=judge,
             vae=vae,

@@ -114,8 +114,7 @@ class DiptychReward:
         question: str = "",
         device: str = "cpu",
     ) -> tuple:
-        from ..training.rewards import options
-        from ..training.rewards.chosen import Chosen, Entry
+        from ..training.rewards import Selection, Spec, options
 
         given: dict[str, str] = {}
         if weights_file != PUBLISHED:
@@ -131,7 +130,7 @@ class DiptychReward:
             given["template"] = question.strip()
         if "device" in options(name):
             given["device"] = _gpu() if device == "gpu" else "cpu"
-        return ((also or Chosen()).and_also(Entry(name, weight, tuple(given.items()))),)
+        return ((also or Selection()).and_also(Spec(name, weight, tuple(given.items()))),)
 
 
 NEEDS_FILE = {"hpsv2": "HPS_v2.1_compressed.pt", "aesthetic": "sac+logos+ava1-l14-linearMSE.pth"}
@@ -203,9 +202,9 @@ class DiptychRewardScore:
         target: Tensor | None = None,
         prompt: str = "",
     ) -> dict[str, Any]:
-        from ..training.evaluate.reward_sheet import Beside, rank
+        from ..training.evaluate.judge import Judge, rank
 
-        ranking = rank(reward, images, Beside(prompt, source, mask, target))
+        ranking = rank(Judge.of(reward, prompt, source, mask, target), images)
         best = ranking.scores[0]
         return {
             "ui": shown(ranking.text, ranking.sheet),

@@ -125,7 +125,7 @@ def test_ten_updates_raise_the_reward(write, tmp_path, monkeypatch):
     class Bright(base.Reward):
         name = "bright"
 
-        def _score(self, images, prompts, sources, masks, targets):
+        def _score(self, images, context):
             return images.mean((1, 2, 3))
 
     monkeypatch.setitem(base._REGISTRY, "bright", Bright)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_diptych.training.rewards import Context
 from comfyui_diptych.training.rewards.clip import (
     CLIP_MEAN,
     CLIP_STD,
@@ -69,11 +70,13 @@ def test_clip_text_equals_transformers_logits(clip, images):
     with torch.no_grad():
         logits = clip.model(pixel_values=pixels, **tokens).logits_per_image
     expected = logits.diagonal() / clip.model.logit_scale.exp().detach()
-    torch.testing.assert_close(ClipText("x", clip).score(images, prompts), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ClipText("x", clip).score(images, Context(prompts)), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_clip_image_of_itself_is_one(clip, images):
-    torch.testing.assert_close(ClipImage(clip).score(images, sources=images), torch.ones(3))
+    torch.testing.assert_close(ClipImage(clip).score(images, Context(sources=images)), torch.ones(3))
 
 
 def test_crops_match_their_definitions():
@@ -174,7 +177,9 @@ def test_dino_uses_the_class_token(images):
         a = model(((images - mean) / std).permute(0, 3, 1, 2)).last_hidden_state[:, 0]
         b = model(((images.flip(0) - mean) / std).permute(0, 3, 1, 2)).last_hidden_state[:, 0]
     expected = torch.cosine_similarity(a, b)
-    torch.testing.assert_close(reward.score(images, sources=images.flip(0)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        reward.score(images, Context(sources=images.flip(0))), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_yes_no_judge_compares_first_tokens():
@@ -205,6 +210,6 @@ def test_yes_no_judge_compares_first_tokens():
             return SimpleNamespace(logits=torch.tensor([[[9.0] * 5, [0.0, 1.0, 2.0, 0.5, -1.0]]]))
 
     picture = torch.zeros(1, 8, 8, 3)
-    score = YesNo(Judge(), Processor()).score(picture, ["make it blue"], sources=picture)
+    score = YesNo(Judge(), Processor()).score(picture, Context(["make it blue"], picture))
     yes, no = math.exp(1) + math.exp(2), math.exp(0.5) + math.exp(-1)
     assert score.item() == pytest.approx(yes / (yes + no), rel=1e-6)

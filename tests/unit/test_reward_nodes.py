@@ -11,11 +11,9 @@ import torch
 from comfyui_diptych.models import diptych
 from comfyui_diptych.nodes import rewards as nodes
 from comfyui_diptych.training.evaluate.edit_report import judge
-from comfyui_diptych.training.evaluate.reward_sheet import Beside, CanvasJudge, rank
-from comfyui_diptych.training.reinforce.scoring import make_rewards
-from comfyui_diptych.training.rewards import base, create, names
+from comfyui_diptych.training.evaluate.judge import Judge, rank
+from comfyui_diptych.training.rewards import Context, Selection, Spec, base, create, from_recipe, names, parse
 from comfyui_diptych.training.rewards.base import Reward
-from comfyui_diptych.training.rewards.chosen import Chosen, Entry, parse
 from comfyui_diptych.training.tiny import shapes
 
 
@@ -24,7 +22,7 @@ class Bright(Reward):
 
     name = "test_bright"
 
-    def _score(self, images, prompts, sources, masks, targets):
+    def _score(self, images, context):
         means = images.mean((1, 2, 3))
         return torch.where(means > 0, means, torch.nan)
 
@@ -68,7 +66,7 @@ def test_a_reward_that_has_no_published_place_says_what_to_put_where(models):
     with pytest.raises(ValueError, match="put HPS_v2.1_compressed.pt into models/diptych_rewards"):
         choose("hpsv2")
     chosen = choose("hpsv2", weights_file="HPS_v2.1_compressed.pt")
-    assert dict(chosen.entries[0].options)["path"] == str(models / "HPS_v2.1_compressed.pt")
+    assert dict(chosen.specs[0].options)["path"] == str(models / "HPS_v2.1_compressed.pt")
 
 
 def test_rewards_chain_and_the_first_choice_stays_as_it_was():
@@ -81,14 +79,14 @@ def test_rewards_chain_and_the_first_choice_stays_as_it_was():
         with pytest.raises(ValueError, match=f"weight of reward jpeg_size is {weight:g}"):
             choose("jpeg_size", weight)
     with pytest.raises(ValueError, match="keep_l1 has no option 'path': it takes none"):
-        Entry("keep_l1", 1.0, (("path", "x"),))
+        Spec("keep_l1", 1.0, (("path", "x"),))
 
 
 def test_a_choice_becomes_the_same_rewards_in_a_recipe():
     chosen = choose("test_bright", 0.25, also=choose("jpeg_size"))
-    made = make_rewards(**{"entries": chosen.recipe()["rewards"], "options": []})
+    made = from_recipe(chosen.recipe()["rewards"], []).composite
     assert made.weights == chosen.composite.weights == {"jpeg_size": 1.0, "test_bright": 0.25}
-    assert Chosen((Entry("clip_l", 1.0, (("path", "here"),)),)).recipe() == {
+    assert Selection((Spec("clip_l", 1.0, (("path", "here"),)),)).recipe() == {
         "rewards": ["clip_l=1"],
         "reward_options": ["clip_l.path=here"],
     }
@@ -97,9 +95,9 @@ def test_a_choice_becomes_the_same_rewards_in_a_recipe():
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("clip_l", Entry("clip_l")),
-        ("clip_l=0.5", Entry("clip_l", 0.5)),
-        ("clip_l=2:path=C:/a,device=cpu", Entry("clip_l", 2.0, (("path", "C:/a"), ("device", "cpu")))),
+        ("clip_l", Spec("clip_l")),
+        ("clip_l=0.5", Spec("clip_l", 0.5)),
+        ("clip_l=2:path=C:/a,device=cpu", Spec("clip_l", 2.0, (("path", "C:/a"), ("device", "cpu")))),
     ],
 )
 def test_a_judge_of_the_command_line(text, expected):
@@ -118,10 +116,10 @@ def test_a_judge_that_cannot_be_read(text, message):
 def test_weights_that_are_not_there_name_the_reward(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="reward clip_l has no weights: .*nowhere does not exist"):
-        Chosen((parse(f"clip_l:path={tmp_path / 'nowhere'}"),)).composite  # noqa: B018
+        Selection((parse(f"clip_l:path={tmp_path / 'nowhere'}"),)).composite  # noqa: B018
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(ValueError, match="reward clip_l cannot be loaded .*: give a file or folder as path"):
-        Chosen((parse(f"clip_l:path={tmp_path}"),)).composite  # noqa: B018
+        Selection((parse(f"clip_l:path={tmp_path}"),)).composite  # noqa: B018
 
 
 def test_a_batch_is_sorted_best_first_and_what_cannot_be_judged_comes_last():
@@ -129,8 +127,8 @@ def test_a_batch_is_sorted_best_first_and_what_cannot_be_judged_comes_last():
     out = nodes.DiptychRewardScore().score(images, choose("test_bright"))["result"]
     assert out[0] == pytest.approx(0.9)
     assert out[2].mean((1, 2, 3)).tolist() == pytest.approx([0.9, 0.5, 0.2, 0.0])
-    assert out[1].splitlines()[0] == "1. picture 3: test_bright 0.9"
-    assert "could not judge 1 pictures" in out[1]
+    assert out[1].splitlines()[0] == "1. image 3: test_bright 0.9"
+    assert "could not judge 1 images" in out[1]
     assert out[3].ndim == 4 and out[3].shape[-1] == 3
     worst = nodes.DiptychRewardScore().score(images, choose("test_bright", -1.0))["result"]
     assert worst[2].mean((1, 2, 3)).tolist() == pytest.approx([0.2, 0.5, 0.9, 0.0])
@@ -165,8 +163,8 @@ def test_nothing_to_keep_is_said_and_no_number():
 
 def test_several_rewards_are_brought_to_one_scale():
     chosen = choose("keep_l1", 3.0, also=choose("test_bright"))
-    images, beside = greys(0.2, 0.4, 0.6), Beside(source=greys(0.2), mask=corner(16, 24))
-    ranking = rank(chosen, images, beside)
+    images, judge = greys(0.2, 0.4, 0.6), Judge.of(chosen, source=greys(0.2), mask=corner(16, 24))
+    ranking = rank(judge, images)
     # keep_l1 falls as fast as brightness rises, and weighs three times as much
     assert ranking.order == [0, 1, 2]
     assert ranking.scores[0] == pytest.approx(2 * math.sqrt(1.5), rel=1e-2)
@@ -177,7 +175,7 @@ def test_what_a_reward_lacks_is_said_in_one_sentence():
     with pytest.raises(ValueError, match="reward keep_l1 needs masks, sources: connect them"):
         nodes.DiptychRewardScore().score(greys(0.5), choose("keep_l1"))
     with pytest.raises(ValueError, match="shapes needs targets, or sources and prompts"):
-        CanvasJudge.make(choose("shapes"), Beside("make it red"))
+        Judge.of(choose("shapes"), "make it red")
 
 
 def test_sources_of_another_size_are_brought_to_the_pictures():
@@ -192,10 +190,10 @@ def test_a_judge_with_a_layout_sees_the_edited_panel_alone():
     built = diptych.build(pairs[0].source[None], pairs[0].instruction, panel_width=64)
     wanted = torch.cat([pairs[0].source, pairs[0].target], dim=1)
     idle = torch.cat([pairs[0].source, pairs[0].source], dim=1)
-    judge = CanvasJudge.make(choose("shapes"), Beside(pairs[0].instruction), built.layout)
+    judge = Judge.of(choose("shapes"), pairs[0].instruction, layout=built.layout)
     good, bad = judge(torch.stack([wanted, idle])).tolist()
     assert good == 1 and bad < 0.6
-    assert judge.beside.source is built.layout.source
+    assert judge.context.sources is built.layout.source
 
 
 def test_the_shapes_reward_reads_the_wanted_scene_off_the_instruction():
@@ -203,7 +201,7 @@ def test_the_shapes_reward_reads_the_wanted_scene_off_the_instruction():
     images = torch.stack([pair.target for pair in pairs[:3]] + [pair.source for pair in pairs[3:]])
     sources, prompts = torch.stack([pair.source for pair in pairs]), [pair.instruction for pair in pairs]
     reward = create("shapes")
-    read = reward.score(images, prompts, sources)
-    known = reward.score(images, targets=torch.stack([pair.target for pair in pairs]))
+    read = reward.score(images, Context(prompts, sources))
+    known = reward.score(images, Context(targets=torch.stack([pair.target for pair in pairs])))
     torch.testing.assert_close(read, known)
-    assert reward.score(images[:1], ["make it nicer"], sources[:1]).isnan().all()
+    assert reward.score(images[:1], Context(["make it nicer"], sources[:1])).isnan().all()

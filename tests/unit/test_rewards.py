@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_diptych.training import rewards
-from comfyui_diptych.training.rewards import external, weights
+from comfyui_diptych.training.rewards import Context, Spec, external, weights
 from comfyui_diptych.training.rewards.base import Reward
 from comfyui_diptych.training.rewards.composite import Composite, group_normalise
 from comfyui_diptych.training.rewards.external import CallableReward, HttpReward
@@ -26,7 +26,7 @@ class Fixed(Reward):
     def __init__(self, name, values):
         self.name, self.values = name, torch.tensor(values)
 
-    def _score(self, images, prompts, sources, masks, targets):
+    def _score(self, images, context):
         return self.values[: len(images)]
 
 
@@ -39,13 +39,17 @@ def test_kept_area_counts_only_pixels_outside_the_mask():
     image, mask = source.clone(), torch.zeros(1, 16, 16)
     mask[:, :8] = 1
     image[:, :8] = 1.0
-    assert rewards.create("keep_l1").score(image, sources=source, masks=mask).item() == 1.0
+    assert rewards.create("keep_l1").score(image, Context(sources=source, masks=mask)).item() == 1.0
     image[:, 8:] = 0.25
-    assert rewards.create("keep_l1").score(image, sources=source, masks=mask).item() == pytest.approx(0.75)
+    assert rewards.create("keep_l1").score(
+        image, Context(sources=source, masks=mask)
+    ).item() == pytest.approx(0.75)
 
 
 def test_kept_area_of_a_full_mask_is_nan():
-    score = rewards.create("keep_l1").score(pictures(2), sources=pictures(2), masks=torch.ones(2, 16, 16))
+    score = rewards.create("keep_l1").score(
+        pictures(2), Context(sources=pictures(2), masks=torch.ones(2, 16, 16))
+    )
     assert score.isnan().all()
 
 
@@ -58,9 +62,9 @@ def test_jpeg_size_is_the_size_of_the_file():
 
 def test_missing_input_and_wrong_count_are_one_sentence():
     with pytest.raises(ValueError, match="keep_l1 needs sources"):
-        rewards.create("keep_l1").score(pictures(2), masks=torch.zeros(2, 16, 16))
+        rewards.create("keep_l1").score(pictures(2), Context(masks=torch.zeros(2, 16, 16)))
     with pytest.raises(ValueError, match="1 prompts were given for 2 images"):
-        rewards.create("jpeg_size").score(pictures(2), ["one"])
+        rewards.create("jpeg_size").score(pictures(2), Context(["one"]))
     with pytest.raises(ValueError, match="choose one of"):
         rewards.create("nonsense")
 
@@ -78,10 +82,10 @@ def test_group_normalisation_equals_numpy_and_skips_nan():
 def test_composite_is_scale_free_and_judges_by_what_succeeded():
     wide = Fixed("wide", [0.0, 100.0, 200.0, float("nan")])
     narrow = Fixed("narrow", [0.2, 0.1, 0.0, 0.3])
-    scores = Composite([wide, narrow], {"wide": 1.0, "narrow": 1.0}).score(pictures(4), None)
+    scores = Composite([wide, narrow], {"wide": 1.0, "narrow": 1.0}).score(pictures(4))
     assert scores.failures == {"wide": 1, "narrow": 0}
     assert scores.combined.isfinite().all()
-    alone = Composite([narrow]).score(pictures(4), None).combined
+    alone = Composite([narrow]).score(pictures(4)).combined
     torch.testing.assert_close(scores.combined[3], alone[3] * 2)
 
 
@@ -90,14 +94,14 @@ def test_failed_callable_is_nan_and_a_recipe_can_name_one():
         raise RuntimeError("no judge today")
 
     assert CallableReward(broken, "broken").score(pictures(2)).isnan().all()
-    reward = rewards.from_recipe("math:fsum")
+    reward = Spec("math:fsum", external=True).create()
     assert isinstance(reward, CallableReward)
     with pytest.raises(ValueError, match="module:function"):
-        rewards.from_recipe("no_such_module_at_all:f")
+        Spec("no_such_module_at_all:f", external=True).create()
     with pytest.raises(ValueError, match="math:fsum has no option 'path': it takes none"):
-        rewards.from_recipe({"name": "math:fsum", "path": "x"})
+        rewards.from_recipe(["math:fsum"], ["math:fsum.path=x"])
     with pytest.raises(ValueError, match="no option 'device': it takes timeout, retries"):
-        rewards.from_recipe({"name": "http://127.0.0.1:9", "device": "cpu"})
+        rewards.from_recipe(["http://127.0.0.1:9"], ["http://127.0.0.1:9.device=cpu"])
 
 
 def test_registered_names_hold_no_way_out():
@@ -146,7 +150,7 @@ def test_http_reward_sends_png_and_reads_json_with_null_as_nan(endpoint):
         seen.append(body)
         answer(handler, {"scores": [0.5, None]}, 500 if number == 0 else 200)
 
-    scores = endpoint(reply).score(pictures(2), ["a", "b"])
+    scores = endpoint(reply).score(pictures(2), Context(["a", "b"]))
     assert scores[0] == 0.5 and scores[1].isnan() and len(seen) == 2
     assert seen[1]["prompts"] == ["a", "b"]
     sent = Image.open(io.BytesIO(base64.b64decode(seen[1]["images"][0])))
@@ -224,8 +228,8 @@ def test_shapes_reward_tells_success_from_near_miss():
 
     pairs = list(shapes.edit_pairs(0, 4, "test"))
     targets = torch.stack([pair.target for pair in pairs])
-    done = ShapesEdit().score(targets, targets=targets)
-    not_done = ShapesEdit().score(torch.stack([pair.source for pair in pairs]), targets=targets)
+    done = ShapesEdit().score(targets, Context(targets=targets))
+    not_done = ShapesEdit().score(torch.stack([pair.source for pair in pairs]), Context(targets=targets))
     assert (done == 1.0).all() and (not_done < 0.5).all() and (not_done > 0).any()
 
 

@@ -164,10 +164,13 @@ def similarity_judges(notes: dict[str, str], clip: str, dino: str, device: str =
 
         judges.append(clip_judge)
     if folder := _on_disk(dino, notes, "dino"):
+        from ..rewards import Context
         from ..rewards.vision import dino as dino_reward
 
         reward = dino_reward(folder, device)
-        judges.append(lambda group, made: {"dino": reward.score(made, sources=stack(group, "target"))})
+        judges.append(
+            lambda group, made: {"dino": reward.score(made, Context(sources=stack(group, "target")))}
+        )
     return judges
 
 

@@ -74,7 +74,7 @@ def _row(trainer: Any, batches: Any, judge: Judge, number: int) -> tuple[list[Te
     with trainer.untrained():
         made = [task.sample(batch, noise)]
     made.append(task.sample(batch, noise))
-    rewards = [trainer.rewards.worth(judged(judge(picture, [number]))) for picture in made]
+    rewards = [trainer.rewards.weighted_sum(judged(judge(picture, [number]))) for picture in made]
     if judge.targets:
         made.append(task.host.decode(batch["latents"]))
     given = batch.get("masked_latents", batch.get("references"))

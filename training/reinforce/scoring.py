@@ -1,4 +1,4 @@
-"""From finished pictures to scores: what rewards see of a data row, and how recipes name rewards."""
+"""From finished pictures to scores: what rewards see of a data row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..data.dataset import Batches, Entry
 from ..data.sample import Sample
-from ..rewards import Composite, Reward, check, from_recipe, metrics
-from ..rewards.base import check_weight
+from ..rewards import Composite, Context, Reward, metrics
 
 logger = logging.getLogger(__name__)
 
@@ -104,54 +103,6 @@ def _stored_mask(entry: Entry, sample: Sample) -> Tensor | None:
     return None if edited is None and panel.min() >= 0.5 else panel
 
 
-def make_rewards(entries: Sequence[str], options: Sequence[str]) -> Composite:
-    """Recipe lines `NAME` or `NAME=WEIGHT`, and options `NAME.KEY=VALUE`, as weighted rewards.
-
-    Raises ValueError if none is named, an option names a reward that is not used, or one cannot be loaded.
-    """
-    chosen, weights = _read_entries(entries, options)
-    rewards = {name: from_recipe(entry) for name, entry in chosen.items()}
-    return Composite(list(rewards.values()), {reward.name: weights[name] for name, reward in rewards.items()})
-
-
-def check_rewards(entries: Sequence[str], options: Sequence[str]) -> None:
-    """Raise ValueError for what `make_rewards` would refuse, as far as it shows without loading."""
-    for name, entry in _read_entries(entries, options)[0].items():
-        if ":" not in name:
-            check(**entry)
-
-
-def _read_entries(
-    entries: Sequence[str], options: Sequence[str]
-) -> tuple[dict[str, dict[str, object]], dict[str, float]]:
-    """(what each reward is made of, weights), both by name."""
-    if not entries:
-        raise ValueError("rewards is empty: name at least one, for example rewards: [pickscore]")
-    chosen: dict[str, dict[str, object]] = {}
-    weights: dict[str, float] = {}
-    for entry in entries:
-        name, _, weight = entry.partition("=") if not entry.startswith("http") else (entry, "", "")
-        if name in chosen:
-            raise ValueError(f"rewards names {name} twice: raise its weight instead")
-        chosen[name], weights[name] = {"name": name}, check_weight(name, weight or 1)
-    for option in options:
-        key, _, value = option.partition("=")
-        name, _, key = key.rpartition(".")
-        if name not in chosen or not key:
-            raise ValueError(f"reward option {option!r}: write NAME.KEY=VALUE with one of {sorted(chosen)}")
-        chosen[name][key] = _number(value)
-    return chosen, weights
-
-
-def _number(text: str) -> object:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 class Judge:
     """Scores finished pictures of data rows with a composite; remembers the last rows it has read."""
 
@@ -220,10 +171,12 @@ class Judge:
             return torch.full((len(rows),), torch.nan)
         scores = reward.score(
             shown,
-            [row.prompt for row in rows],
-            torch.stack([row.source for row in rows]) if "sources" in given else None,
-            torch.stack([row.mask for row in rows]) if "masks" in given else None,
-            torch.stack([row.target for row in rows]) if "targets" in given else None,
+            Context(
+                [row.prompt for row in rows],
+                torch.stack([row.source for row in rows]) if "sources" in given else None,
+                torch.stack([row.mask for row in rows]) if "masks" in given else None,
+                torch.stack([row.target for row in rows]) if "targets" in given else None,
+            ),
         )
         if "masks" in reward.needs and any(row.mask.min() >= 0.5 for row in rows):
             self._say(f"reward {reward.name}: rows whose mask covers all of the picture have nothing to keep")

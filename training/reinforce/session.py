@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import config, session
 from ..evaluate import plots
+from ..rewards import from_recipe
 from .config import GRPOConfig
-from .scoring import check_rewards
 
 PRESETS = {
     "fast": "grpo_fast",
@@ -56,7 +56,7 @@ def configure(choices: Choices, root: Path) -> GRPOConfig:
     if choices.preset not in PRESETS:
         raise ValueError(f"preset is {choices.preset!r}: use one of {', '.join(PRESETS)}")
     session.check_name(choices)
-    check_rewards(choices.rewards, choices.reward_options)
+    from_recipe(choices.rewards, choices.reward_options).check()
     task = session.task_of(choices.model)
     small, device = session.is_small(choices.model), session._device()
     folder = root / choices.folder()

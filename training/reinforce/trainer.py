@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...samplers.gaussian import velocity_kl
 from ..data import dataset
+from ..rewards import from_recipe
 from ..runtime import checkpoint, disk, optim
 from ..runtime.checkpoint import TrainingError
 from ..tasks import adapters
@@ -30,7 +31,7 @@ from . import supervised as states
 from .advantage import advantages, clipped_loss
 from .config import GRPOConfig
 from .rollout import Rollout, collect, kept_only
-from .scoring import Judge, judged, make_rewards
+from .scoring import Judge, judged
 from .windows import window as window_of
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class GRPOTrainer(Trainer):
                 "backward passes: launch it without (DDP), where the base does not fit with base_dtype: "
                 "float8_e4m3fn"
             )
-        self.rewards = make_rewards(self.config.rewards, self.config.reward_options)
+        self.rewards = from_recipe(self.config.rewards, self.config.reward_options).composite
 
     def prepare(self) -> None:
         self.measures: dict[str, float] = {}
@@ -312,7 +313,7 @@ class GRPOTrainer(Trainer):
         if not scores:
             self._refuse_blind()
             return
-        value = self.rewards.worth(scores)
+        value = self.rewards.weighted_sum(scores)
         self.history.append({"step": self.step, "value": value, "scores": scores})
         logger.info("held-out reward after %d updates: %.4f", self.step, value)
         self.measures |= {f"held_out/{name}": score for name, score in scores.items()}

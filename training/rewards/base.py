@@ -1,4 +1,7 @@
-"""What a reward is, and the list of registered ones. How single rewards compute stands in their own files."""
+"""What a reward is, what it may see, and the list of registered ones.
+
+How single rewards compute stands in their own files, how a person names them in `spec.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,12 +18,44 @@ from ...missing import page
 from . import weights
 
 
+@dataclass(frozen=True)
+class Context:
+    """What rewards may see beside N images; None is not known.
+
+    prompts: N strings; sources: the images before the edit and targets: the target images, [N,H,W,3] float
+    in 0..1; masks [N,H,W], 1 = edited.
+    """
+
+    prompts: Sequence[str] | None = None
+    sources: Tensor | None = None
+    masks: Tensor | None = None
+    targets: Tensor | None = None
+
+    @property
+    def given(self) -> set[str]:
+        """The names of what is known."""
+        return {part.name for part in fields(self) if getattr(self, part.name) is not None}
+
+    def check(self, count: int) -> None:
+        """Raise ValueError unless all that is known is known of `count` images."""
+        for name in sorted(self.given):
+            if (found := len(getattr(self, name))) != count:
+                raise ValueError(f"{found} {name} were given for {count} images: give one for each image.")
+
+    def rows(self, part: slice) -> Context:
+        """The context of some of the images."""
+        return Context(**{name: getattr(self, name)[part] for name in self.given})
+
+
+NOTHING = Context()
+
+
 class Reward:
-    """Judges finished pictures.
+    """Judges finished images.
 
     name: how recipes, logs and file headers call it.
     range: (lowest, highest) usual value, for plots and documentation; scores are not clamped to it.
-    needs: which of "prompts", "sources", "masks", "targets" must be given.
+    needs: which parts of the `Context` must be given.
     """
 
     name: str = ""
@@ -27,55 +63,33 @@ class Reward:
     needs: frozenset[str] = frozenset()
     batch_size: int = 16
 
-    def score(
-        self,
-        images: Tensor,
-        prompts: Sequence[str] | None = None,
-        sources: Tensor | None = None,
-        masks: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> Tensor:
-        """Score images [N,H,W,3] in 0..1 -> float32 [N] on the CPU; a picture that cannot be judged is NaN.
+    def score(self, images: Tensor, context: Context = NOTHING) -> Tensor:
+        """Score images [N,H,W,3] in 0..1 -> float32 [N] on the CPU; an image that cannot be judged is NaN.
 
-        prompts: N strings; sources: the pictures before the edit [N,H,W,3]; masks: [N,H,W], 1 = edited;
-        targets: the pictures wanted [N,H,W,3], where the data has them.
         Raises ValueError if something that the reward needs is missing or counts differ.
         """
-        given = {"prompts": prompts, "sources": sources, "masks": masks, "targets": targets}
-        count, lacking = len(images), self.missing({key for key, value in given.items() if value is not None})
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}: reward {self.name} takes [N,H,W,3] in 0..1."
             )
-        if lacking:
+        if lacking := self.missing(context.given):
             raise ValueError(f"reward {self.name} needs {lacking}: give them or choose another reward.")
-        for key, value in given.items():
-            if value is not None and len(value) != count:
-                raise ValueError(
-                    f"{len(value)} {key} were given for {count} images: give one for each image."
-                )
-        scores = []
+        context.check(len(images))
+        scores = [torch.empty(0)]
         with torch.no_grad():
-            for start in range(0, count, self.batch_size):
+            for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                batch = {key: None if value is None else value[part] for key, value in given.items()}
-                scores.append(self._score(images[part].float(), **batch).detach().float().cpu())
-        joined = torch.cat(scores) if scores else torch.empty(0)
+                batch = self._score(images[part].float(), context.rows(part))
+                scores.append(batch.detach().float().cpu())
+        joined = torch.cat(scores)
         return torch.where(torch.isfinite(joined), joined, torch.nan)
 
     def missing(self, given: Collection[str]) -> str:
         """What it needs beside the images and what is `given` ("prompts", ...), in words; "" if nothing."""
         return ", ".join(sorted(self.needs - set(given)))
 
-    def _score(
-        self,
-        images: Tensor,
-        prompts: Sequence[str] | None,
-        sources: Tensor | None,
-        masks: Tensor | None,
-        targets: Tensor | None,
-    ) -> Tensor:
-        """One batch, already validated, under no_grad."""
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        """Scores [n] of one batch [n,H,W,3] float32, already validated, under no_grad."""
         raise NotImplementedError
 
 
@@ -97,9 +111,24 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def factory(name: str) -> Callable[..., Reward]:
+    """The class or function that makes a registered reward. Raises ValueError if there is none."""
+    if name not in _REGISTRY:
+        raise ValueError(f"reward {name!r} is not known: choose one of {', '.join(names())}.")
+    return _REGISTRY[name]
+
+
 def options(name: str) -> list[str]:
-    """The options that a registered reward can be created with."""
-    return [] if name not in _REGISTRY else list(inspect.signature(_REGISTRY[name]).parameters)
+    """The options that a registered reward can be created with. Raises ValueError for an unknown name."""
+    return list(inspect.signature(factory(name)).parameters)
+
+
+def check_options(name: str, make: Callable[..., Reward], options: Collection[str]) -> None:
+    """Raise ValueError for an option that `make`, which makes the reward `name`, does not take."""
+    known = list(inspect.signature(make).parameters)
+    if odd := [option for option in options if option not in known]:
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise ValueError(f"reward {name} has no option {odd[0]!r}: {takes}.")
 
 
 def check_weight(name: str, weight: object) -> float:
@@ -124,19 +153,13 @@ def check(name: str, **options: object) -> dict[str, object]:
     Loads nothing. Raises ValueError for an unknown name or option, or for a package or weights that are not
     there.
     """
-    if name not in _REGISTRY:
-        raise ValueError(f"reward {name!r} is not known: choose one of {', '.join(names())}.")
-    factory = _REGISTRY[name]
-    signature = inspect.signature(factory)
-    for option in options:
-        if option not in signature.parameters:
-            known = ", ".join(signature.parameters)
-            takes = f"it takes {known}" if known else "it takes none"
-            raise ValueError(f"reward {name} has no option {option!r}: {takes}.")
+    make = factory(name)
+    check_options(name, make, options)
+    signature = inspect.signature(make)
     for option, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise ValueError(f"reward {name} needs the option {option}: see {page('grpo.md')}")
-    package = getattr(factory, "package", "")
+    package = getattr(make, "package", "")
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(f"reward {name} needs the package {package}: pip install {package}.")
     bound = signature.bind(**options)

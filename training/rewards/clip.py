@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Reward, register
+from .base import Context, Reward, register
 from .hps import load_hps_clip
 from .weights import device_of
 
@@ -103,8 +103,9 @@ class ClipText(Reward):
     ):
         self.name, self.clip, self.scale, self.range = name, clip, scale, usual
 
-    def _score(self, images, prompts, sources, masks, targets):
-        return self.scale * (self.clip.image_features(images) * self.clip.text_features(prompts)).sum(-1)
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        texts = self.clip.text_features(context.prompts)
+        return self.scale * (self.clip.image_features(images) * texts).sum(-1)
 
 
 class ClipImage(Reward):
@@ -115,8 +116,8 @@ class ClipImage(Reward):
     def __init__(self, clip: ClipModel):
         self.clip = clip
 
-    def _score(self, images, prompts, sources, masks, targets):
-        return (self.clip.image_features(images) * self.clip.image_features(sources)).sum(-1)
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        return (self.clip.image_features(images) * self.clip.image_features(context.sources)).sum(-1)
 
 
 @register("clip_l")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Reward
+from .base import NOTHING, Context, Reward
 
 
 def group_normalise(scores: Tensor, groups: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
@@ -77,7 +77,7 @@ class Composite:
                 f"weights name rewards that are not used: {sorted(unknown)}; give at least one reward."
             )
 
-    def worth(self, raw: Mapping[str, float]) -> float:
+    def weighted_sum(self, raw: Mapping[str, float]) -> float:
         """The weighted sum of raw scores by reward, without those that judged nothing (NaN); NaN if none did.
 
         For comparing pictures of one run with one another (see `better`): between rewards it does not balance
@@ -95,7 +95,8 @@ class Composite:
         common = judged & known
         if not common:
             return bool(judged) and not known
-        return self.worth({n: raw[n] for n in common}) >= self.worth({n: other[n] for n in common})
+        own, theirs = (self.weighted_sum({n: each[n] for n in common}) for each in (raw, other))
+        return own >= theirs
 
     @property
     def needs(self) -> frozenset[str]:
@@ -109,14 +110,11 @@ class Composite:
     def score(
         self,
         images: Tensor,
-        prompts: Sequence[str] | None,
-        sources: Tensor | None = None,
-        masks: Tensor | None = None,
-        targets: Tensor | None = None,
+        context: Context = NOTHING,
         groups: Tensor | None = None,
     ) -> CompositeScores:
-        """As `Reward.score`; groups [N] tells which pictures compete (default: all with all)."""
-        raw = {reward.name: reward.score(images, prompts, sources, masks, targets) for reward in self.rewards}
+        """As `Reward.score`; groups [N] integers tell which images compete (default: all with all)."""
+        raw = {reward.name: reward.score(images, context) for reward in self.rewards}
         groups = torch.zeros(len(images), dtype=torch.long) if groups is None else groups.cpu()
         combined = combine(raw, self.weights, groups)
         return CompositeScores(raw, combined, {name: int(s.isnan().sum()) for name, s in raw.items()})

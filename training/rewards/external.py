@@ -1,7 +1,7 @@
 """Rewards that a recipe file may name but no node may: a Python callable, or an HTTP endpoint.
 
 A shared workflow must never be able to import code or open a connection of its choosing, so these are not in
-the registry; `from_recipe` alone creates them.
+the registry; a `Spec` that is not `external` never names one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...models.image_files import to_pil
-from .base import Reward
+from .base import Context, Reward
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ LARGEST_REPLY = 1 << 20  # bytes: a batch's scores are some hundreds
 class CallableReward(Reward):
     """A function (images, prompts, sources, masks) -> N numbers, `module:function`.
 
-    An exception in the function makes that batch NaN and is logged.
+    The arguments are the images and the parts of the `Context` of those names, None where not known. An
+    exception in the function makes that batch NaN and is logged.
     """
 
     def __init__(self, function: Callable[..., Sequence[float] | Tensor], name: str):
@@ -49,9 +50,10 @@ class CallableReward(Reward):
             ) from error
         return cls(function, target)
 
-    def _score(self, images, prompts, sources, masks, targets):
+    def _score(self, images: Tensor, context: Context) -> Tensor:
         try:
-            scores = torch.as_tensor(self.function(images, prompts, sources, masks), dtype=torch.float32)
+            scores = self.function(images, context.prompts, context.sources, context.masks)
+            scores = torch.as_tensor(scores, dtype=torch.float32)
         except Exception as error:  # user code: one failing batch must not end a run of hours
             logger.warning("reward %s failed: %s", self.name, error)
             return torch.full((len(images),), torch.nan)
@@ -62,11 +64,14 @@ class CallableReward(Reward):
         return scores
 
 
-def _png(image: Tensor) -> str:
-    """Image [H,W,C] or mask [H,W] in 0..1 -> base64 PNG."""
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+def _pngs(images: Tensor | None) -> list[str] | None:
+    """Images [N,H,W,C] or masks [N,H,W] in 0..1 -> base64 PNGs."""
+    if images is None:
+        return None
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        to_pil(image).save(file, "PNG")
+    return [base64.b64encode(file.getvalue()).decode("ascii") for file in files]
 
 
 class HttpReward(Reward):
@@ -84,12 +89,12 @@ class HttpReward(Reward):
         self.url, self.timeout, self.retries, self.wait = url, timeout, retries, wait
         self.name, self.batch_size = url, batch_size
 
-    def _score(self, images, prompts, sources, masks, targets):
+    def _score(self, images: Tensor, context: Context) -> Tensor:
         payload = {
-            "images": [_png(image) for image in images],
-            "prompts": None if prompts is None else list(prompts),
-            "sources": None if sources is None else [_png(source) for source in sources],
-            "masks": None if masks is None else [_png(mask) for mask in masks],
+            "images": _pngs(images),
+            "prompts": None if context.prompts is None else list(context.prompts),
+            "sources": _pngs(context.sources),
+            "masks": _pngs(context.masks),
         }
         body = json.dumps(payload).encode()
         for attempt in range(self.retries + 1):

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ...models.image_files import to_pil
 from ...models.pixels import binarise, resize_mask
-from .base import Reward, register
+from .base import Context, Reward, register
+from .metrics import kept_l1, ssim_map
 from .weights import device_of
 
 
-def _as_pixels(masks: Tensor, images: Tensor) -> Tensor:
-    """Masks [N,H,W] at the images' size, hard, shaped [N,H,W,1]; 1 = edited."""
-    return binarise(resize_mask(masks.to(images), *images.shape[1:3]))[..., None]
+def _hard(masks: Tensor, images: Tensor) -> Tensor:
+    """Masks [N,h,w] at the size of images [N,H,W,3], 0 or 1: [N,H,W]."""
+    return binarise(resize_mask(masks.to(images), *images.shape[1:3]))
 
 
 @register("keep_l1")
@@ -24,10 +25,8 @@ class KeepL1(Reward):
 
     name, range, needs = "keep_l1", (0.0, 1.0), frozenset({"sources", "masks"})
 
-    def _score(self, images, prompts, sources, masks, targets):
-        from .metrics import kept_l1
-
-        return 1 - kept_l1(images, sources.to(images), _as_pixels(masks, images).squeeze(-1))
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        return 1 - kept_l1(images, context.sources.to(images), _hard(context.masks, images))
 
 
 @register("keep_ssim")
@@ -36,11 +35,9 @@ class KeepSSIM(Reward):
 
     name, range, needs = "keep_ssim", (-1.0, 1.0), frozenset({"sources", "masks"})
 
-    def _score(self, images, prompts, sources, masks, targets):
-        from .metrics import ssim_map
-
-        keep = 1 - _as_pixels(masks, images).squeeze(-1)
-        similarity = ssim_map(images, sources.to(images))
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        keep = 1 - _hard(context.masks, images)
+        similarity = ssim_map(images, context.sources.to(images))
         return (similarity * keep).sum((1, 2)) / keep.sum((1, 2))
 
 
@@ -53,7 +50,7 @@ class JpegSize(Reward):
 
     name, range = "jpeg_size", (-1.0, 0.0)
 
-    def _score(self, images, prompts, sources, masks, targets):
+    def _score(self, images: Tensor, context: Context) -> Tensor:
         sizes = []
         for image in images:
             buffer = io.BytesIO()
@@ -76,9 +73,9 @@ class KeepLPIPS(Reward):
         model = lpips.LPIPS(net=net, verbose=False).to(self.device)
         self.model = model.eval().requires_grad_(False)
 
-    def _score(self, images, prompts, sources, masks, targets):
+    def _score(self, images: Tensor, context: Context) -> Tensor:
         images = images.to(self.device)
-        sources, edited = sources.to(images), _as_pixels(masks, images)
+        sources, edited = context.sources.to(images), _hard(context.masks, images)[..., None]
         kept = images * (1 - edited) + sources * edited
         distance = self.model(kept.movedim(-1, 1) * 2 - 1, sources.movedim(-1, 1) * 2 - 1)
         return 1 - distance.flatten()

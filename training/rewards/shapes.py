@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Collection, Sequence
 
-from .base import Reward, register
+import torch
+from torch import Tensor
+
+from ..tiny.shapes import Scene, check_many, read
+from ..tiny.shapes.words import understand
+from .base import Context, Reward, register
 
 
 @register("shapes")
@@ -18,17 +23,16 @@ class ShapesEdit(Reward):
 
     name, range = "shapes", (0.0, 1.0)
 
-    def missing(self, given):
+    def missing(self, given: Collection[str]) -> str:
+        """As of `Reward`: the target image, or source and instruction."""
         either = "targets" in given or {"prompts", "sources"} <= set(given)
         return "" if either else "targets, or sources and prompts"
 
-    def _score(self, images, prompts, sources, masks, targets):
-        from ..tiny.shapes import check_many, read
-
-        if targets is None:
-            wanted = _understood(sources, prompts)
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        if context.targets is None:
+            wanted = _understood(context.sources, context.prompts)
         else:
-            seen = read(targets.float().cpu())
+            seen = read(context.targets.float().cpu())
             wanted = [seen.scene(row) for row in range(len(images))]
         known = [row for row, scene in enumerate(wanted) if scene is not None]
         scores = torch.full((len(images),), torch.nan)
@@ -38,11 +42,8 @@ class ShapesEdit(Reward):
         return scores
 
 
-def _understood(sources, prompts) -> list:
+def _understood(sources: Tensor, prompts: Sequence[str]) -> list[Scene | None]:
     """The scene each instruction asks for, None where it is not understood."""
-    from ..tiny.shapes import read
-    from ..tiny.shapes.words import understand
-
     seen = read(sources.float().cpu())
     edits = [understand(seen.scene(row), prompt) for row, prompt in enumerate(prompts)]
     return [None if edit is None else edit.target for edit in edits]

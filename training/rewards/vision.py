@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Reward, register
+from .base import Context, Reward, register
 from .clip import CLIP_L, ClipModel, centre_crop, normalise
 from .weights import device_of
 
@@ -30,8 +30,8 @@ class DinoImage(Reward):
         tokens = self.model(pixel_values=pixels.to(self.model.dtype)).last_hidden_state
         return F.normalize(tokens[:, 0].float(), dim=-1)
 
-    def _score(self, images, prompts, sources, masks, targets):
-        return (self.features(images) * self.features(sources)).sum(-1)
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        return (self.features(images) * self.features(context.sources)).sum(-1)
 
 
 @register("dino")
@@ -53,7 +53,7 @@ class Aesthetic(Reward):
     def __init__(self, clip: ClipModel, head: nn.Module):
         self.clip, self.head = clip, head.eval().requires_grad_(False)
 
-    def _score(self, images, prompts, sources, masks, targets):
+    def _score(self, images: Tensor, context: Context) -> Tensor:
         features = self.clip.image_features(images)
         return self.head.to(features.device)(features).squeeze(-1)
 

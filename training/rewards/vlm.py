@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...models.image_files import to_pil
-from .base import Reward, register
+from .base import Context, Reward, register
 from .weights import device_of
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -39,15 +40,13 @@ class YesNo(Reward):
     def _first_tokens(tokenizer, words: tuple[str, ...]) -> list[int]:
         return sorted({tokenizer.encode(word, add_special_tokens=False)[0] for word in words})
 
-    def _score(self, images, prompts, sources, masks, targets):
-        return torch.stack(
-            [
-                self._answer(image, prompt, None if sources is None else sources[number])
-                for number, (image, prompt) in enumerate(zip(images, prompts, strict=True))
-            ]
-        )
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        sources = [None] * len(images) if context.sources is None else context.sources
+        rows = zip(images, context.prompts, sources, strict=True)
+        return torch.stack([self._answer(image, prompt, source) for image, prompt, source in rows])
 
-    def _answer(self, image, prompt, source):
+    def _answer(self, image: Tensor, prompt: str, source: Tensor | None) -> Tensor:
+        """The score, a scalar, of one image [H,W,3]."""
         pictures = [to_pil(shown) for shown in (source, image) if shown is not None]
         template = self.template or (IMAGE_QUESTION if source is None else EDIT_QUESTION)
         content = [{"type": "image"} for _ in pictures]
