@@ -123,7 +123,7 @@ def _train_world(values: dict[str, Any]) -> int:
     from ..training.runtime import disk, lock
 
     module_name, class_name = WORLD_TASKS[values.pop("task")]
-    module = importlib.import_module(f"..training.tiny.{module_name}", __package__)
+    module = importlib.import_module(f"..training.{module_name}", __package__)
     values.pop("resume", None)
     recipe = configs.from_dict(values, getattr(module, class_name))
     output = disk.check_folder(recipe.output_dir, "output_dir")

@@ -64,16 +64,17 @@ ELSEWHERE = {
     "num_inference_steps": "sample_steps (rollout_steps of reward training)",
     "instance_data_dir": "data=images:FOLDER?prompt=WORDS",
     "instance_prompt": "data=images:FOLDER?prompt=WORDS",
-    "class_data_dir": "class_dir",
-    "with_prior_preservation": "class_prompt (prior preservation is on where it is set)",
+    "class_data_dir": "class_images=FOLDER?prompt=WORDS",
+    "with_prior_preservation": "class_images=FOLDER?prompt=WORDS (prior preservation is on where it is set)",
+    "class_data_root": "class_images=FOLDER?prompt=WORDS",
 }
 
 # The smallest value of every number that has one; all numbers are finite.
 LOWEST = {
     1: "max_steps batch_size accumulation rank save_every keep_last log_every bucket_step mask_variants "
-    "max_sequence_length num_class_images encode_batch moe_experts sample_steps",
+    "max_sequence_length encode_batch moe_experts sample_steps",
     0: "threads seed sample_every sample_count lr_warmup lr weight_decay grad_clip "
-    "noise_offset guidance_max edit_loss_weight prior_loss_weight moe_balance ema prompt_drop adam_beta2",
+    "noise_offset guidance_max edit_loss_weight moe_balance ema prompt_drop adam_beta2",
 }
 HIGHEST = {
     1: "ema prompt_drop adam_beta2",
@@ -86,6 +87,9 @@ HIGHEST = {
 
 # Options of earlier versions, and what to do instead.
 GONE = {
+    **dict.fromkeys(("class_prompt", "class_dir"), "write class_images: FOLDER?prompt=WORDS"),
+    "num_class_images": "write class_images: FOLDER?prompt=WORDS&count=N",
+    "prior_loss_weight": "write class_images: FOLDER?prompt=WORDS@WEIGHT; rows of a table have weights",
     "data_limit": "give a smaller source: a folder or table with fewer rows, shapes:COUNT",
     "mask_downsample": "leave it out: a latent cell is repainted where any of its pixels is",
     "logit_mean": "write time_sampling: logit_normal:MEAN,STD",
@@ -170,10 +174,12 @@ class TrainConfig:
         "Random masks where a row has none: noise, rectangles, ellipses, strokes, full, half.",
     )
     mask_variants: int = option(1, "Random masks drawn (and cached) per row.")
-    class_prompt: str = option("", "Prior preservation: prompt of the class; empty = off.")
-    class_dir: str = option("", "Prior preservation: folder of class pictures, topped up automatically.")
-    num_class_images: int = option(100, "Prior preservation: how many class pictures.")
-    prior_loss_weight: float = option(1.0, "Prior preservation: weight of the class loss.")
+    class_images: str = option(
+        "",
+        "Prior preservation (inpainting): FOLDER?prompt=WORDS[&count=N][@WEIGHT], a folder that the model "
+        "itself fills with N (100) images of what the subject is a kind of, and their loss's weight (1); "
+        "empty = off.",
+    )
 
     # cache
     cache_dir: str = option("", "Folder of the latent and text caches; output_dir/cache if empty.")
@@ -273,7 +279,7 @@ class TrainConfig:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
         check_numbers(self, LOWEST, HIGHEST)
-        self.sigmas, self.regions  # raise ValueError where they are written wrongly  # noqa: B018
+        self.sigmas, self.regions, self.prior  # raise ValueError where they are written wrongly  # noqa: B018
         for name in ("output_name", "recipe"):
             if getattr(self, name):
                 check_name(getattr(self, name), name)
@@ -326,6 +332,11 @@ class TrainConfig:
     def regions(self) -> notation.LossOn:
         """What `loss_on` says."""
         return notation.LossOn.read(self.loss_on)
+
+    @property
+    def prior(self) -> notation.ClassImages | None:
+        """What `class_images` says; None without prior preservation."""
+        return notation.ClassImages.read(self.class_images)
 
     @property
     def alpha(self) -> float:

@@ -46,6 +46,31 @@ class TimeSampling(NamedTuple):
         return cls(kind, mean, std)
 
 
+class ClassImages(NamedTuple):
+    """Prior preservation: the folder of class images, their common prompt, how many, their loss's weight."""
+
+    folder: str
+    prompt: str
+    count: int = 100
+    weight: float = 1.0
+
+    @classmethod
+    def read(cls, text: str) -> ClassImages | None:
+        """`FOLDER?prompt=WORDS[&count=N][@WEIGHT]`, or None for an empty text."""
+        if not text.strip():
+            return None
+        match = _fields(
+            "class_images",
+            text,
+            r"(?s)(.+?)\?prompt=(.+?)(?:&count=(\d+))?(?:@(\d*\.?\d+))?",
+            "write FOLDER?prompt=WORDS or FOLDER?prompt=WORDS&count=200@0.5",
+        )
+        count = int(match[3] or 100)
+        if count < 1:
+            raise ValueError(f"class_images is {text!r}: count is 1 or more")
+        return cls(match[1], match[2], count, float(match[4] or 1))
+
+
 class LossOn(NamedTuple):
     """Where the loss is taken: kind "all", "edited" or "weighted"; weight is the repainted area's."""
 

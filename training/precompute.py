@@ -83,8 +83,8 @@ def precompute(
 def _check(config: TrainConfig, folder: Path) -> None:
     if config.task != "fill":
         raise ValueError(f"task is {config.task!r}: the precomputed format is FLUX Fill's, set task=fill")
-    if config.text_lengths or config.class_prompt or config.edit_loss_weight:
-        raise ValueError("text_lengths, class_prompt and edit_loss_weight need images: leave them out")
+    if config.text_lengths or config.class_images or config.edit_loss_weight:
+        raise ValueError("text_lengths, class_images and edit_loss_weight need images: leave them out")
     check_folder(folder)
     if (folder / "index.json").exists() and not (folder / NOTE).is_file():
         raise ValueError(f"output {folder} holds an index.json of another origin: name an empty folder")

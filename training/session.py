@@ -118,7 +118,8 @@ def configure(choices: Choices, root: Path) -> TrainConfig:
     )
     config.save_every, config.sample_every = choices.save_every, choices.preview_every
     config.log_every, config.sample_count = max(1, min(10, choices.steps // 50)), 2
-    config.class_prompt, config.class_dir = choices.class_prompt, str(root / choices.folder() / "class")
+    folder = root / choices.folder() / "class"
+    config.class_images = f"{folder}?prompt={choices.class_prompt}@1" if choices.class_prompt else ""
     config.optimizer, config.lr = "adamw", choices.lr or (1e-3 if small else 1e-4)
     config.rank, config.lora_alpha = choices.rank or config.rank, None
     config.batch_size = choices.batch_size or (8 if small else config.batch_size)

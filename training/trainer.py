@@ -105,8 +105,8 @@ class Trainer:
         self.stamps = changes.stamps(c, self.task.denoiser_part)
         self.found = resume.find(self)
         # With class pictures the data are whole only when those are made.
-        self.data = None if c.class_prompt else encode.open_data(self)
-        if c.class_prompt:
+        self.data = None if c.class_images else encode.open_data(self)
+        if c.class_images:
             open_source(list(c.data), c.seed)
         self.check()
 
@@ -211,7 +211,7 @@ class Trainer:
 
     def _loss(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
         rows = self.task.row_losses(batch, noise, u)
-        loss = losses.total(rows, batch["prior"], self.config.prior_loss_weight)
+        loss = losses.total(rows, batch["prior"], self.config.prior.weight if self.config.prior else 1.0)
         if self.config.method == "moe_lora" and self.config.moe_gate == "softmax_all":
             balance = adapters.balance_loss(self.parts[self.task.denoiser_part])
             if balance is not None:

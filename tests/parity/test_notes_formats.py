@@ -251,7 +251,7 @@ def test_prompt_image_mask_rows_train(task, root, tmp_path):
     recipe = {"sd_inpaint": "sd_inpaint_dreambooth", "fill": "icedit"}[task]
     options = {"optimizer": "adamw", "lr": 1e-3, "rank": 4, "batch_size": 2, "layout": "auto"}
     if task == "sd_inpaint":
-        options["class_prompt"] = ""
+        options["class_images"] = ""
     data = [f"jsonl:{root / 'train.jsonl'}"]
     out = command("train", recipe, tmp_path / "out", model=model(task), data=data, sample_every=0, **options)
     moved(out / f"{recipe}.safetensors")
@@ -320,10 +320,7 @@ def test_dreambooth_with_prior_preservation(root, tmp_path):
     """train_dreambooth_inpaint_lora.py: one prompt for a folder of images, class images made by the model."""
     data = [f"images:{root / 'dog'}?prompt=a photo of sks dog"]
     options = {
-        "class_prompt": "a photo of dog",
-        "class_dir": str(tmp_path / "class"),
-        "num_class_images": 3,
-        "prior_loss_weight": 1.0,
+        "class_images": f"{tmp_path / 'class'}?prompt=a photo of dog&count=3@1.0",
         "mask_variants": 2,
         "batch_size": 1,
         "gradient_checkpointing": True,
@@ -353,7 +350,7 @@ def test_dreambooth_of_the_whole_model_and_its_text_encoder(root, tmp_path):
     from diffusers import StableDiffusionInpaintPipeline
 
     data = [f"images:{root / 'dog'}?prompt=a photo of sks dog"]
-    options = {"method": "full", "train_text_encoder": True, "class_prompt": "", "lr": 2e-6, "max_steps": 1}
+    options = {"method": "full", "train_text_encoder": True, "class_images": "", "lr": 2e-6, "max_steps": 1}
     out = command(
         "train",
         "sd_inpaint_dreambooth",
@@ -374,7 +371,7 @@ def test_dreambooth_of_the_whole_model_and_its_text_encoder(root, tmp_path):
 
 def test_a_folder_of_images_with_captions_trains_inpainting(root, tmp_path):
     """glid-3-xl's image_train_inpaint.py reads image1.png beside image1.txt."""
-    data, options = [f"images:{root / 'captions'}"], {"class_prompt": "", "rank": 4, "max_steps": 1}
+    data, options = [f"images:{root / 'captions'}"], {"class_images": "", "rank": 4, "max_steps": 1}
     out = command(
         "train",
         "sd_inpaint_dreambooth",
@@ -393,7 +390,7 @@ def test_a_folder_of_images_with_captions_trains_inpainting(root, tmp_path):
         ("drop_text_prob", "prompt_drop"),
         ("learning_rate", "lr"),
         ("instance_data_dir", r"images:FOLDER\?prompt=WORDS"),
-        ("with_prior_preservation", "class_prompt"),
+        ("with_prior_preservation", "class_images"),
         ("use_8bit_adam", "optimizer=adamw8bit"),
     ],
 )

@@ -475,7 +475,7 @@ def test_a_disk_without_room_is_found_before_rows_are_written(pairs, tmp_path, m
     "more, sentence",
     [
         (("--set", "task=kontext"), "set task=fill"),
-        (("--set", "class_prompt=a dog"), "leave them out"),
+        (("--set", "class_images=folder?prompt=a dog"), "leave them out"),
         (("--set", "resolution"), "not of the form key=value"),
     ],
 )

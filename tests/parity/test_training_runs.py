@@ -373,7 +373,8 @@ def test_an_interrupted_cache_keeps_every_finished_row_with_all_its_masks(folder
 
 
 def test_prior_preservation_makes_just_the_missing_class_pictures(folders, tmp_path):
-    options = {"class_prompt": "a dog", "class_dir": str(tmp_path / "class"), "num_class_images": 3}
+    wanted = f"{tmp_path / 'class'}?prompt=a dog&count="
+    options = {"class_images": f"{wanted}3"}
     options |= {"sample_steps": 2, "max_steps": 1, "data": ["shapes:4?size=32&task=inpaint"]}
     trainer, _ = run(toy(folders, tmp_path / "one", "sd_inpaint", **options))
     made = {p.name: p.read_bytes() for p in (tmp_path / "class").iterdir()}
@@ -382,7 +383,7 @@ def test_prior_preservation_makes_just_the_missing_class_pictures(folders, tmp_p
     assert batch["prior"].tolist() == [False, False, True, True] and len(noise) == 4
     assert batch["prompts"][2:] == ["a dog", "a dog"] or " " in batch["prompts"]
     assert not torch.equal(noise[:2], noise[2:])
-    run(toy(folders, tmp_path / "two", "sd_inpaint", **{**options, "num_class_images": 4}))
+    run(toy(folders, tmp_path / "two", "sd_inpaint", **{**options, "class_images": f"{wanted}4"}))
     after = {p.name: p.read_bytes() for p in (tmp_path / "class").iterdir()}
     assert len(after) == 4 and made.items() <= after.items()
 
@@ -423,7 +424,7 @@ def test_a_few_pictures_are_learned(folders, tmp_path, task, method):
         ({"task": "kontext"}, "384 input channels"),
         ({"model": "nowhere/at/all"}, "does not exist"),
         ({"data": ["pairs:nowhere"]}, "nowhere does not exist"),
-        ({"class_prompt": "a dog"}, "leave it empty"),
+        ({"class_images": "folder?prompt=a dog"}, "leave it empty"),
         ({"target_modules": ["nothing"]}, "match no linear"),
         ({"optimizer": "adamw8bit"}, "bitsandbytes is not installed"),
     ],

@@ -28,7 +28,7 @@ def test_every_bundled_recipe_parses(path):
     task = values.get("task")
     if task in WORLD_TASKS:
         module, name = WORLD_TASKS[values.pop("task")]
-        module = importlib.import_module(f"comfyui_diptych.training.tiny.{module}")
+        module = importlib.import_module(f"comfyui_diptych.training.{module}")
         assert config.from_dict(values, getattr(module, name)).output_dir
     elif task in config.TASKS:
         assert config.from_dict(values, kind).recipe == path.stem
@@ -86,6 +86,8 @@ def test_overrides_are_typed_like_the_file(tmp_path):
         ),
         ({"time_sampling": "logit_normal:1"}, "use one of logit_normal"),
         ({"time_sampling": "logit_normal:0,-1"}, "STD is a finite number, 0 or more"),
+        ({"class_images": "my_class"}, "write FOLDER.prompt=WORDS or"),
+        ({"class_images": "my_class?prompt=a dog&count=0"}, "count is 1 or more"),
         ({"loss_on": "weighted"}, "for example weighted:4"),
         ({"loss_on": "weighted:-4"}, "WEIGHT is a finite number, 0 or more"),
         ({"save_dtype": "float8"}, "save_dtype is 'float8': use one of float32"),
@@ -125,7 +127,15 @@ def test_options_of_several_values_are_read_in_one_way():
     c = config.from_dict({"time_sampling": "logit_normal: 1.5, 1e-1", "loss_on": "weighted:4"})
     assert c.sigmas == ("logit_normal", 1.5, 0.1) and c.regions == ("weighted", 4.0)
     c = config.from_dict({"time_sampling": "uniform", "loss_on": "edited"})
-    assert (c.sigmas.kind, c.regions.kind) == ("uniform", "edited")
+    assert (c.sigmas.kind, c.regions.kind, c.prior) == ("uniform", "edited", None)
+    c = config.from_dict({"class_images": "a@b/c?prompt=what? a dog & cat@2&count=7@0.5"})
+    assert c.prior == ("a@b/c", "what? a dog & cat@2", 7, 0.5)
+    assert config.load("sd_inpaint_dreambooth").prior == (
+        "output/dreambooth/class",
+        "a photo of a dog",
+        100,
+        1,
+    )
 
 
 @pytest.mark.parametrize(

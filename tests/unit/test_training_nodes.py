@@ -80,7 +80,7 @@ def test_the_base_model_picks_the_recipe(tmp_path, part, channels, task, recipe)
     config = session.configure(choices, tmp_path)
     assert (config.task, config.recipe, config.max_steps, config.rank, config.lr) == (task, recipe, 7, 5, 0.5)
     assert config.resolution == 48 and config.model == str(model) and config.data == ["shapes:4"]
-    assert config.resume == "auto" and config.class_prompt == "" and config.optimizer == "adamw"
+    assert config.resume == "auto" and config.class_images == "" and config.optimizer == "adamw"
 
 
 @pytest.mark.parametrize(

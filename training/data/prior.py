@@ -89,16 +89,16 @@ def top_up(
     `task` has its encoders and its host (`make_host`) ready. Names hold the number and the start of the
     content's hash.
     """
-    folder = Path(config.class_dir)
-    missing = range(len(class_files(folder)), config.num_class_images)
-    side = config.resolution
-    text = {k: v.float() for k, v in task.encode_text([config.class_prompt]).items()}
+    wanted, side = config.prior, config.resolution
+    folder = Path(wanted.folder)
+    missing = range(len(class_files(folder)), wanted.count)
+    text = {k: v.float() for k, v in task.encode_text([wanted.prompt]).items()}
     mine = list(missing)[rank::world]
     folder.mkdir(parents=True, exist_ok=True)
     for number in progress(mine, "class pictures"):
         generator = row_generator(config.seed, number, "class picture")
         pixels = torch.rand(3, side, side, generator=generator) * 2 - 1
-        batch = task.encode_pictures([Arranged(pixels, config.class_prompt, torch.ones(1, side, side))])
+        batch = task.encode_pictures([Arranged(pixels, wanted.prompt, torch.ones(1, side, side))])
         batch = {k: v.to(task.device) for k, v in (batch | text).items()}
         batch = task.guided(batch, task.encode_text, config.sample_guidance)
         noise = row_noise(config.seed, [(1 << 41) + number], tuple(batch["latents"].shape[1:]))
@@ -113,7 +113,7 @@ def top_up(
 def prepare(trainer: Any) -> None:
     """Before anything is trained, the model makes the class pictures that are missing."""
     config = trainer.config
-    if not config.class_prompt or len(class_files(config.class_dir)) >= config.num_class_images:
+    if config.prior is None or len(class_files(config.prior.folder)) >= config.prior.count:
         return
     trainer.task.wake_text()
     trainer.task.make_host(trainer.task.load_denoiser())
@@ -123,18 +123,14 @@ def prepare(trainer: Any) -> None:
 
 def check(config: Any) -> None:
     """Raises ValueError where prior preservation is asked for but cannot be done."""
-    if not config.class_prompt:
+    if config.prior is None:
         return
     if config.task == "kontext" or (config.task == "fill" and config.layout != "inpaint"):
-        raise ValueError("class_prompt is set but the task edits pairs: leave it empty, it is for inpainting")
-    if not config.class_dir:
-        raise ValueError("class_prompt is set but class_dir is empty: name a folder for the class pictures")
-    if config.num_class_images < 1:
-        raise ValueError(f"num_class_images is {config.num_class_images}: use 1 or more")
+        raise ValueError("class_images is set but the task edits pairs: leave it empty, it is for inpainting")
 
 
 def with_class(source: Source, config: Any) -> Source:
     """The source, followed by the class pictures if there are any to use."""
-    if not config.class_prompt:
+    if config.prior is None:
         return source
-    return Chain(source, ClassPictures(config.class_dir, config.class_prompt, config.num_class_images))
+    return Chain(source, ClassPictures(config.prior.folder, config.prior.prompt, config.prior.count))
