@@ -91,12 +91,15 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
     return _finite(mask.float(), name).clamp(0, 1)
 
 
-def painted(mask: Tensor | None, name: str = "mask", *, needed: bool = False) -> Tensor | None:
+def painted(
+    mask: Tensor | None, name: str = "mask", *, needed: bool = False, empty_items: bool = False
+) -> Tensor | None:
     """The mask [B,H,W], or None for the whole image: the pack's one rule of what an empty mask means.
 
     A mask of zeros counts as none (Load Image gives one for an image without alpha): the whole image
-    is repainted, or if a mask is `needed`, ValueError. In a batch that holds for each mask by itself. A mask
-    that is painted but nowhere 0.5 or more would repaint nothing: ValueError.
+    is repainted, or if a mask is `needed`, ValueError. In a batch that holds for each mask by itself, unless
+    `empty_items` may stay empty beside painted ones (images without holes of their own). A mask that is
+    painted but nowhere 0.5 or more would repaint nothing: ValueError.
     """
     if mask is None:
         return None
@@ -115,6 +118,8 @@ def painted(mask: Tensor | None, name: str = "mask", *, needed: bool = False) ->
         )
     if bool(empty.all()):
         return None
+    if empty_items:
+        return mask
     return torch.where(empty[:, None, None], torch.ones((), device=mask.device), mask)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..samplers.rules import RULES
+from . import widgets
 from .shown import report_to
+from .widgets import choice, integer, socket, text
 
 
 class DiptychEarlyFilterSampler:
@@ -29,99 +31,42 @@ class DiptychEarlyFilterSampler:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from an Edit Reward node."}),
-                "vae": ("VAE", {"tooltip": "Decodes what the judge looks at: the VAE of the model."}),
-                "candidates": (
-                    "INT",
-                    {
-                        "default": 6,
-                        "min": 1,
-                        "max": 64,
-                        "tooltip": "How many starts compete. ICEdit found 6 a good number; 12 adds little.",
-                    },
+                "reward": widgets.reward(),
+                "vae": socket("VAE")("Decodes what the judge looks at: the VAE of the model."),
+                "candidates": integer(6, 1, 64)(
+                    "How many starts compete. ICEdit found 6 a good number; 12 adds little."
                 ),
-                "judge_steps": (
-                    "INT",
-                    {
-                        "default": 4,
-                        "min": 1,
-                        "max": 10000,
-                        "tooltip": "Steps every start makes before it is judged. More steps show the judge "
-                        "a clearer image and cost more; 4 to 10 of 28 work.",
-                    },
+                "judge_steps": integer(4, 1, 10000)(
+                    "Steps every start makes before it is judged. More steps show the judge a clearer image "
+                    "and cost more; 4 to 10 of 28 work."
                 ),
             },
             "optional": {
-                "layout": (
-                    "DIPTYCH_LAYOUT",
-                    {
-                        "tooltip": "From the Diptych Builder: the judge then sees the edited panel alone, "
-                        "at the source's size, and source and mask are known."
-                    },
+                "layout": socket("DIPTYCH_LAYOUT")(
+                    "From the Diptych Builder: the judge then sees the edited panel alone, at the source's "
+                    "size, and source and mask are known."
                 ),
-                "source": ("IMAGE", {"tooltip": "The image before the edit; with a layout, its own."}),
-                "mask": (
-                    "MASK",
-                    {"tooltip": "1 where the edit may change something, for kept-area rewards."},
+                "source": socket("IMAGE")("The image before the edit; with a layout, its own."),
+                "mask": socket("MASK")("1 where the edit may change something, for kept-area rewards."),
+                "instruction": text("", multiline=True)(
+                    "What was asked for, for rewards that read: the instruction, or for text agreement "
+                    "(CLIP, PickScore, HPS) a description of the target image."
                 ),
-                "instruction": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "multiline": True,
-                        "tooltip": "What was asked for, for rewards that read: the instruction, or for text "
-                        "agreement (CLIP, PickScore, HPS) a description of the target image.",
-                    },
+                "keep": integer(1, 1, 64, advanced=True)(
+                    "How many of the best are finished, as a batch, best first."
                 ),
-                "keep": (
-                    "INT",
-                    {
-                        "default": 1,
-                        "min": 1,
-                        "max": 64,
-                        "advanced": True,
-                        "tooltip": "How many of the best are finished, as a batch, best first.",
-                    },
+                "together": integer(1, 1, 64, advanced=True)(
+                    "Candidates per model call. More is faster on a large GPU with small images and takes "
+                    "more memory; the result differs by rounding only."
                 ),
-                "together": (
-                    "INT",
-                    {
-                        "default": 1,
-                        "min": 1,
-                        "max": 64,
-                        "advanced": True,
-                        "tooltip": "Candidates per model call. More is faster on a large GPU with small "
-                        "images and takes more memory; the result differs by rounding only.",
-                    },
+                "rule": choice(RULES, "ode", advanced=True)(
+                    "Step rule, as in the Flow-Match Euler Sampler; ode is euler."
                 ),
-                "rule": (
-                    list(RULES),
-                    {
-                        "default": "ode",
-                        "advanced": True,
-                        "tooltip": "Step rule, as in the Flow-Match Euler Sampler; ode is euler.",
-                    },
+                "eta": widgets.eta(advanced=True)(
+                    "Noise of the SDE rules. -1: the rule's own value; 0: none."
                 ),
-                "eta": (
-                    "FLOAT",
-                    {
-                        "default": -1.0,
-                        "min": -1.0,
-                        "max": 2.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "Noise of the SDE rules. -1: the rule's own value; 0: none.",
-                    },
-                ),
-                "sde_seed": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 0xFFFFFFFFFFFFFFFF,
-                        "advanced": True,
-                        "tooltip": "Picks other paths from the same starts, for the SDE rules.",
-                    },
+                "sde_seed": widgets.seed(advanced=True)(
+                    "Picks other paths from the same starts, for the SDE rules."
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..models import condition, pixels
 from ..models.diptych import Layout
-from ..models.geometry import AUTO_POLICIES
+from . import widgets
+from .widgets import choice, number, socket, switch
 
 log = logging.getLogger(__name__)
 
@@ -42,47 +43,25 @@ class DiptychFluxFillConditioner:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "positive": ("CONDITIONING", {"tooltip": "The encoded prompt."}),
-                "negative": (
-                    "CONDITIONING",
-                    {"tooltip": "The encoded negative prompt; without effect at cfg 1."},
-                ),
-                "vae": ("VAE", {"tooltip": "FLUX's autoencoder (ae.safetensors)."}),
-                "image": ("IMAGE", {"tooltip": "The image to fill, such as the diptych."}),
+                "positive": socket("CONDITIONING")("The encoded prompt."),
+                "negative": socket("CONDITIONING")("The encoded negative prompt; without effect at cfg 1."),
+                "vae": socket("VAE")("FLUX's autoencoder (ae.safetensors)."),
+                "image": socket("IMAGE")("The image to fill, such as the diptych."),
             },
             "optional": {
-                "mask": ("MASK", {"tooltip": "White is repainted; binarised at 0.5. Any size, not empty."}),
-                "mask_tokens": (
-                    "DIPTYCH_MASK_TOKENS",
-                    {
-                        "tooltip": "Instead of a mask: from the Mask Packer, used as they are, soft if they "
-                        "are soft."
-                    },
+                "mask": socket("MASK")("White is repainted; binarised at 0.5. Any size, not empty."),
+                "mask_tokens": socket("DIPTYCH_MASK_TOKENS")(
+                    "Instead of a mask: from the Mask Packer, used as they are, soft if they are soft."
                 ),
-                "model": (
-                    "MODEL",
-                    {
-                        "tooltip": "The model you will sample with: refuses anything but FLUX.1-Fill. Not "
-                        "changed."
-                    },
+                "model": socket("MODEL")(
+                    "The model you will sample with: refuses anything but FLUX.1-Fill. Not changed."
                 ),
-                "noise_mask": (
-                    "BOOLEAN",
-                    {
-                        "default": False,
-                        "tooltip": "On: unmasked latents are also put back at every step (as "
-                        "InpaintModelConditioning does). Off: the model alone keeps them, as in "
-                        "FluxFillPipeline.",
-                    },
+                "noise_mask": switch(False)(
+                    "On: unmasked latents are also put back at every step (as InpaintModelConditioning "
+                    "does). Off: the model alone keeps them, as in FluxFillPipeline."
                 ),
-                "policy": (
-                    list(AUTO_POLICIES),
-                    {
-                        "default": "stretch",
-                        "advanced": True,
-                        "tooltip": "How sides that do not divide by 16 are made to. A diptych's always "
-                        "divide.",
-                    },
+                "policy": widgets.policy(advanced=True)(
+                    "How sides that do not divide by 16 are made to. A diptych's always divide."
                 ),
             },
         }
@@ -132,69 +111,35 @@ class DiptychKontextConditioner:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "conditioning": (
-                    "CONDITIONING",
-                    {"tooltip": "The encoded prompt, or another Kontext Conditioner."},
-                ),
-                "vae": ("VAE", {"tooltip": "FLUX's autoencoder (ae.safetensors)."}),
-                "image": ("IMAGE", {"tooltip": "The image to edit; the result has its size."}),
+                "conditioning": socket("CONDITIONING")("The encoded prompt, or another Kontext Conditioner."),
+                "vae": socket("VAE")("FLUX's autoencoder (ae.safetensors)."),
+                "image": socket("IMAGE")("The image to edit; the result has its size."),
             },
             "optional": {
-                "image_2": ("IMAGE", {"tooltip": "A second reference, of any size."}),
-                "image_3": ("IMAGE", {"tooltip": "A third reference, of any size."}),
-                "mask": (
-                    "MASK",
-                    {
-                        "tooltip": "Repaint `image` only here (an empty mask means all of it); elsewhere "
-                        "Diptych Split returns it exactly."
-                    },
+                "image_2": socket("IMAGE")("A second reference, of any size."),
+                "image_3": socket("IMAGE")("A third reference, of any size."),
+                "mask": socket("MASK")(
+                    "Repaint `image` only here (an empty mask means all of it); elsewhere Diptych Split "
+                    "returns it exactly."
                 ),
-                "size_policy": (
-                    list(condition.SIZE_POLICIES),
-                    {
-                        "default": "preferred",
-                        "tooltip": "preferred: the nearest of Kontext's 17 trained sizes (about 1 "
-                        "megapixel). keep: the image's own size in multiples of 16. megapixels: its aspect "
-                        "at that area.",
-                    },
+                "size_policy": choice(condition.SIZE_POLICIES, "preferred")(
+                    "preferred: the nearest of Kontext's 17 trained sizes (about 1 megapixel). keep: the "
+                    "image's own size in multiples of 16. megapixels: its aspect at that area."
                 ),
-                "policy": (
-                    list(AUTO_POLICIES),
-                    {
-                        "default": "auto",
-                        "tooltip": "How an image meets that size. stretch: as diffusers. crop: borders are "
-                        "left out and come back in Diptych Split. pad: the edge's pixels are repeated. auto: "
-                        "stretch by up to 5 %, crop by up to 10 %, else pad; the console says which.",
-                    },
+                "policy": widgets.policy(default="auto")(
+                    "How an image meets that size. stretch: as diffusers. crop: borders are left out and "
+                    "come back in Diptych Split. pad: the edge's pixels are repeated. auto: stretch by up to "
+                    "5 %, crop by up to 10 %, else pad; the console says which."
                 ),
-                "reference_method": (
-                    list(METHODS),
-                    {
-                        "default": "auto",
-                        "tooltip": "Where references lie for the model. auto: as set before, else offset. "
-                        "offset: side by side. index: stacked, numbered. uxo: diagonal, for UNO and USO "
-                        "models.",
-                    },
+                "reference_method": choice(METHODS, "auto")(
+                    "Where references lie for the model. auto: as set before, else offset. offset: side by "
+                    "side. index: stacked, numbered. uxo: diagonal, for UNO and USO models."
                 ),
-                "batch": (
-                    ["edits", "references"],
-                    {
-                        "default": "edits",
-                        "advanced": True,
-                        "tooltip": "A batch of images means: one edit each, or several references of one "
-                        "edit.",
-                    },
+                "batch": choice(["edits", "references"], "edits", advanced=True)(
+                    "A batch of images means: one edit each, or several references of one edit."
                 ),
-                "megapixels": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.05,
-                        "max": 8.0,
-                        "step": 0.05,
-                        "advanced": True,
-                        "tooltip": "For size_policy = megapixels.",
-                    },
+                "megapixels": number(1.0, 0.05, 8.0, step=0.05, advanced=True)(
+                    "For size_policy = megapixels."
                 ),
             },
         }
@@ -224,8 +169,8 @@ class DiptychKontextConditioner:
         first, *others = [
             condition.reference(view, mask=None if i else mask, **sizing) for i, view in enumerate(images)
         ]
-        for number, view in enumerate((first, *others), 1):
-            log.info("Kontext Conditioner: image %d: %s", number, view.layout)
+        for place, view in enumerate((first, *others), 1):
+            log.info("Kontext Conditioner: image %d: %s", place, view.layout)
         references = [_encode(vae, view.image) for view in (first, *others)]
         count = max(len(encoded) for encoded in references)
         latent = {"samples": pixels.repeat_batch(references[0], count).clone()}

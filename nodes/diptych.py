@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..models import diptych as dp
-from ..models.geometry import AUTO_POLICIES
+from . import widgets
+from .widgets import choice, integer, number, socket, switch, text
 
 
 class DiptychBuilder:
@@ -31,94 +32,41 @@ class DiptychBuilder:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "image": (
-                    "IMAGE",
-                    {"tooltip": "The image to edit, of any size; a batch gives one diptych each."},
-                ),
-                "instruction": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "multiline": True,
-                        "tooltip": "What to change, such as: make the hat red. The sentence around it is "
-                        "added.",
-                    },
+                "image": socket("IMAGE")("The image to edit, of any size; a batch gives one diptych each."),
+                "instruction": text("", multiline=True)(
+                    "What to change, such as: make the hat red. The sentence around it is added."
                 ),
             },
             "optional": {
-                "edit_mask": (
-                    "MASK",
-                    {
-                        "tooltip": "Repaint only here (white); everything else comes back exactly. An empty "
-                        "mask means the whole image. ICEdit was trained on whole panels: if a local edit "
-                        "comes out weak, leave this open and give the mask to Diptych Split instead."
-                    },
+                "edit_mask": socket("MASK")(
+                    "Repaint only here (white); everything else comes back exactly. An empty mask means the "
+                    "whole image. ICEdit was trained on whole panels: if a local edit comes out weak, leave "
+                    "this open and give the mask to Diptych Split instead."
                 ),
-                "panel_width": (
-                    "INT",
-                    {
-                        "default": dp.PANEL_WIDTH,
-                        "min": 0,
-                        "max": 4096,
-                        "step": 16,
-                        "tooltip": "Width of one panel in pixels; the height follows from the image. 512 "
-                        "is what ICEdit was trained on; 0 keeps the image's own size.",
-                    },
+                "panel_width": integer(dp.PANEL_WIDTH, 0, 4096, step=16)(
+                    "Width of one panel in pixels; the height follows from the image. 512 is what ICEdit was "
+                    "trained on; 0 keeps the image's own size."
                 ),
-                "policy": (
-                    list(AUTO_POLICIES),
-                    {
-                        "default": "stretch",
-                        "tooltip": "How both sides become multiples of 16. stretch: by up to 8 pixels. crop: "
-                        "borders are left out, and come back in Diptych Split. pad: the edge's pixels are "
-                        "repeated. auto: stretch unless that bends the image by more than 5 %.",
-                    },
+                "policy": widgets.policy()(
+                    "How both sides become multiples of 16. stretch: by up to 8 pixels. crop: borders are "
+                    "left out, and come back in Diptych Split. pad: the edge's pixels are repeated. auto: "
+                    "stretch unless that bends the image by more than 5 %."
                 ),
-                "side": (
-                    list(dp.SIDES),
-                    {
-                        "default": "right",
-                        "tooltip": "Where the edit goes. ICEdit was trained on right. none: a single panel, "
-                        "for plain masked filling; the instruction is then the whole prompt.",
-                    },
+                "side": choice(dp.SIDES, "right")(
+                    "Where the edit goes. ICEdit was trained on right. none: a single panel, for plain "
+                    "masked filling; the instruction is then the whole prompt."
                 ),
-                "second_panel": (
-                    list(dp.SECOND),
-                    {
-                        "default": "copy",
-                        "advanced": True,
-                        "tooltip": "What the pixels to repaint hold before sampling. At denoise 1.0 the "
-                        "result does not depend on it.",
-                    },
+                "second_panel": choice(dp.SECOND, "copy", advanced=True)(
+                    "What the pixels to repaint hold before sampling. At denoise 1.0 the result does not "
+                    "depend on it."
                 ),
-                "second_seed": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 0xFFFFFFFFFFFFFFFF,
-                        "advanced": True,
-                        "tooltip": "For second_panel = noise.",
-                    },
+                "second_seed": widgets.seed(advanced=True)("For second_panel = noise."),
+                "template": text(dp.ICEDIT_TEMPLATE, multiline=True, advanced=True)(
+                    "The sentence around {instruction}. {edited}, {source} and {arrangement} follow the "
+                    "side; the default does so by itself."
                 ),
-                "template": (
-                    "STRING",
-                    {
-                        "default": dp.ICEDIT_TEMPLATE,
-                        "multiline": True,
-                        "advanced": True,
-                        "tooltip": "The sentence around {instruction}. {edited}, {source} and {arrangement} "
-                        "follow the side; the default does so by itself.",
-                    },
-                ),
-                "keep_rest": (
-                    "BOOLEAN",
-                    {
-                        "default": False,
-                        "advanced": True,
-                        "tooltip": "Adds that other regions stay the same: helps when an edit changes too "
-                        "much.",
-                    },
+                "keep_rest": switch(False, advanced=True)(
+                    "Adds that other regions stay the same: helps when an edit changes too much."
                 ),
             },
         }
@@ -175,69 +123,33 @@ class DiptychSplit:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "image": (
-                    "IMAGE",
-                    {"tooltip": "The decoded diptych (or Kontext result); also a batch, or upscaled."},
+                "image": socket("IMAGE")(
+                    "The decoded diptych (or Kontext result); also a batch, or upscaled."
                 ),
-                "layout": (
-                    "DIPTYCH_LAYOUT",
-                    {"tooltip": "From the Diptych Builder or the Kontext Conditioner."},
-                ),
+                "layout": socket("DIPTYCH_LAYOUT")("From the Diptych Builder or the Kontext Conditioner."),
             },
             "optional": {
-                "source": (
-                    "IMAGE",
-                    {
-                        "tooltip": "The image to paste into. Left open, it is the one the layout was made "
-                        "from; a larger version of it (same aspect) gives a result of that size."
-                    },
+                "source": socket("IMAGE")(
+                    "The image to paste into. Left open, it is the one the layout was made from; a larger "
+                    "version of it (same aspect) gives a result of that size."
                 ),
-                "mask": (
-                    "MASK",
-                    {
-                        "tooltip": "Take the edit only here. Left open or empty, the edit_mask of the "
-                        "builder counts."
-                    },
+                "mask": socket("MASK")(
+                    "Take the edit only here. Left open or empty, the edit_mask of the builder counts."
                 ),
-                "paste": (
-                    list(dp.PASTE),
-                    {
-                        "default": "auto",
-                        "tooltip": "Which pixels of the edit to take; all others are exactly the source's. "
-                        "panel: all. mask: inside the mask. changed: those that differ from the diptych's "
-                        "other panel. auto: mask if there is one, else panel.",
-                    },
+                "paste": choice(dp.PASTE, "auto")(
+                    "Which pixels of the edit to take; all others are exactly the source's. panel: all. "
+                    "mask: inside the mask. changed: those that differ from the diptych's other panel. auto: "
+                    "mask if there is one, else panel."
                 ),
-                "feather": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 512,
-                        "tooltip": "Fade from source to edit over so many pixels inside the pasted region.",
-                    },
+                "feather": integer(0, 0, 512)(
+                    "Fade from source to edit over so many pixels inside the pasted region."
                 ),
-                "grow": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": -512,
-                        "max": 512,
-                        "advanced": True,
-                        "tooltip": "Enlarge the pasted region by so many pixels first; below 0 shrinks it.",
-                    },
+                "grow": integer(0, -512, 512, advanced=True)(
+                    "Enlarge the pasted region by so many pixels first; below 0 shrinks it."
                 ),
-                "threshold": (
-                    "FLOAT",
-                    {
-                        "default": dp.CHANGE_THRESHOLD,
-                        "min": 0.005,
-                        "max": 1.0,
-                        "step": 0.005,
-                        "advanced": True,
-                        "tooltip": "For paste = changed: how much a channel must differ (0 to 1). The VAE "
-                        "alone makes 0.02 to 0.05.",
-                    },
+                "threshold": number(dp.CHANGE_THRESHOLD, 0.005, 1.0, step=0.005, advanced=True)(
+                    "For paste = changed: how much a channel must differ (0 to 1). The VAE alone makes 0.02 "
+                    "to 0.05."
                 ),
             },
         }

@@ -7,26 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .lora import lora_names, lora_path
+from . import widgets
+from .menus import NONE, TINY, data_spec, datasets, lora_names, lora_path, model_folder
 from .shown import shown
-from .training import (
-    DEMO,
-    PRECISION_INPUT,
-    SEED_INPUT,
-    TINY,
-    DiptychTrainLora,
-    _number,
-    base_model_input,
-    data_spec,
-    datasets,
-    learning_rate_input,
-    model_folder,
-    rank_input,
-    resolution_input,
-)
+from .training import DiptychTrainLora, base_model_menu, dataset_menu
+from .widgets import choice, integer, socket, text
 
 PRESETS = ["fast", "winner", "flow-grpo", "dance", "mixgrpo", "nft"]
-AUTO, NONE = "auto", "none"
+AUTO = "auto"
 
 
 class DiptychTrainGRPO:
@@ -55,73 +43,41 @@ class DiptychTrainGRPO:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "reward": ("DIPTYCH_REWARD", {"tooltip": "What is good, from Edit Reward nodes."}),
-                "dataset": (
-                    [DEMO, *datasets()],
-                    {
-                        "default": DEMO,
-                        "tooltip": "A folder in ComfyUI's input folder with NAME.png and NAME.txt (the "
-                        "instruction), or edit pairs as for Train Edit LoRA.",
-                    },
+                "reward": socket("DIPTYCH_REWARD")("What is good, from Edit Reward nodes."),
+                "dataset": dataset_menu(
+                    "A folder in ComfyUI's input folder with NAME.png and NAME.txt (the instruction), or "
+                    "edit pairs as for Train Edit LoRA."
                 ),
-                "base_model": base_model_input(),
-                "updates": (
-                    "INT",
-                    _number(40, 1, 1_000_000, "Rounds of trying, judging and learning. More later go on."),
+                "base_model": base_model_menu(),
+                "updates": integer(40, 1, 1_000_000)(
+                    "Rounds of sampling, scoring and learning. More later go on."
                 ),
-                "output_name": (
-                    "STRING",
-                    {
-                        "default": "my_grpo_lora",
-                        "tooltip": "File name in the loras folder, without extension.",
-                    },
-                ),
+                "output_name": text("my_grpo_lora")("File name in the loras folder, without extension."),
             },
             "optional": {
-                "images": ("IMAGE", {"tooltip": "Sources to learn on instead of the dataset."}),
-                "start_from": (
-                    [AUTO, NONE, *lora_names()],
-                    {
-                        "default": AUTO,
-                        "tooltip": "A LoRA that makes the base an editor (ICEdit on FLUX Fill); it stays "
-                        "as it is and is loaded beside the result. auto: the bundled one, for tiny models.",
-                    },
+                "images": socket("IMAGE")("Sources to learn on instead of the dataset."),
+                "start_from": choice([AUTO, NONE, *lora_names()], AUTO)(
+                    "A LoRA that makes the base an editor (ICEdit on FLUX Fill); it stays as it is and is "
+                    "loaded beside the result. auto: the bundled one, for tiny models."
                 ),
-                "preset": (
-                    PRESETS,
-                    {
-                        "default": "fast",
-                        "tooltip": "fast: ours, DiffusionNFT with one noise per group; 6 steps. winner: "
-                        "fast, and the worse tries are shown the way to the best one. flow-grpo, dance, "
-                        "mixgrpo, nft: as published.",
-                    },
+                "preset": choice(PRESETS, "fast")(
+                    "fast: ours, DiffusionNFT with one noise per group; 6 steps. winner: fast, and the worse "
+                    "tries are shown the way to the best one. flow-grpo, dance, mixgrpo, nft: as published."
                 ),
-                "instructions": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "multiline": True,
-                        "tooltip": "Only with images: one line for all, or one for each image.",
-                    },
+                "instructions": text("", multiline=True)(
+                    "Only with images: one line for all, or one for each image."
                 ),
-                "group_size": (
-                    "INT",
-                    _number(0, 0, 64, "Tries per instruction; 0 = the preset's (6 to 24).", advanced=True),
+                "group_size": integer(0, 0, 64, advanced=True)(
+                    "Samples per instruction; 0 = the preset's (6 to 24)."
                 ),
-                "groups": (
-                    "INT",
-                    _number(0, 0, 64, "Instructions per update; 0 = the preset's.", advanced=True),
-                ),
-                "rank": rank_input("the preset's"),
-                "learning_rate": learning_rate_input("the preset's (5e-4 for the tiny models)"),
-                "resolution": resolution_input("the preset's"),
-                "precision": PRECISION_INPUT,
-                "save_every": ("INT", _number(10, 1, 100_000, "Updates between checkpoints.", advanced=True)),
-                "preview_every": (
-                    "INT",
-                    _number(10, 0, 100_000, "Updates between sample images; 0 = none.", advanced=True),
-                ),
-                "training_seed": SEED_INPUT,
+                "groups": integer(0, 0, 64, advanced=True)("Instructions per update; 0 = the preset's."),
+                "rank": widgets.rank("the preset's"),
+                "learning_rate": widgets.learning_rate("the preset's (5e-4 for the tiny models)"),
+                "resolution": widgets.resolution("the preset's"),
+                "precision": widgets.precision(),
+                "save_every": widgets.save_every(10, "Updates"),
+                "preview_every": widgets.preview_every(10, "Updates"),
+                "training_seed": widgets.training_seed(),
             },
         }
 

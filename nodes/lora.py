@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
-from ..models import tiny
 from .guard import short
+from .menus import lora_fingerprint, lora_names, lora_path
+from .widgets import choice, integer, number, socket, switch
 
 # models.lora is imported where it is used: it is a third of what importing the pack would cost.
-
-BUNDLED_PREFIX = "diptych tiny demo/"
 
 
 class DiptychGRPOLoraLoader:
@@ -38,78 +35,32 @@ class DiptychGRPOLoraLoader:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "From any loader: plain, fp8, GGUF, with LoRAs or not."}),
-                "lora": (
-                    lora_names(),
-                    {
-                        "tooltip": "A file in the loras folder, or a folder in it as PEFT and DanceGRPO "
-                        "save them (names that end in /). Alpha is found in either."
-                    },
+                "model": socket("MODEL")("From any loader: plain, fp8, GGUF, with LoRAs or not."),
+                "lora": choice(lora_names())(
+                    "A file in the loras folder, or a folder in it as PEFT and DanceGRPO save them (names "
+                    "that end in /). Alpha is found in either."
                 ),
-                "strength": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -20.0,
-                        "max": 20.0,
-                        "step": 0.01,
-                        "tooltip": "1 is the strength it was trained at. 0 switches it off.",
-                    },
+                "strength": number(1.0, -20.0, 20.0, step=0.01)(
+                    "1 is the strength it was trained at. 0 switches it off."
                 ),
             },
             "optional": {
-                "sigma_start": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "Active from this noise level on (1 = pure noise, the first step).",
-                    },
+                "sigma_start": number(1.0, 0.0, 1.0, step=0.01, advanced=True)(
+                    "Active from this noise level on (1 = pure noise, the first step)."
                 ),
-                "sigma_end": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "Off at and below this noise level (0 = never off). Reward-tuned LoRAs "
-                        "often spoil the last, fine steps: try 0.4.",
-                    },
+                "sigma_end": number(0.0, 0.0, 1.0, step=0.01, advanced=True)(
+                    "Off at and below this noise level (0 = never off). Reward-tuned LoRAs often spoil the "
+                    "last, fine steps: try 0.4."
                 ),
-                "file_window": (
-                    "BOOLEAN",
-                    {
-                        "default": True,
-                        "advanced": True,
-                        "tooltip": "While sigma_start is 1 and sigma_end 0, use the window stored in the "
-                        "file, if there is one.",
-                    },
+                "file_window": switch(True, advanced=True)(
+                    "While sigma_start is 1 and sigma_end 0, use the window stored in the file, if there is "
+                    "one."
                 ),
-                "scale": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 100.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "alpha / rank, if the file does not say it. 0 = as the file says.",
-                    },
+                "scale": number(0.0, 0.0, 100.0, step=0.01, advanced=True)(
+                    "alpha / rank, if the file does not say it. 0 = as the file says."
                 ),
-                "top_k": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 64,
-                        "advanced": True,
-                        "tooltip": "Mixture of experts: experts per token. 0 = as the file says, else 1.",
-                    },
+                "top_k": integer(0, 0, 64, advanced=True)(
+                    "Mixture of experts: experts per token. 0 = as the file says, else 1."
                 ),
             },
         }
@@ -123,7 +74,7 @@ class DiptychGRPOLoraLoader:
     @classmethod
     def IS_CHANGED(cls, lora: object = None, **_: object) -> str:
         path = lora_path(lora)
-        return "missing" if path is None else _fingerprint(path)
+        return "missing" if path is None else lora_fingerprint(path)
 
     def load(
         self,
@@ -154,68 +105,6 @@ def _reward_curve(info) -> Tensor:
 
     title = f"reward: {info.reward}" if info.curve else "this file carries no reward curve"
     return as_image(curve([v for _, v in info.curve], steps=[s for s, _ in info.curve], title=title))
-
-
-def lora_names() -> list[str]:
-    """Files of the loras folder, folders among them that are one LoRA (with a final /), bundled ones.
-
-    Costs what ComfyUI's own cached list costs: folders are found by the names of the files in it.
-    """
-    files = _listed()
-    return files + sorted(_folders(files)) + [f"{BUNDLED_PREFIX}{p.name}" for p in _bundled()]
-
-
-def lora_path(name: object) -> Path | None:
-    """Where a name of the list is on disk; None if it is not there any more, or no name at all."""
-    if not isinstance(name, str):
-        return None
-    if name.startswith(BUNDLED_PREFIX):
-        return next((p for p in _bundled() if p.name == name.removeprefix(BUNDLED_PREFIX)), None)
-    try:
-        import folder_paths
-    except ImportError:
-        return None
-    listed = _listed()
-    marker = _folders(listed).get(name)
-    if marker is None and name not in listed:
-        return None
-    found = folder_paths.get_full_path("loras", name if marker is None else marker)
-    if found is None:
-        return None
-    return Path(found) if marker is None else Path(found).parent
-
-
-def _listed() -> list[str]:
-    try:
-        import folder_paths
-    except ImportError:
-        return []
-    return list(folder_paths.get_filename_list("loras"))
-
-
-def _folders(files: list[str]) -> dict[str, str]:
-    """`folder/` -> the weights file in it that gave it away."""
-    from ..models.lora.files import WEIGHT_FILES
-
-    found = {}
-    for file in files:
-        folder, _, name = file.replace("\\", "/").rpartition("/")
-        if folder and name in WEIGHT_FILES:
-            found[f"{folder}/"] = file
-    return found
-
-
-def _bundled() -> list[Path]:
-    return sorted((tiny.folder() / "loras").glob("*.safetensors"))
-
-
-def _fingerprint(path: Path) -> str:
-    from ..models.lora.files import WEIGHT_FILES, sidecar_files
-
-    weights = [p for p in path.iterdir() if p.name in WEIGHT_FILES] if path.is_dir() else [path]
-    files = [*weights, *(sidecar for file in weights for sidecar in sidecar_files(file))]
-    stats = [(p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(files) if p.is_file()]
-    return repr(stats)
 
 
 NODES = [DiptychGRPOLoraLoader]

@@ -6,6 +6,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..models import geometry, packing, pixels
+from . import widgets
+from .widgets import integer, socket, switch
 
 
 class DiptychMaskPacker:
@@ -28,51 +30,24 @@ class DiptychMaskPacker:
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         return {
-            "required": {"mask": ("MASK", {"tooltip": "White (1) is repainted. Any size; a batch is kept."})},
+            "required": {"mask": socket("MASK")("White (1) is repainted. Any size; a batch is kept.")},
             "optional": {
-                "image": (
-                    "IMAGE",
-                    {"tooltip": "The image the mask belongs to: the mask takes its size (multiples of 16)."},
+                "image": socket("IMAGE")(
+                    "The image the mask belongs to: the mask takes its size (multiples of 16)."
                 ),
-                "grow": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": -512,
-                        "max": 512,
-                        "tooltip": "Enlarge by a disc of exactly so many pixels; below 0 shrinks.",
-                    },
+                "grow": integer(0, -512, 512)(
+                    "Enlarge by a disc of exactly so many pixels; below 0 shrinks."
                 ),
-                "binarise": (
-                    "BOOLEAN",
-                    {
-                        "default": True,
-                        "tooltip": "On: 1 from 0.5 up, else 0, as FLUX.1-Fill was trained. Off: gray values "
-                        "reach the model.",
-                    },
+                "binarise": switch(True)(
+                    "On: 1 from 0.5 up, else 0, as FLUX.1-Fill was trained. Off: gray values reach the model."
                 ),
-                "feather": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 512,
-                        "tooltip": "Width in pixels of a soft edge, 0.5 at the edge itself. It only shows "
-                        "with binarise off.",
-                    },
+                "feather": integer(0, 0, 512)(
+                    "Width in pixels of a soft edge, 0.5 at the edge itself. It only shows with binarise off."
                 ),
-                "invert": (
-                    "BOOLEAN",
-                    {"default": False, "tooltip": "Swap repaint and keep, before anything else."},
-                ),
-                "policy": (
-                    list(geometry.AUTO_POLICIES),
-                    {
-                        "default": "stretch",
-                        "advanced": True,
-                        "tooltip": "How sides that do not divide by 16 are made to; use the same as in the "
-                        "Flux Fill Conditioner.",
-                    },
+                "invert": switch(False)("Swap repaint and keep, before anything else."),
+                "policy": widgets.policy(advanced=True)(
+                    "How sides that do not divide by 16 are made to; use the same as in the Flux Fill "
+                    "Conditioner."
                 ),
             },
         }

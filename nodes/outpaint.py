@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..models.pixels import as_mask
+from ..models.pixels import painted
+from . import widgets
+from .menus import NONE, lama_files, lama_path
+from .widgets import Row, choice, integer, number, socket, switch, text
 
 if TYPE_CHECKING:  # the rooms are imported where they are used: ComfyUI starts without them
     from ..models import outpaint
@@ -16,26 +18,12 @@ if TYPE_CHECKING:  # the rooms are imported where they are used: ComfyUI starts 
 CATEGORY = "diptych/outpaint"
 LAYOUT = "DIPTYCH_CANVAS_LAYOUT"
 MOST = 16384  # pixels
-LAMA_FOLDERS = ("inpaint", "upscale_models")
-WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
-NONE = "none"
 
 
-def _given(mask: Tensor | None) -> Tensor | None:
-    """The mask, or None if nothing at all is painted: what Load Image gives for an image without alpha."""
-    return mask if mask is not None and bool(as_mask(mask).any()) else None
-
-
-def _side(name: str) -> tuple:
-    words = f"How much to add on the {name}, in `unit`; below 0 crops."
-    return (
-        "FLOAT",
-        {"default": 0.0, "min": -MOST, "max": MOST, "step": 0.05, "round": False, "tooltip": words},
+def _side(name: str) -> Row:
+    return number(0.0, -MOST, MOST, step=0.05, round=False)(
+        f"How much to add on the {name}, in `unit`; below 0 crops."
     )
-
-
-def _whole(default: int, words: str, *, most: int = MOST, least: int = 0, **more: Any) -> tuple:
-    return ("INT", {"default": default, "min": least, "max": most, "tooltip": words, **more})
 
 
 class DiptychOutpaintCanvas:
@@ -63,54 +51,33 @@ class DiptychOutpaintCanvas:
 
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The image to enlarge, of any size."}),
+                "image": socket("IMAGE")("The image to enlarge, of any size."),
                 "left": _side("left"),
                 "top": _side("top"),
                 "right": _side("right"),
                 "bottom": _side("bottom"),
-                "unit": (
-                    list(UNITS),
-                    {
-                        "default": "px",
-                        "tooltip": "px. cells: 8 px each. fraction: of the image's own side. aspect: the "
-                        "width / height to reach, given to the sides that may grow. size: the width (left, "
-                        "right) or height (top, bottom) to reach.",
-                    },
+                "unit": choice(UNITS, "px")(
+                    "px. cells: 8 px each. fraction: of the image's own side. aspect: the width / height to "
+                    "reach, given to the sides that may grow. size: the width (left, right) or height (top, "
+                    "bottom) to reach."
                 ),
             },
             "optional": {
-                "mask": (
-                    "MASK",
-                    {"tooltip": "What else to repaint inside the image (white); of the image's size."},
+                "mask": socket("MASK")("What else to repaint inside the image (white); of the image's size."),
+                "overlap": integer(0, 0, 1024)(
+                    "Repaint so many px of the image's own edge too: a fresh seam is softer."
                 ),
-                "overlap": _whole(
-                    0, "Repaint so many px of the image's own edge too: a fresh seam is softer.", most=1024
+                "feather": integer(0, 0, 1024)(
+                    "Fade the mask into the image over so many px. Models cut masks at 0.5; Paste Back uses "
+                    "all of it."
                 ),
-                "feather": _whole(
-                    0,
-                    "Fade the mask into the image over so many px. Models cut masks at 0.5; Paste Back "
-                    "uses all of it.",
-                    most=1024,
-                ),
-                "multiple": _whole(
-                    16,
+                "multiple": integer(16, 1, 256, advanced=True)(
                     "Both sides become multiples of this, the rest outside what was asked for; Paste Back "
-                    "cuts it off. FLUX wants 16, Stable Diffusion 8 (64 is best).",
-                    most=256,
-                    least=1,
-                    advanced=True,
+                    "cuts it off. FLUX wants 16, Stable Diffusion 8 (64 is best)."
                 ),
-                "ground": (
-                    "FLOAT",
-                    {
-                        "default": GROUND,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "The gray of the new area. 0.5 is what models expect; 0 makes the `noise` "
-                        "fill equal to webui's Outpainting mk2.",
-                    },
+                "ground": number(GROUND, 0.0, 1.0, step=0.01, advanced=True)(
+                    "The gray of the new area. 0.5 is what models expect; 0 makes the `noise` fill equal to "
+                    "webui's Outpainting mk2."
                 ),
             },
         }
@@ -133,7 +100,7 @@ class DiptychOutpaintCanvas:
 
         sides = {"left": left, "top": top, "right": right, "bottom": bottom}
         more = {"overlap": overlap, "feather": feather, "multiple": multiple, "ground": ground}
-        return outpaint.expand(image, **sides, unit=unit, mask=_given(mask), **more)
+        return outpaint.expand(image, **sides, unit=unit, mask=painted(mask, empty_items=True), **more)
 
 
 class DiptychFillHole:
@@ -164,53 +131,28 @@ class DiptychFillHole:
 
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The canvas, or any image with a hole."}),
-                "mask": ("MASK", {"tooltip": "White is filled; of the image's size. Gray mixes."}),
-                "how": (
-                    list(outpaint.FILLS),
-                    {
-                        "default": "blur",
-                        "tooltip": "neutral: gray. colour: the one below. edge, mirror, blur: the image "
-                        "goes on. noise: mk2's. mosaic: tiles. mean, gaussian, perlin: its colours. telea, "
-                        "ns: OpenCV. lama: a LaMa file.",
-                    },
+                "image": socket("IMAGE")("The canvas, or any image with a hole."),
+                "mask": socket("MASK")("White is filled; of the image's size. Gray mixes."),
+                "how": choice(outpaint.FILLS, "blur")(
+                    "neutral: gray. colour: the one below. edge, mirror, blur: the image goes on. noise: "
+                    "mk2's. mosaic: tiles. mean, gaussian, perlin: its colours. telea, ns: OpenCV. lama: a "
+                    "LaMa file."
                 ),
             },
             "optional": {
-                "colour": ("STRING", {"default": "#00FF00", "tooltip": "For colour, written as #RRGGBB."}),
-                "fill_seed": _whole(0, "For noise, gaussian and perlin.", most=0xFFFFFFFFFFFFFFFF),
-                "lama_file": (
-                    lama_files(),
-                    {"tooltip": "For lama: a file in models/inpaint or models/upscale_models (big-lama.pt)."},
+                "colour": text("#00FF00")("For colour, written as #RRGGBB."),
+                "fill_seed": widgets.seed()("For noise, gaussian and perlin."),
+                "lama_file": choice(lama_files())(
+                    "For lama: a file in models/inpaint or models/upscale_models (big-lama.pt)."
                 ),
-                "noise_q": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0,
-                        "max": 4.0,
-                        "step": 0.05,
-                        "advanced": True,
-                        "tooltip": "For noise: the exponent of the image's spectrum; 0 is rough, 2 smooth.",
-                    },
+                "noise_q": number(1.0, 0.0, 4.0, step=0.05, advanced=True)(
+                    "For noise: the exponent of the image's spectrum; 0 is rough, 2 smooth."
                 ),
-                "color_variation": (
-                    "FLOAT",
-                    {
-                        "default": 0.05,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "For noise: 0 starts from gray noise, 1 from independent channels.",
-                    },
+                "color_variation": number(0.05, 0.0, 1.0, step=0.01, advanced=True)(
+                    "For noise: 0 starts from gray noise, 1 from independent channels."
                 ),
-                "cell": _whole(
-                    64, "For perlin: the largest features, in px.", most=4096, least=1, advanced=True
-                ),
-                "radius": _whole(
-                    3, "For telea and ns: how far they look, in px.", most=64, least=1, advanced=True
-                ),
+                "cell": integer(64, 1, 4096, advanced=True)("For perlin: the largest features, in px."),
+                "radius": integer(3, 1, 64, advanced=True)("For telea and ns: how far they look, in px."),
             },
         }
 
@@ -243,38 +185,6 @@ class DiptychFillHole:
         return (outpaint.fill(image, mask, how, **options),)
 
 
-def _lama_choices() -> dict[str, Path]:
-    """{name: file} over ComfyUI's folders; models/inpaint is looked through even if no pack registered it."""
-    try:
-        import folder_paths
-    except ImportError:
-        return {}
-    found = {}
-    for folder in LAMA_FOLDERS:
-        known = folder in folder_paths.folder_names_and_paths
-        places = folder_paths.get_folder_paths(folder) if known else [Path(folder_paths.models_dir) / folder]
-        for place in map(Path, places):
-            for file in sorted(place.rglob("*")) if place.is_dir() else ():
-                if file.suffix.lower() in WEIGHTS and file.is_file():
-                    found.setdefault(f"{folder}/{file.relative_to(place).as_posix()}", file)
-    return found
-
-
-def lama_files() -> list[str]:
-    """What `lama_file` offers; "none" first, so that the node is valid without a file."""
-    return [NONE, *_lama_choices()]
-
-
-def lama_path(name: str) -> Path | None:
-    """The file of that name; None for "none". Raises ValueError for a name that is not in the list."""
-    if name == NONE:
-        return None
-    choices = _lama_choices()
-    if name not in choices:
-        raise ValueError(f"lama_file is {name!r}: it is not in {' or '.join(LAMA_FOLDERS)}, choose again.")
-    return choices[name]
-
-
 class DiptychContextCrop:
     DISPLAY_NAME = "Context Crop"
     DESCRIPTION = (
@@ -297,49 +207,28 @@ class DiptychContextCrop:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The whole image."}),
-                "mask": (
-                    "MASK",
-                    {"tooltip": "White is repainted; of the image's size. A batch gives one crop each."},
+                "image": socket("IMAGE")("The whole image."),
+                "mask": socket("MASK")(
+                    "White is repainted; of the image's size. A batch gives one crop each."
                 ),
-                "context": (
-                    "FLOAT",
-                    {
-                        "default": 1.5,
-                        "min": 1.0,
-                        "max": 16.0,
-                        "step": 0.1,
-                        "tooltip": "How many times the hole's width and height the crop shows.",
-                    },
+                "context": number(1.5, 1.0, 16.0, step=0.1)(
+                    "How many times the hole's width and height the crop shows."
                 ),
-                "size": _whole(
-                    1024,
+                "size": integer(1024, 0, 4096)(
                     "The crop becomes about size x size pixels at its own aspect: 1024 for FLUX, 512 for SD "
-                    "1.5. 0 keeps the image's scale.",
-                    most=4096,
+                    "1.5. 0 keeps the image's scale."
                 ),
             },
             "optional": {
-                "blend": _whole(
-                    8, "Fade from image to result over so many px inside the mask, in Paste Back.", most=512
+                "blend": integer(8, 0, 512)(
+                    "Fade from image to result over so many px inside the mask, in Paste Back."
                 ),
-                "fill_holes": (
-                    "BOOLEAN",
-                    {"default": False, "tooltip": "Repaint known islands inside the mask as well."},
+                "fill_holes": switch(False)("Repaint known islands inside the mask as well."),
+                "highpass": number(0.1, 0.0, 1.0, step=0.01, advanced=True)(
+                    "Mask values below this count as black: faint specks make no large crop."
                 ),
-                "highpass": (
-                    "FLOAT",
-                    {
-                        "default": 0.1,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "Mask values below this count as black: faint specks make no large crop.",
-                    },
-                ),
-                "multiple": _whole(
-                    16, "Both sides of the crop become multiples of this.", most=256, least=1, advanced=True
+                "multiple": integer(16, 1, 256, advanced=True)(
+                    "Both sides of the crop become multiples of this."
                 ),
             },
         }
@@ -387,37 +276,24 @@ class DiptychPasteBack:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The decoded result; it may have been upscaled."}),
-                "original": ("IMAGE", {"tooltip": "The image that Outpaint Canvas or Context Crop got."}),
-                "layout": (LAYOUT, {"tooltip": "From Outpaint Canvas or Context Crop."}),
+                "image": socket("IMAGE")("The decoded result; it may have been upscaled."),
+                "original": socket("IMAGE")("The image that Outpaint Canvas or Context Crop got."),
+                "layout": socket(LAYOUT)("From Outpaint Canvas or Context Crop."),
             },
             "optional": {
-                "mask": (
-                    "MASK",
-                    {
-                        "tooltip": "Take the result only here; of the finished image's, the canvas' or the "
-                        "original's size. Open or empty: the mask that the layout came with."
-                    },
+                "mask": socket("MASK")(
+                    "Take the result only here; of the finished image's, the canvas' or the original's size. "
+                    "Open or empty: the mask that the layout came with."
                 ),
-                "feather": _whole(
-                    0, "Fade the result out over so many px of known image around the mask.", most=512
+                "feather": integer(0, 0, 512)(
+                    "Fade the result out over so many px of known image around the mask."
                 ),
-                "match_colour": (
-                    "BOOLEAN",
-                    {
-                        "default": True,
-                        "tooltip": "Correct the result's colours by how it differs from the original around "
-                        "the mask. Off: the model's own colours.",
-                    },
+                "match_colour": switch(True)(
+                    "Correct the result's colours by how it differs from the original around the mask. Off: "
+                    "the model's own colours."
                 ),
-                "join": (
-                    "BOOLEAN",
-                    {
-                        "default": False,
-                        "advanced": True,
-                        "tooltip": "On: all results of a batch go into one image, in order. Off: one "
-                        "image each.",
-                    },
+                "join": switch(False, advanced=True)(
+                    "On: all results of a batch go into one image, in order. Off: one image each."
                 ),
             },
         }
@@ -435,7 +311,7 @@ class DiptychPasteBack:
         from ..models import outpaint
 
         more = {"feather": feather, "match_colour": match_colour, "join": join}
-        return (outpaint.paste_back(image, original, layout, _given(mask), **more),)
+        return (outpaint.paste_back(image, original, layout, painted(mask, empty_items=True), **more),)
 
 
 class DiptychTiledSampler:
@@ -458,45 +334,28 @@ class DiptychTiledSampler:
 
         return {
             "required": {
-                "sampler": ("SAMPLER", {"tooltip": "What samples each window."}),
-                "window": _whole(
-                    512,
+                "sampler": socket("SAMPLER")("What samples each window."),
+                "window": integer(512, 16, MOST, step=16)(
                     "Side of a window in px: what the model works best at (SD 1.5: 512, FLUX: 1024). At most "
-                    "the canvas.",
-                    least=16,
-                    step=16,
+                    "the canvas."
                 ),
-                "stride": _whole(
-                    256, "From one window to the next, in px; half a window is usual.", least=16, step=16
+                "stride": integer(256, 16, MOST, step=16)(
+                    "From one window to the next, in px; half a window is usual."
                 ),
             },
             "optional": {
-                "mask": (
-                    "MASK",
-                    {
-                        "tooltip": "White is unknown. Open or empty: the latent's noise mask, else the mask "
-                        "in the conditioning (Fill and inpainting models), else the whole canvas."
-                    },
+                "mask": socket("MASK")(
+                    "White is unknown. Open or empty: the latent's noise mask, else the mask in the "
+                    "conditioning (Fill and inpainting models), else the whole canvas."
                 ),
-                "order": (
-                    list(tiles.ORDERS),
-                    {
-                        "default": tiles.ORDERS[0],
-                        "tooltip": "outward: always the window that knows most. glid: row by row, as "
-                        "glid-3-xl-stable does.",
-                    },
+                "order": choice(tiles.ORDERS, tiles.ORDERS[0])(
+                    "outward: always the window that knows most. glid: row by row, as glid-3-xl-stable does."
                 ),
-                "blend": _whole(
-                    32, "Fade over so many px into what earlier windows painted.", most=1024, step=8
+                "blend": integer(32, 0, 1024, step=8)(
+                    "Fade over so many px into what earlier windows painted."
                 ),
-                "known": (
-                    list(tiles.KNOWN),
-                    {
-                        "default": tiles.KNOWN[0],
-                        "advanced": True,
-                        "tooltip": "keep: latents that are known stay. overwrite: each window is taken "
-                        "whole, as glid does.",
-                    },
+                "known": choice(tiles.KNOWN, tiles.KNOWN[0], advanced=True)(
+                    "keep: latents that are known stay. overwrite: each window is taken whole, as glid does."
                 ),
             },
         }
@@ -516,7 +375,9 @@ class DiptychTiledSampler:
         if stride > window:
             raise ValueError(f"stride is {stride} and window is {window} px: at most the window.")
         sizes = {"window": window, "stride": stride, "blend": blend}
-        return (TiledSampler(sampler, **sizes, order=order, known=known, mask=_given(mask)),)
+        return (
+            TiledSampler(sampler, **sizes, order=order, known=known, mask=painted(mask, empty_items=True)),
+        )
 
 
 NODES = [DiptychOutpaintCanvas, DiptychFillHole, DiptychContextCrop, DiptychPasteBack, DiptychTiledSampler]

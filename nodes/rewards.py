@@ -6,28 +6,16 @@ name an address or a repository of its choosing.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from . import widgets
+from .menus import REWARDS, reward_files, reward_path
 from .shown import shown
+from .widgets import choice, number, socket, text
 
 PUBLISHED = "published"
-FOLDER = "diptych_rewards"
-
-
-def reward_files() -> dict[str, Path]:
-    """What lies in ComfyUI's models/diptych_rewards, by name: folders and single weight files."""
-    try:
-        import folder_paths
-    except ImportError:
-        return {}
-    top = Path(folder_paths.models_dir) / FOLDER
-    if not top.is_dir():
-        return {}
-    kinds = (".pt", ".pth", ".safetensors")
-    return {p.name: p for p in sorted(top.iterdir()) if p.is_dir() or p.suffix.lower() in kinds}
 
 
 class DiptychReward:
@@ -54,53 +42,27 @@ class DiptychReward:
 
         return {
             "required": {
-                "name": (
-                    names(),
-                    {
-                        "default": "pickscore",
-                        "tooltip": "pickscore, hpsv2, clip_l, clip_h: does it look as described. vlm_yes: "
-                        "was the edit made. clip_i, dino: is it still the source. keep_l1, keep_ssim, "
-                        "keep_lpips: the rest untouched. shapes: exact, for the demo images.",
-                    },
+                "name": choice(names(), "pickscore")(
+                    "pickscore, hpsv2, clip_l, clip_h: does it look as described. vlm_yes: was the edit "
+                    "made. clip_i, dino: is it still the source. keep_l1, keep_ssim, keep_lpips: the rest "
+                    "untouched. shapes: exact, for the demo images."
                 ),
-                "weight": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -100.0,
-                        "max": 100.0,
-                        "step": 0.05,
-                        "tooltip": "Share in the sum with other rewards; negative punishes.",
-                    },
+                "weight": number(1.0, -100.0, 100.0, step=0.05)(
+                    "Share in the sum with other rewards; negative punishes."
                 ),
             },
             "optional": {
-                "also": ("DIPTYCH_REWARD", {"tooltip": "Rewards that judge too."}),
-                "weights_file": (
-                    [PUBLISHED, *reward_files()],
-                    {
-                        "default": PUBLISHED,
-                        "advanced": True,
-                        "tooltip": "published: the reward's own model, downloaded from Hugging Face once. Or "
-                        "a copy in models/diptych_rewards; hpsv2 and aesthetic always need their file there.",
-                    },
+                "also": socket("DIPTYCH_REWARD")("Rewards that judge too."),
+                "weights_file": choice([PUBLISHED, *reward_files()], PUBLISHED, advanced=True)(
+                    "published: the reward's own model, downloaded from Hugging Face once. Or a copy in "
+                    "models/diptych_rewards; hpsv2 and aesthetic always need their file there."
                 ),
-                "question": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "advanced": True,
-                        "tooltip": "Only for vlm_yes: a yes/no question of your own with {prompt} in it.",
-                    },
+                "question": text("", advanced=True)(
+                    "Only for vlm_yes: a yes/no question of your own with {prompt} in it."
                 ),
-                "device": (
-                    ["cpu", "gpu"],
-                    {
-                        "default": "cpu",
-                        "advanced": True,
-                        "tooltip": "Where the reward's model runs. gpu is faster and needs its memory beside "
-                        "the diffusion model's: 2 to 4 GB, vlm_yes 17 GB.",
-                    },
+                "device": choice(["cpu", "gpu"], "cpu", advanced=True)(
+                    "Where the reward's model runs. gpu is faster and needs its memory beside the diffusion "
+                    "model's: 2 to 4 GB, vlm_yes 17 GB."
                 ),
             },
         }
@@ -118,11 +80,11 @@ class DiptychReward:
 
         given: dict[str, str] = {}
         if weights_file != PUBLISHED:
-            given["path"] = str(_reward_file(weights_file))
+            given["path"] = str(reward_path(weights_file))
         elif name in NEEDS_FILE:
             raise ValueError(
-                f"reward {name} needs its weights: put {NEEDS_FILE[name]} into models/{FOLDER} and choose it "
-                "as weights_file."
+                f"reward {name} needs its weights: put {NEEDS_FILE[name]} into models/{REWARDS} and choose "
+                "it as weights_file."
             )
         if question.strip():
             if "template" not in options(name):
@@ -134,13 +96,6 @@ class DiptychReward:
 
 
 NEEDS_FILE = {"hpsv2": "HPS_v2.1_compressed.pt", "aesthetic": "sac+logos+ava1-l14-linearMSE.pth"}
-
-
-def _reward_file(name: str) -> Path:
-    path = reward_files().get(name)
-    if path is None:
-        raise ValueError(f"weights_file is {name!r}, which is not in models/{FOLDER}: put it there.")
-    return path
 
 
 def _gpu() -> str:
@@ -174,21 +129,15 @@ class DiptychRewardScore:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "images": ("IMAGE", {"tooltip": "The images to judge; edits, from Diptych Split."}),
-                "reward": ("DIPTYCH_REWARD", {"tooltip": "Who judges, from an Edit Reward node."}),
+                "images": socket("IMAGE")("The images to judge; edits, from Diptych Split."),
+                "reward": widgets.reward(),
             },
             "optional": {
-                "source": ("IMAGE", {"tooltip": "The image before the edit; one serves all."}),
-                "mask": ("MASK", {"tooltip": "1 where the edit may change something."}),
-                "target": ("IMAGE", {"tooltip": "The target image, if it is known."}),
-                "prompt": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "multiline": True,
-                        "tooltip": "The instruction, or for text agreement a description of the wanted "
-                        "image.",
-                    },
+                "source": socket("IMAGE")("The image before the edit; one serves all."),
+                "mask": socket("MASK")("1 where the edit may change something."),
+                "target": socket("IMAGE")("The target image, if it is known."),
+                "prompt": text("", multiline=True)(
+                    "The instruction, or for text agreement a description of the wanted image."
                 ),
             },
         }

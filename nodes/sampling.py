@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..samplers.rules import DEFAULT_ETA, RULES, resolve_eta
 from ..samplers.schedule import sigmas, token_count
+from . import widgets
+from .widgets import choice, integer, number, socket
 
 
 class DiptychFlowMatchScheduler:
@@ -27,60 +29,27 @@ class DiptychFlowMatchScheduler:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "steps": (
-                    "INT",
-                    {
-                        "default": 28,
-                        "min": 1,
-                        "max": 10000,
-                        "tooltip": "Model evaluations. ICEdit and FLUX use 28 to 50.",
-                    },
+                "steps": integer(28, 1, 10000)("Model evaluations. ICEdit and FLUX use 28 to 50."),
+                "denoise": number(1.0, 0.0, 1.0, step=0.01)(
+                    "Below 1 the run starts part of the way down, from the latent with some noise; the "
+                    "number of steps stays the same, as in ComfyUI's own schedulers."
                 ),
-                "denoise": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "tooltip": "Below 1 the run starts part of the way down, from the latent with some "
-                        "noise; the number of steps stays the same, as in ComfyUI's own schedulers.",
-                    },
+                "shift_mode": choice(["dynamic", "fixed", "none"], "dynamic", advanced=True)(
+                    "dynamic: from the latent's token count, as FLUX was trained (without a latent, the "
+                    "model's own shift). fixed: the value below. none: evenly spaced."
                 ),
-                "shift_mode": (
-                    ["dynamic", "fixed", "none"],
-                    {
-                        "default": "dynamic",
-                        "advanced": True,
-                        "tooltip": "dynamic: from the latent's token count, as FLUX was trained (without a "
-                        "latent, the model's own shift). fixed: the value below. none: evenly spaced.",
-                    },
-                ),
-                "shift": (
-                    "FLOAT",
-                    {
-                        "default": 3.0,
-                        "min": 0.01,
-                        "max": 100.0,
-                        "step": 0.01,
-                        "advanced": True,
-                        "tooltip": "Only for shift_mode fixed: s in s*t/(1+(s-1)*t), as in SD3 and DanceGRPO "
-                        "(3). ModelSamplingFlux counts in logarithms: its 1.15 is 3.16 here.",
-                    },
+                "shift": number(3.0, 0.01, 100.0, step=0.01, advanced=True)(
+                    "Only for shift_mode fixed: s in s*t/(1+(s-1)*t), as in SD3 and DanceGRPO (3). "
+                    "ModelSamplingFlux counts in logarithms: its 1.15 is 3.16 here."
                 ),
             },
             "optional": {
-                "latent": (
-                    "LATENT",
-                    {"tooltip": "The latent that goes into the sampler: its size sets the dynamic shift."},
+                "latent": socket("LATENT")(
+                    "The latent that goes into the sampler: its size sets the dynamic shift."
                 ),
-                "model": (
-                    "MODEL",
-                    {
-                        "tooltip": "Instead of a latent: takes the shift this model carries "
-                        "(ModelSamplingFlux, ModelSamplingSD3). Beside a latent it is only "
-                        "checked to be a flow model."
-                    },
+                "model": socket("MODEL")(
+                    "Instead of a latent: takes the shift this model carries (ModelSamplingFlux, "
+                    "ModelSamplingSD3). Beside a latent it is only checked to be a flow model."
                 ),
             },
         }
@@ -135,55 +104,22 @@ class DiptychFlowMatchEulerSampler:
         defaults = ", ".join(f"{rule} {eta:g}" for rule, eta in DEFAULT_ETA.items() if rule != "ode")
         return {
             "required": {
-                "rule": (
-                    list(RULES),
-                    {
-                        "default": "ode",
-                        "tooltip": "ode: deterministic, the same as euler. rf_ancestral: the right amount of "
-                        "noise at any step count, best for variety. flow, dance, cps: as in Flow-GRPO, "
-                        "DanceGRPO, FlowCPS.",
-                    },
+                "rule": choice(RULES, "ode")(
+                    "ode: deterministic, the same as euler. rf_ancestral: the right amount of noise at any "
+                    "step count, best for variety. flow, dance, cps: as in Flow-GRPO, DanceGRPO, FlowCPS."
                 ),
-                "eta": (
-                    "FLOAT",
-                    {
-                        "default": -1.0,
-                        "min": -1.0,
-                        "max": 2.0,
-                        "step": 0.01,
-                        "tooltip": f"Noise of the SDE rules. -1: the rule's own value ({defaults}); 0: none.",
-                    },
+                "eta": widgets.eta()(
+                    f"Noise of the SDE rules. -1: the rule's own value ({defaults}); 0: none."
                 ),
-                "window_start": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 10000,
-                        "advanced": True,
-                        "tooltip": "First step (from 0) that adds noise; the steps before it are ode.",
-                    },
+                "window_start": integer(0, 0, 10000, advanced=True)(
+                    "First step (from 0) that adds noise; the steps before it are ode."
                 ),
-                "window_end": (
-                    "INT",
-                    {
-                        "default": 10000,
-                        "min": 0,
-                        "max": 10000,
-                        "advanced": True,
-                        "tooltip": "The steps from this one on are ode again; 10000 is to the end.",
-                    },
+                "window_end": integer(10000, 0, 10000, advanced=True)(
+                    "The steps from this one on are ode again; 10000 is to the end."
                 ),
-                "sde_seed": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 0xFFFFFFFFFFFFFFFF,
-                        "advanced": True,
-                        "tooltip": "Picks another path from the same starting noise. The SDE noise depends "
-                        "on this and on the run's own seed, so it can stay at 0.",
-                    },
+                "sde_seed": widgets.seed(advanced=True)(
+                    "Picks another path from the same starting noise. The SDE noise depends on this and on "
+                    "the run's own seed, so it can stay at 0."
                 ),
             }
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .shown import shown
+from .widgets import socket, text
 
 
 class DiptychEditScore:
@@ -33,22 +34,13 @@ class DiptychEditScore:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "edited": ("IMAGE", {"tooltip": "The result, from Diptych Split or VAE Decode."}),
-                "source": ("IMAGE", {"tooltip": "The image before the edit, of the same size."}),
+                "edited": socket("IMAGE")("The result, from Diptych Split or VAE Decode."),
+                "source": socket("IMAGE")("The image before the edit, of the same size."),
             },
             "optional": {
-                "instruction": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "What was asked for. Judged for shapes images, else only reported.",
-                    },
-                ),
-                "mask": (
-                    "MASK",
-                    {"tooltip": "1 where the edit may change something. Without it: what changed."},
-                ),
-                "expected": ("IMAGE", {"tooltip": "What a perfect edit looks like, if known."}),
+                "instruction": text("")("What was asked for. Judged for shapes images, else only reported."),
+                "mask": socket("MASK")("1 where the edit may change something. Without it: what changed."),
+                "expected": socket("IMAGE")("What a perfect edit looks like, if known."),
             },
         }
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .widgets import choice, integer
+
 OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background"]
 
 
@@ -29,14 +31,14 @@ class DiptychTinyModelLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        tooltip = (
-            "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill Conditioner). "
-            "kontext: FLUX Kontext in small, edits a reference image (with the Kontext Conditioner). "
-            "sd_inpaint: Stable Diffusion inpainting in small (with core's InpaintModelConditioning)."
-        )
         return {
             "required": {
-                "which": (["fill", "kontext", "sd_inpaint"], {"default": "fill", "tooltip": tooltip})
+                "which": choice(["fill", "kontext", "sd_inpaint"], "fill")(
+                    "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill "
+                    "Conditioner). kontext: FLUX Kontext in small, edits a reference image (with the Kontext "
+                    "Conditioner). sd_inpaint: Stable Diffusion inpainting in small (with core's "
+                    "InpaintModelConditioning)."
+                )
             }
         }
 
@@ -74,24 +76,16 @@ class DiptychDemoImage:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        example = {
-            "default": 0,
-            "min": 0,
-            "max": 9999,
-            "tooltip": "Which of the images; each has its own edit.",
-        }
-        operation = {"default": "any", "tooltip": "The kind of edit to ask for; any takes them in turn."}
-        size = {
-            "default": 64,
-            "min": 32,
-            "max": 1024,
-            "step": 16,
-            "tooltip": "Width and height in pixels. The tiny models expect 64.",
-            "advanced": True,
-        }
         return {
-            "required": {"example": ("INT", example)},
-            "optional": {"operation": (OPERATIONS, operation), "size": ("INT", size)},
+            "required": {"example": integer(0, 0, 9999)("Which of the images; each has its own edit.")},
+            "optional": {
+                "operation": choice(OPERATIONS, "any")(
+                    "The kind of edit to ask for; any takes them in turn."
+                ),
+                "size": integer(64, 32, 1024, step=16, advanced=True)(
+                    "Width and height in pixels. The tiny models expect 64."
+                ),
+            },
         }
 
     def draw(

@@ -3,90 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
+from . import widgets
+from .menus import DEMO, TINY, base_models, data_spec, datasets, model_folder
 from .shown import shown
+from .widgets import Row, choice, integer, text
 
-DEMO = "shapes demo (512 pairs)"
-DEMO_SPEC = "shapes:512?split=train&seed=0&size=64&task={task}"
-TINY = {
-    "tiny fill (bundled)": "fill",
-    "tiny kontext (bundled)": "kontext",
-    "tiny sd_inpaint (bundled)": "sd_inpaint",
-}
 RECIPES = ["auto", "icedit", "icedit_moe", "kontext", "sd_inpaint_dreambooth"]
-PRECISION_INPUT = (
-    ["auto", "bfloat16", "float8_e4m3fn", "float32"],
-    {
-        "default": "auto",
-        "tooltip": "Of the frozen base. auto: fp8 below 40 GB of GPU memory, else bfloat16.",
-        "advanced": True,
-    },
-)
 
 
-def _number(default: float, low: float, high: float, tooltip: str, **more: Any) -> dict:
-    return {"default": default, "min": low, "max": high, "tooltip": tooltip, **more}
+def dataset_menu(tooltip: str) -> Row:
+    """The menu of what to train on; both training nodes have it."""
+    return choice([DEMO, *datasets()], DEMO)(tooltip)
 
 
-SEED_INPUT = ("INT", _number(0, 0, 2**31 - 1, "Of noise, order and weights.", advanced=True))
-
-
-def rank_input(default: str) -> tuple:
-    """The LoRA's rank, 0 = `default`."""
-    return ("INT", _number(0, 0, 512, f"LoRA rank; 0 = {default}.", advanced=True))
-
-
-def learning_rate_input(default: str) -> tuple:
-    """The learning rate, 0 = `default`."""
-    options = {"step": 1e-6, "round": False, "advanced": True}
-    return ("FLOAT", _number(0.0, 0.0, 1.0, f"Of AdamW; 0 = {default}.", **options))
-
-
-def resolution_input(default: str) -> tuple:
-    """The side of an image in pixels, 0 = `default`."""
-    tooltip = f"Side of one image in pixels, a multiple of 16; 0 = {default}."
-    return ("INT", _number(0, 0, 4096, tooltip, step=16, advanced=True))
-
-
-def _folder_paths() -> Any:
-    """ComfyUI's module, or None outside ComfyUI."""
-    try:
-        import folder_paths
-    except ImportError:
-        return None
-    return folder_paths
-
-
-def datasets() -> dict[str, Path]:
-    """Subfolders of ComfyUI's input folder, by name."""
-    paths = _folder_paths()
-    top = Path(paths.get_input_directory()) if paths else None
-    if top is None or not top.is_dir():
-        return {}
-    return {p.name: p for p in sorted(top.iterdir()) if p.is_dir() and not p.name.startswith(".")}
-
-
-def base_models() -> dict[str, Path]:
-    """Complete diffusers folders under ComfyUI's models/diffusers, by name."""
-    paths = _folder_paths()
-    found: dict[str, Path] = {}
-    for parent in paths.get_folder_paths("diffusers") if paths else []:
-        for index in sorted(Path(parent).glob("*/model_index.json")):
-            found.setdefault(index.parent.name, index.parent)
-    return found
-
-
-def base_model_input() -> tuple[list[str], dict]:
-    """The widget that chooses what to train; both training nodes have it."""
-    return (
-        [*TINY, *base_models()],
-        {
-            "default": next(iter(TINY)),
-            "tooltip": "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, "
-            "FLUX.1-Kontext-dev, an SD inpainting model), or a bundled tiny one to try it out.",
-        },
+def base_model_menu() -> Row:
+    """The menu of what to train; both training nodes have it."""
+    return choice([*TINY, *base_models()], next(iter(TINY)))(
+        "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, FLUX.1-Kontext-dev, an SD "
+        "inpainting model), or a bundled tiny one to try it out."
     )
 
 
@@ -122,59 +58,30 @@ class DiptychTrainLora:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "dataset": (
-                    [DEMO, *datasets()],
-                    {
-                        "default": DEMO,
-                        "tooltip": "A folder in ComfyUI's input folder with NAME_source.png, "
-                        "NAME_target.png and "
-                        "NAME.txt (the instruction), or a .jsonl file with prompt, image and mask.",
-                    },
+                "dataset": dataset_menu(
+                    "A folder in ComfyUI's input folder with NAME_source.png, NAME_target.png and NAME.txt "
+                    "(the instruction), or a .jsonl file with prompt, image and mask."
                 ),
-                "base_model": base_model_input(),
-                "steps": (
-                    "INT",
-                    _number(500, 1, 1_000_000, "Optimiser steps. More of them later go on from here."),
-                ),
-                "output_name": (
-                    "STRING",
-                    {
-                        "default": "my_edit_lora",
-                        "tooltip": "File name in the loras folder, without extension.",
-                    },
-                ),
+                "base_model": base_model_menu(),
+                "steps": integer(500, 1, 1_000_000)("Optimiser steps. More of them later go on from here."),
+                "output_name": text("my_edit_lora")("File name in the loras folder, without extension."),
             },
             "optional": {
-                "recipe": (
-                    RECIPES,
-                    {
-                        "default": "auto",
-                        "tooltip": "auto takes the one that fits the base model. icedit_moe: a mixture "
-                        "of experts.",
-                        "advanced": True,
-                    },
+                "recipe": choice(RECIPES, "auto", advanced=True)(
+                    "auto takes the one that fits the base model. icedit_moe: a mixture of experts."
                 ),
-                "rank": rank_input("the recipe's"),
-                "learning_rate": learning_rate_input("1e-4 (1e-3 for the tiny models)"),
-                "resolution": resolution_input("the recipe's"),
-                "batch_size": ("INT", _number(0, 0, 256, "Pairs per step; 0 = the recipe's.", advanced=True)),
-                "precision": PRECISION_INPUT,
-                "save_every": ("INT", _number(100, 1, 100_000, "Steps between checkpoints.", advanced=True)),
-                "preview_every": (
-                    "INT",
-                    _number(100, 0, 100_000, "Steps between sample images; 0 = none.", advanced=True),
+                "rank": widgets.rank("the recipe's"),
+                "learning_rate": widgets.learning_rate("1e-4 (1e-3 for the tiny models)"),
+                "resolution": widgets.resolution("the recipe's"),
+                "batch_size": integer(0, 0, 256, advanced=True)("Pairs per step; 0 = the recipe's."),
+                "precision": widgets.precision(),
+                "save_every": widgets.save_every(100, "Steps"),
+                "preview_every": widgets.preview_every(100, "Steps"),
+                "class_prompt": text("", advanced=True)(
+                    "SD inpainting: what the subject is a kind of (a photo of a dog), to keep the model's "
+                    "idea of it (prior preservation). Empty = off."
                 ),
-                "class_prompt": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "SD inpainting: what the subject is a kind of (a photo of a dog), to "
-                        "keep the "
-                        "model's idea of it (prior preservation). Empty = off.",
-                        "advanced": True,
-                    },
-                ),
-                "training_seed": SEED_INPUT,
+                "training_seed": widgets.training_seed(),
             },
         }
 
@@ -228,33 +135,6 @@ class DiptychTrainLora:
         report = f"{outcome.report}\nLoRA: {lora}"
         images = [outcome.curve] if outcome.samples is None else [outcome.curve, outcome.samples]
         return {"ui": shown(report, *images), "result": (lora.name, outcome.curve, samples, report)}
-
-
-def data_spec(dataset: str, task: str) -> str:
-    """The data source of an entry of the dataset menu. Raises ValueError when it is not there any more."""
-    from ..training.data.sources import spec_of
-
-    if dataset == DEMO:
-        return DEMO_SPEC.format(task="inpaint" if task == "sd_inpaint" else "edit")
-    folder = datasets().get(dataset)
-    if folder is None:
-        raise ValueError(
-            f"dataset is {dataset!r}, which is not in ComfyUI's input folder: put a folder of pairs there"
-        )
-    return spec_of(folder, inside=True)
-
-
-def model_folder(base_model: str) -> Path:
-    """The diffusers folder of an entry of the model menu. Raises ValueError when it is not there any more."""
-    from ..models import tiny
-
-    folder = tiny.folder() / TINY[base_model] if base_model in TINY else base_models().get(base_model)
-    if folder is None or not folder.is_dir():
-        raise ValueError(
-            f"base_model is {base_model!r}, which is not there: put a diffusers folder into ComfyUI's "
-            f"models/diffusers"
-        )
-    return folder
 
 
 NODES = [DiptychTrainLora]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfyui_diptych.models.lora import read
 from comfyui_diptych.nodes import lora as node
+from comfyui_diptych.nodes import menus
 from safetensors.torch import save_file
 
 FILES = ["style.safetensors", "grpo/checkpoint-3/adapter_model.safetensors", "a/b.safetensors"]
@@ -34,14 +35,14 @@ def test_lists_without_comfyui():
 
 
 def test_a_folder_with_a_trainers_file_in_it_is_listed_as_one_lora(loras):
-    names = node.lora_names()
+    names = menus.lora_names()
     assert "grpo/checkpoint-3/" in names and "a/" not in names and set(FILES) <= set(names)
-    assert node.lora_path("grpo/checkpoint-3/") == loras / "grpo" / "checkpoint-3"
-    assert node.lora_path("style.safetensors") == loras / "style.safetensors"
+    assert menus.lora_path("grpo/checkpoint-3/") == loras / "grpo" / "checkpoint-3"
+    assert menus.lora_path("style.safetensors") == loras / "style.safetensors"
 
 
 def test_windows_separators_lead_to_the_same_folder(loras):
-    assert list(node._folders(["x\\y\\adapter_model.safetensors"])) == ["x/y/"]
+    assert list(menus._lora_folders(["x\\y\\adapter_model.safetensors"])) == ["x/y/"]
 
 
 def test_a_changed_config_beside_the_weights_changes_the_cache_key(loras):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_diptych import NODE_CLASS_MAPPINGS as NODES
 from comfyui_diptych.models import outpaint
-from comfyui_diptych.nodes import outpaint as face
+from comfyui_diptych.nodes import menus
 
 
 def run(node: str, **inputs):
@@ -89,11 +89,11 @@ def test_lama_files_come_from_both_folders(monkeypatch, tmp_path, image):
         folder_names_and_paths=known,
         get_folder_paths=lambda name: [str(tmp_path / name)],
     )
-    assert face.lama_files() == ["none"]
+    assert menus.lama_files() == ["none"]
     monkeypatch.setitem(sys.modules, "folder_paths", paths)
-    assert face.lama_files() == ["none", "inpaint/big-lama.pt", "upscale_models/up/4x.pth"]
-    assert face.lama_path("inpaint/big-lama.pt") == tmp_path / "inpaint" / "big-lama.pt"
+    assert menus.lama_files() == ["none", "inpaint/big-lama.pt", "upscale_models/up/4x.pth"]
+    assert menus.lama_path("inpaint/big-lama.pt") == tmp_path / "inpaint" / "big-lama.pt"
     with pytest.raises(ValueError, match="lama_file is '../secret.pt'"):
-        face.lama_path("../secret.pt")
+        menus.lama_path("../secret.pt")
     with pytest.raises(ValueError, match="model is missing: fill 'lama' needs"):
         run("DiptychFillHole", image=image, mask=torch.ones(1, 40, 56).triu(), how="lama")

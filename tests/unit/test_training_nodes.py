@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_diptych.nodes import menus
 from comfyui_diptych.nodes import training as nodes
 from comfyui_diptych.nodes.score import DiptychEditScore
 from comfyui_diptych.training import session
@@ -45,17 +46,17 @@ def comfyui(tmp_path, monkeypatch):
 
 def test_the_menus_offer_what_is_on_disk_and_something_to_try(comfyui):
     required = nodes.DiptychTrainLora.INPUT_TYPES()["required"]
-    assert required["dataset"][0] == [nodes.DEMO, "cats"]
-    assert required["base_model"][0] == [*nodes.TINY, "my-fill"]
-    assert nodes.data_spec("cats", "fill") == f"pairs:{comfyui / 'input' / 'cats'}"
-    assert nodes.model_folder("my-fill") == comfyui / "models" / "my-fill"
+    assert required["dataset"][0] == [menus.DEMO, "cats"]
+    assert required["base_model"][0] == [*menus.TINY, "my-fill"]
+    assert menus.data_spec("cats", "fill") == f"pairs:{comfyui / 'input' / 'cats'}"
+    assert menus.model_folder("my-fill") == comfyui / "models" / "my-fill"
 
 
 def test_menu_entries_that_vanished_say_where_to_put_them(comfyui):
     with pytest.raises(ValueError, match="'dogs'.*ComfyUI's input folder"):
-        nodes.data_spec("dogs", "fill")
+        menus.data_spec("dogs", "fill")
     with pytest.raises(ValueError, match="'gone'.*models/diffusers"):
-        nodes.model_folder("gone")
+        menus.model_folder("gone")
 
 
 def test_adding_an_image_to_the_folder_trains_again(comfyui):
@@ -214,9 +215,9 @@ def test_a_dataset_of_the_menu_names_no_file_outside_of_itself(tmp_path, monkeyp
     folder.mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "private.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "../private.png", "text": "x"}')
-    monkeypatch.setattr(nodes, "datasets", lambda: {"data": folder})
+    monkeypatch.setattr(menus, "datasets", lambda: {"data": folder})
     with pytest.raises(ValueError, match="outside of the data folder"):
-        open_source(nodes.data_spec("data", "fill"))[0]
+        open_source(menus.data_spec("data", "fill"))[0]
 
 
 def test_what_was_done_to_the_data_stands_in_the_report():
