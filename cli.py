@@ -15,6 +15,7 @@ from .commands.stopping import Stopped
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of `diptych` with every subcommand of `commands/`."""
     parser = values.Parser(
         prog="diptych", description="Edit images by instruction; train and score edit models."
     )

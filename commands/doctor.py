@@ -40,6 +40,7 @@ class Finding(NamedTuple):
 
 
 def add_parser(subparsers) -> None:
+    """Add `diptych doctor` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "doctor", help="say what is installed, what is missing and what to do about it"
     )
@@ -47,6 +48,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print every finding; returns 1 if there is a fault, else 0."""
     marks = {"ok": "[ ok ]", "missing": "[ -- ]", "fault": "[FAIL]"}
     faults = 0
     for title, findings in examine():
@@ -74,6 +76,7 @@ def examine() -> Iterator[tuple[str, Iterable[Finding]]]:
 
 
 def python() -> Finding:
+    """Whether this Python is one that the pack is tested with."""
     version = sys.version_info[:2]
     what = f"Python {platform.python_version()} ({sys.executable})"
     if PYTHONS[0] <= version <= PYTHONS[1]:
@@ -99,6 +102,7 @@ def requirements() -> list[tuple[str, str]]:
 
 
 def libraries() -> Iterator[Finding]:
+    """Whether each run-time dependency is here and new enough."""
     for name, bound in requirements():
         try:
             version = importlib.metadata.version(name)
@@ -113,6 +117,7 @@ def libraries() -> Iterator[Finding]:
 
 
 def compute() -> Iterator[Finding]:
+    """torch, the GPUs it can use with their memory in GiB, and main memory."""
     try:
         import torch
     except ImportError:
@@ -151,6 +156,7 @@ def main_memory() -> float | None:
 
 
 def comfyui(folders: list[Path]) -> Iterator[Finding]:
+    """What each ComfyUI folder is, how old, and whether it holds this pack."""
     if not folders:
         remedy = "set COMFYUI_PATH to its folder, or clone https://github.com/comfyanonymous/ComfyUI"
         yield Finding("missing", "no ComfyUI found (the command line runs without it)", remedy)
@@ -168,6 +174,7 @@ def comfyui(folders: list[Path]) -> Iterator[Finding]:
 
 
 def tiny() -> Iterator[Finding]:
+    """Whether the bundled tiny models are complete, and trained."""
     from ..models import tiny as bundled
 
     folder = bundled.folder()
@@ -185,6 +192,7 @@ def tiny() -> Iterator[Finding]:
 
 
 def base_models(comfyuis: list[Path]) -> Iterator[Finding]:
+    """Where full-size models and LoRAs lie: in the hub's cache and in ComfyUI's folders."""
     for name, hub_id in HUB_MODELS.items():
         folder = installed.cached_model(hub_id)
         files = _named(comfyuis, WORDS.get(name, name.split()[-1].lower()), *KINDS)

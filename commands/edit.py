@@ -25,6 +25,7 @@ DEMO_EXAMPLE = 7  # the held-out image that README.md shows
 
 
 def add_parser(subparsers) -> None:
+    """Add `diptych edit` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "edit",
         help="edit an image by instruction",
@@ -80,6 +81,10 @@ class Request:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Check everything, edit, and write the result and both side by side; returns 0.
+
+    Raises ValueError or FileNotFoundError in one sentence, before a model is loaded.
+    """
     request = check(args)
     if request.tiny is not None:
         _say_what_tiny_is(request.tiny)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def add_parser(subparsers) -> None:
+    """Add `diptych glid` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "glid",
         help="cut a checkpoint into glid-3-xl-stable's files, or put them back",
@@ -28,6 +29,7 @@ def add_parser(subparsers) -> None:
 
 
 def run_split(args: argparse.Namespace) -> int:
+    """Write diffusion.pt and kl.pt of a checkpoint; returns 0. Raises ValueError if a part is not in it."""
     from ..models import checkpoints
     from ..training.runtime.disk import check_file, keep, write_whole
 
@@ -47,6 +49,7 @@ def run_split(args: argparse.Namespace) -> int:
 
 
 def run_merge(args: argparse.Namespace) -> int:
+    """Write the checkpoint with another denoiser; returns 0. Raises ValueError for an unknown suffix."""
     from ..models import checkpoints
     from ..training.runtime.disk import check_file, keep, write_whole
 

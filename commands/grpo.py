@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
+    """Add `diptych grpo` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "grpo",
         help="train a LoRA by reward (GRPO or DiffusionNFT)",
@@ -26,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train by reward; returns 0. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
     from ..training import config as configs
     from ..training.reinforce.config import GRPOConfig
 

@@ -9,6 +9,7 @@ from .values import LARGEST_SIDE, number, whole
 
 
 def add_parser(subparsers) -> None:
+    """Add `diptych inpaint` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "inpaint",
         help="paint a part of an image anew",
@@ -37,6 +38,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Repaint the masked part and write the image; returns 0. Raises ValueError before a model is loaded."""
     from ..models import outpaint
 
     engine = painting.check_engine(args)

@@ -37,6 +37,7 @@ def _comfy_cli_workspaces() -> list[Path]:
 
 
 def is_comfyui(path: Path) -> bool:
+    """Whether a folder is one of ComfyUI's source."""
     return (path / "comfy" / "sd.py").is_file() and (path / "main.py").is_file()
 
 

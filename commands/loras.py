@@ -9,6 +9,7 @@ from typing import Any
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --lora."""
     parser.add_argument(
         "--lora",
         action="append",

@@ -38,6 +38,7 @@ def aspect(text: str) -> float:
 
 
 def add_parser(subparsers) -> None:
+    """Add `diptych outpaint` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "outpaint",
         help="make an image larger, painting what is around it",
@@ -71,6 +72,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Enlarge and write the image; returns 0. Raises ValueError before a model is loaded."""
     from ..models import outpaint
 
     engine = painting.check_engine(args)

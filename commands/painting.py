@@ -25,6 +25,7 @@ STEPS = {"fill": 28, "sd_inpaint": 50}
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add what `inpaint` and `outpaint` share; `output` is the default file."""
     add = parser.add_argument
     add("-o", "--output", type=Path, default=Path(output), metavar="OUT.png", help=f"default {output}")
     add("--engine", choices=ENGINES, help="FLUX Fill, or Stable Diffusion inpainting (default: by the model)")
@@ -51,6 +52,7 @@ class Engine:
 
     @property
     def multiple(self) -> int:
+        """What both sides of its images divide by, in pixels."""
         return ENGINES[self.name]
 
     @property
@@ -92,6 +94,7 @@ def _engine_of(model: str | None) -> str:
 
 
 def check_prompt(prompt: str) -> str:
+    """The prompt without blanks around it. Raises ValueError for an empty one."""
     if not prompt.strip():
         raise ValueError("the prompt is empty: describe the whole finished image")
     return prompt.strip()

@@ -12,6 +12,7 @@ from .train import TrainingBar, speak
 
 
 def add_parser(subparsers: Any) -> None:
+    """Add `diptych precompute` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "precompute",
         help="encode images for FLUX Fill: what `precomputed:FOLDER/index.json` reads",
@@ -40,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Encode the rows and print where the index is; returns 0. Raises `Stopped` after a signal."""
     from ..training import config as configs
 
     speak()

@@ -12,6 +12,7 @@ from .values import positive
 
 
 def add_parser(subparsers: Any) -> None:
+    """Add `diptych resize` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "resize",
         help="cut a LoRA to a smaller rank",
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write the smaller LoRA; returns 0. Raises ValueError for an output that is no .safetensors file."""
     from ..models.lora.resize import resize
     from ..models.lora.save import save
     from ..training.runtime.disk import check_file, keep

@@ -21,6 +21,7 @@ QUESTIONS = {
 
 
 def add_parser(subparsers: Any) -> None:
+    """Add `diptych score` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "score",
         help="measure edit success, preservation, PSNR, SSIM (CLIP and DINO where on disk)",
@@ -84,6 +85,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Score and write score.json and a contact sheet; returns 0.
+
+    Raises ValueError for a size that is no multiple of 16, `Stopped` after a signal.
+    """
     from ..training.evaluate import judges
     from ..training.runtime import disk
 

@@ -19,6 +19,7 @@ class Lasting:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write what can be written; returns the length of the text, as if all were."""
         if self.stream is not None:
             try:
                 self.stream.write(text)
@@ -30,10 +31,12 @@ class Lasting:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
+        """Write each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
+        """Flush, or fall silent if nobody reads any more."""
         if self.stream is not None:
             try:
                 self.stream.flush()
@@ -49,15 +52,18 @@ class Lasting:
             os.close(sink)
 
     def isatty(self) -> bool:
+        """Whether a terminal is there, still."""
         return self.stream is not None and self.stream.isatty()
 
     def fileno(self) -> int:
+        """The stream's descriptor. Raises OSError once it is closed."""
         if self.stream is None:
             raise OSError("the stream was closed")
         return self.stream.fileno()
 
     @property
     def encoding(self) -> str:
+        """Of the wrapped stream."""
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     def __getattr__(self, name: str) -> Any:

@@ -16,6 +16,7 @@ WORLD_TASKS = {"vae": ("tiny.vae", "VaeRecipe"), "text": ("tiny.text", "TextReci
 
 
 def add_parser(subparsers: Any) -> None:
+    """Add `diptych train` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "train",
         help="train a LoRA, MoE-LoRA or full model from a recipe",
@@ -44,6 +45,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train by a recipe; returns 0. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
     from ..training import config as configs
 
     if args.help_config:
@@ -84,6 +86,7 @@ def speak() -> None:
 
 
 def training_stop() -> Stop:
+    """What a signal does to a training: it ends after the step, with a checkpoint."""
     return Stop(
         "stopped before the first step: what was cached is kept, the same command goes on",
         "stopping after this step, with a checkpoint",
@@ -150,6 +153,7 @@ class TrainingBar:
             self.bar.close()
 
     def wrap(self, items: Any, label: str) -> Any:
+        """The items with a bar of their own, if there are any."""
         from tqdm import tqdm
 
         return tqdm(items, desc=label) if len(items) else items
@@ -159,6 +163,7 @@ class TrainingBar:
         self.show(report.step, loss=report.loss, lr=report.lr, rows_s=report.rows_per_second)
 
     def step(self, step: int, steps: int, loss: float) -> None:
+        """A step of a trainer that reports its loss alone."""
         self.show(step, loss=loss)
 
     def advance(self, step: int) -> None:
@@ -167,6 +172,7 @@ class TrainingBar:
         self.bar.update(step - self.bar.n)
 
     def show(self, step: int, **figures: float) -> None:
+        """Move the bar to `step`, with these figures beside it."""
         self._open(step)
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
         self.bar.update(step - self.bar.n)

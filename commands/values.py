@@ -59,9 +59,11 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of a usage page and with the option that was probably meant."""
 
     def error(self, message: str) -> None:
+        """Exit with code 2 and one sentence."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def parse_args(self, args=None, namespace=None):
+        """As argparse, but an unknown option ends with what was probably meant."""
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._parser_of(values).error(self._parser_of(values).unknown(unknown[0]))

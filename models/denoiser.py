@@ -111,6 +111,7 @@ class Condition(_Batched):
 
     @property
     def uses_cfg(self) -> bool:
+        """Whether every prediction takes two model calls, one of them with the negative prompt."""
         return self.negative is not None and self.cfg != 1.0
 
 

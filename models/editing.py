@@ -80,12 +80,15 @@ class Sampling:
                 )
 
     def generator(self) -> torch.Generator:
+        """A CPU generator of the starting noise."""
         return torch.Generator().manual_seed(self.seed)
 
     def sde_generator(self) -> torch.Generator:
+        """A CPU generator of the noise that SDE rules add; independent of the starting noise."""
         return torch.Generator().manual_seed(sde_seed(self.seed))
 
     def encoder_generator(self, generator: torch.Generator) -> torch.Generator | None:
+        """What the VAE's posterior is sampled with: the given generator, or None for its mode."""
         return generator if self.posterior == "sample" else None
 
 

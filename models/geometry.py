@@ -46,10 +46,12 @@ class Box(NamedTuple):
 
     @property
     def rows(self) -> slice:
+        """The rows of a tensor that it covers."""
         return slice(self.top, self.top + self.height)
 
     @property
     def columns(self) -> slice:
+        """The columns of a tensor that it covers."""
         return slice(self.left, self.left + self.width)
 
     def scaled(self, from_size: tuple[int, int], to_size: tuple[int, int]) -> Box:

@@ -11,6 +11,8 @@ from .widgets import choice, integer, socket, text
 
 
 class DiptychEarlyFilterSampler:
+    """Best of N while sampling: `samplers/comfy_early_filter.py` with a judge of `training/evaluate/`."""
+
     DISPLAY_NAME = "Early Filter Sampler (Best of N)"
     DESCRIPTION = (
         "Starts several images at once, looks after a few steps where each is heading, and finishes only "
@@ -29,6 +31,7 @@ class DiptychEarlyFilterSampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "reward": widgets.reward(),
@@ -89,6 +92,7 @@ class DiptychEarlyFilterSampler:
         sde_seed: int = 0,
         unique_id: str | None = None,
     ) -> tuple[Any]:
+        """The SAMPLER. Raises ValueError for more kept than candidates."""
         if keep > candidates:
             raise ValueError(f"keep is {keep} but there are {candidates} candidates: keep fewer.")
         from ..samplers.comfy_early_filter import Settings, early_filter_sampler

@@ -20,6 +20,8 @@ LATENT_CHANNELS = 16  # of FLUX.1's autoencoder
 
 
 class DiptychFluxFillConditioner:
+    """FLUX Fill's conditioning: `models/condition.py` and ComfyUI's VAE."""
+
     DISPLAY_NAME = "Flux Fill Conditioner"
     DESCRIPTION = (
         "Conditions FLUX.1-Fill on an image and the mask to repaint, as diffusers' FluxFillPipeline does: "
@@ -41,6 +43,7 @@ class DiptychFluxFillConditioner:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "positive": socket("CONDITIONING")("The encoded prompt."),
@@ -78,6 +81,10 @@ class DiptychFluxFillConditioner:
         noise_mask: bool = False,
         policy: str = "stretch",
     ) -> tuple[list, list, dict]:
+        """(positive, negative, latent): image [B,H,W,C] and mask [B,H,W] encoded into both, and the latent.
+
+        Raises ValueError for a model that is not Fill, a VAE of another model, and what `fill_input` refuses.
+        """
         _require_fill(model)
         _require_flux_vae(vae)
         given = condition.fill_input(image, mask, mask_tokens=mask_tokens, policy=policy)
@@ -90,6 +97,8 @@ class DiptychFluxFillConditioner:
 
 
 class DiptychKontextConditioner:
+    """Kontext's references: `models/condition.py` and ComfyUI's VAE."""
+
     DISPLAY_NAME = "Kontext Conditioner"
     DESCRIPTION = (
         "Gives FLUX.1 Kontext one or more reference images at a size it was trained on, and the layout "
@@ -109,6 +118,7 @@ class DiptychKontextConditioner:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "conditioning": socket("CONDITIONING")("The encoded prompt, or another Kontext Conditioner."),
@@ -158,6 +168,10 @@ class DiptychKontextConditioner:
         batch: str = "edits",
         megapixels: float = 1.0,
     ) -> tuple[list, dict, Layout]:
+        """(conditioning, latent, layout) of references [B,H,W,C], each at a size that Kontext takes.
+
+        Raises ValueError for a VAE that is not FLUX's, and what `condition.reference` refuses.
+        """
         _require_flux_vae(vae)
         sizing = {"size": size_policy, "policy": policy, "megapixels": megapixels}
         images = [pixels.as_image(image)]

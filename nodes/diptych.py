@@ -10,6 +10,8 @@ from .widgets import choice, integer, number, socket, switch, text
 
 
 class DiptychBuilder:
+    """`models/diptych.build`."""
+
     DISPLAY_NAME = "Diptych Builder"
     DESCRIPTION = (
         "Sets an image beside the place for its edit, with the mask and the prompt that in-context editing "
@@ -30,6 +32,7 @@ class DiptychBuilder:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "image": socket("IMAGE")("The image to edit, of any size; a batch gives one diptych each."),
@@ -84,6 +87,10 @@ class DiptychBuilder:
         template: str = dp.ICEDIT_TEMPLATE,
         keep_rest: bool = False,
     ) -> tuple[Tensor, Tensor, str, dp.Layout]:
+        """(diptych [B,h,w,3], mask [B,h,w], prompt, layout) of an image [B,H,W,C].
+
+        Raises ValueError for an empty instruction and what `dp.build` refuses.
+        """
         if side != "none" and not instruction.strip():
             raise ValueError("instruction is empty: say what to change, such as: make the hat red.")
         return tuple(
@@ -103,6 +110,8 @@ class DiptychBuilder:
 
 
 class DiptychSplit:
+    """`models/diptych.split`."""
+
     DISPLAY_NAME = "Diptych Split"
     DESCRIPTION = (
         "Takes the edit out of a diptych and returns it at the image's own size, in float. Pixels outside "
@@ -121,6 +130,7 @@ class DiptychSplit:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "image": socket("IMAGE")(
@@ -165,6 +175,10 @@ class DiptychSplit:
         grow: int = 0,
         threshold: float = dp.CHANGE_THRESHOLD,
     ) -> tuple[Tensor, Tensor]:
+        """(edited, source panel), each [B,H,W,3] or [B,H,W,4], of a diptych [B,h,w,3].
+
+        Raises ValueError for what `dp.split` refuses.
+        """
         return tuple(
             dp.split(
                 image,

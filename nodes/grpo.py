@@ -18,6 +18,8 @@ AUTO = "auto"
 
 
 class DiptychTrainGRPO:
+    """Reward training: `training/reinforce/session.py` inside ComfyUI."""
+
     DISPLAY_NAME = "Train GRPO LoRA"
     DESCRIPTION = (
         "Improves an edit model by rewards instead of examples: it tries, rewards judge, and what was better "
@@ -41,6 +43,7 @@ class DiptychTrainGRPO:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "reward": socket("DIPTYCH_REWARD")("What is good, from Edit Reward nodes."),
@@ -83,6 +86,7 @@ class DiptychTrainGRPO:
 
     @classmethod
     def IS_CHANGED(cls, dataset: object = None, **_: Any) -> str:
+        """A text that changes when a file of the input changes, so that ComfyUI runs the node again."""
         return DiptychTrainLora.IS_CHANGED(dataset)
 
     def train(
@@ -106,6 +110,10 @@ class DiptychTrainGRPO:
         preview_every: int = 10,
         training_seed: int = 0,
     ) -> dict:
+        """(LoRA name, reward curve, before and after, report), and what the node shows of them.
+
+        Raises ValueError, before anything is loaded, for choices that do not fit together.
+        """
         from ..training import comfy, session
         from ..training.reinforce import session as grpo_session
 

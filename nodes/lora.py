@@ -12,6 +12,8 @@ from .widgets import choice, integer, number, socket, switch
 
 
 class DiptychGRPOLoraLoader:
+    """`models/lora`'s reader and its way onto a ComfyUI MODEL."""
+
     DISPLAY_NAME = "GRPO LoRA Loader"
     DESCRIPTION = (
         "Loads a LoRA of any format at its trained strength and says what it did: diffusers, ICEdit and its "
@@ -33,6 +35,7 @@ class DiptychGRPOLoraLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "model": socket("MODEL")("From any loader: plain, fp8, GGUF, with LoRAs or not."),
@@ -67,12 +70,14 @@ class DiptychGRPOLoraLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora: object = None) -> bool | str:
+        """True, or the sentence that ComfyUI shows for a LoRA that is not there."""
         if lora is None or lora_path(lora) is not None:  # None: it comes by a link
             return True
         return f"lora is {short(lora)}, which is not in ComfyUI's loras folder: refresh, or put it there"
 
     @classmethod
     def IS_CHANGED(cls, lora: object = None, **_: object) -> str:
+        """A text that changes when a file of the input changes, so that ComfyUI runs the node again."""
         path = lora_path(lora)
         return "missing" if path is None else lora_fingerprint(path)
 
@@ -87,6 +92,10 @@ class DiptychGRPOLoraLoader:
         scale: float = 0.0,
         top_k: int = 0,
     ) -> tuple:
+        """(patched clone of the model, report, reward curve [1,H,W,3]).
+
+        Raises ValueError for a name that is gone, LoraError for a file that cannot be used.
+        """
         path = lora_path(lora)
         if path is None:
             raise ValueError(f"lora is {short(lora)}, which is not in ComfyUI's loras folder: put it there")

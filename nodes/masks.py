@@ -11,6 +11,8 @@ from .widgets import integer, socket, switch
 
 
 class DiptychMaskPacker:
+    """`models/packing.pack_mask`, and the mask's way there."""
+
     DISPLAY_NAME = "Mask Packer (Flux Fill)"
     DESCRIPTION = (
         "Turns a mask into the 256 channels per token that FLUX.1-Fill reads, and shows them. Grow, feather, "
@@ -29,6 +31,7 @@ class DiptychMaskPacker:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {"mask": socket("MASK")("White (1) is repainted. Any size; a batch is kept.")},
             "optional": {
@@ -62,6 +65,7 @@ class DiptychMaskPacker:
         invert: bool = False,
         policy: str = "stretch",
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens [B,S,256], the mask [B,h,w] as packed, preview [B,h,w,3]) of a mask [B,H,W]."""
         seen = pixels.as_mask(mask)
         if image is not None:
             seen = pixels.resize_mask(seen, *pixels.as_image(image).shape[1:3])

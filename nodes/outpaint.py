@@ -27,6 +27,8 @@ def _side(name: str) -> Row:
 
 
 class DiptychOutpaintCanvas:
+    """`models/outpaint.expand`."""
+
     DISPLAY_NAME = "Outpaint Canvas"
     DESCRIPTION = (
         "Gives an image room on any side, for whatever model paints it: the canvas, the mask of what is "
@@ -46,6 +48,7 @@ class DiptychOutpaintCanvas:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         from ..models.outpaint.amounts import UNITS
         from ..models.outpaint.canvas import GROUND
 
@@ -96,6 +99,7 @@ class DiptychOutpaintCanvas:
         multiple: int = 16,
         ground: float = 0.5,
     ) -> tuple[Tensor, Tensor, outpaint.CanvasLayout]:
+        """(canvas [B,h,w,3], mask [B,h,w], layout) of [B,H,W,C]. Raises ValueError for what `expand` refuses."""
         from ..models import outpaint
 
         sides = {"left": left, "top": top, "right": right, "bottom": bottom}
@@ -104,6 +108,8 @@ class DiptychOutpaintCanvas:
 
 
 class DiptychFillHole:
+    """`models/outpaint.fill`."""
+
     DISPLAY_NAME = "Fill Hole"
     DESCRIPTION = (
         "Puts something into the masked part of an image before a model paints it: the image continued "
@@ -127,6 +133,7 @@ class DiptychFillHole:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         from ..models import outpaint
 
         return {
@@ -169,6 +176,7 @@ class DiptychFillHole:
         cell: int = 64,
         radius: int = 3,
     ) -> tuple[Tensor]:
+        """The image [B,H,W,3] with its hole filled. Raises ValueError for what `outpaint.fill` refuses."""
         from ..models import outpaint
 
         given = {
@@ -186,6 +194,8 @@ class DiptychFillHole:
 
 
 class DiptychContextCrop:
+    """`models/outpaint.crop_context`."""
+
     DISPLAY_NAME = "Context Crop"
     DESCRIPTION = (
         "Cuts out a hole with its surroundings at the size a model works best at, so that a small repair in "
@@ -205,6 +215,7 @@ class DiptychContextCrop:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "image": socket("IMAGE")("The whole image."),
@@ -244,6 +255,7 @@ class DiptychContextCrop:
         highpass: float = 0.1,
         multiple: int = 16,
     ) -> tuple[Tensor, Tensor, outpaint.CanvasLayout]:
+        """(crop [B,h,w,3], mask [B,h,w], layout). Raises ValueError for what `crop_context` refuses."""
         from ..models import outpaint
 
         more = {"blend": blend, "fill_holes": fill_holes, "highpass": highpass, "multiple": multiple}
@@ -251,6 +263,8 @@ class DiptychContextCrop:
 
 
 class DiptychPasteBack:
+    """`models/outpaint.paste_back`."""
+
     DISPLAY_NAME = "Paste Back"
     DESCRIPTION = (
         "Puts what a model painted on a canvas or a context crop into the image: at the size asked for, "
@@ -274,6 +288,7 @@ class DiptychPasteBack:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "image": socket("IMAGE")("The decoded result; it may have been upscaled."),
@@ -308,6 +323,7 @@ class DiptychPasteBack:
         match_colour: bool = True,
         join: bool = False,
     ) -> tuple[Tensor]:
+        """The finished image [B,H,W,C]. Raises ValueError for what `paste_back` refuses."""
         from ..models import outpaint
 
         more = {"feather": feather, "match_colour": match_colour, "join": join}
@@ -315,6 +331,8 @@ class DiptychPasteBack:
 
 
 class DiptychTiledSampler:
+    """`samplers/comfy_tiles.py` around another SAMPLER."""
+
     DISPLAY_NAME = "Tiled Sampler"
     DESCRIPTION = (
         "Runs any sampler window by window over a canvas of any size: each window sees what is known by "
@@ -330,6 +348,7 @@ class DiptychTiledSampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         from ..samplers import tiles
 
         return {
@@ -370,6 +389,7 @@ class DiptychTiledSampler:
         blend: int = 32,
         known: str = "keep",
     ) -> tuple[Any]:
+        """The SAMPLER. Raises ValueError for a stride above the window."""
         from ..samplers.comfy_tiles import TiledSampler
 
         if stride > window:

@@ -19,6 +19,8 @@ PUBLISHED = "published"
 
 
 class DiptychReward:
+    """A choice of rewards by name, for the nodes that judge: `training/rewards/chosen.py`."""
+
     DISPLAY_NAME = "Edit Reward"
     DESCRIPTION = (
         "Chooses who judges images: human-preference models (PickScore, HPSv2.1), text agreement (CLIP), "
@@ -38,6 +40,7 @@ class DiptychReward:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         from ..training.rewards import names
 
         return {
@@ -76,6 +79,10 @@ class DiptychReward:
         question: str = "",
         device: str = "cpu",
     ) -> tuple:
+        """The rewards chosen so far and this one; nothing is loaded yet.
+
+        Raises ValueError for a question or a file that the reward does not take, or a file that it lacks.
+        """
         from ..training.rewards import Selection, Spec, options
 
         given: dict[str, str] = {}
@@ -105,6 +112,8 @@ def _gpu() -> str:
 
 
 class DiptychRewardScore:
+    """`training/evaluate/reward_sheet.rank`."""
+
     DISPLAY_NAME = "Edit Reward Score"
     DESCRIPTION = (
         "Judges a batch of images by rewards: the numbers, the batch sorted best first, and a sheet with "
@@ -127,6 +136,7 @@ class DiptychRewardScore:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "images": socket("IMAGE")("The images to judge; edits, from Diptych Split."),
@@ -151,6 +161,10 @@ class DiptychRewardScore:
         target: Tensor | None = None,
         prompt: str = "",
     ) -> dict[str, Any]:
+        """(best score, report, images [N,H,W,3] best first, sheet), and what the node shows of them.
+
+        Raises ValueError for images that no reward can judge.
+        """
         from ..training.evaluate.judge import Judge, rank
 
         ranking = rank(Judge.of(reward, prompt, source, mask, target), images)

@@ -27,6 +27,7 @@ class DiptychFlowMatchScheduler:
 
     @classmethod
     def INPUT_TYPES(cls):
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "steps": integer(28, 1, 10000)("Model evaluations. ICEdit and FLUX use 28 to 50."),
@@ -55,6 +56,7 @@ class DiptychFlowMatchScheduler:
         }
 
     def schedule(self, steps, denoise=1.0, shift_mode="dynamic", shift=3.0, latent=None, model=None):
+        """SIGMAS [steps + 1]. Raises ValueError for a model that is no flow, and for nothing to shift by."""
         if model is not None:
             from ..samplers.comfy import model_shift, require_flow
 
@@ -101,6 +103,7 @@ class DiptychFlowMatchEulerSampler:
 
     @classmethod
     def INPUT_TYPES(cls):
+        """The table of inputs, as ComfyUI's schema has it."""
         defaults = ", ".join(f"{rule} {eta:g}" for rule, eta in DEFAULT_ETA.items() if rule != "ode")
         return {
             "required": {
@@ -125,6 +128,7 @@ class DiptychFlowMatchEulerSampler:
         }
 
     def build(self, rule="ode", eta=-1.0, window_start=0, window_end=10000, sde_seed=0):
+        """The SAMPLER. Raises ValueError for a window that ends before it starts."""
         eta = resolve_eta(rule, None if eta < 0 else eta)
         if window_end < window_start:
             raise ValueError(f"window_end is {window_end} but window_start is {window_start}: end it later.")

@@ -9,6 +9,8 @@ from .widgets import socket, text
 
 
 class DiptychEditScore:
+    """`training/evaluate/edit_report.judge`."""
+
     DISPLAY_NAME = "Edit Score"
     DESCRIPTION = (
         "Measures an edit: how much of the rest was kept, how much changed where it should, how near it "
@@ -32,6 +34,7 @@ class DiptychEditScore:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "edited": socket("IMAGE")("The result, from Diptych Split or VAE Decode."),
@@ -52,6 +55,10 @@ class DiptychEditScore:
         mask: Tensor | None = None,
         expected: Tensor | None = None,
     ) -> dict:
+        """(kept, changed, similarity, success, report, annotated), and what the node shows of them.
+
+        Raises ValueError for images of different sizes.
+        """
         from ..training.evaluate.edit_report import judge
 
         result = judge(edited, source, instruction, mask, expected)

@@ -12,6 +12,8 @@ OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background
 
 
 class DiptychTinyModelLoader:
+    """`models/tiny/comfy.load`."""
+
     DISPLAY_NAME = "Load Tiny Demo Model"
     DESCRIPTION = (
         "Loads one of the small models that come with this pack, as ordinary MODEL, CLIP and VAE. "
@@ -31,6 +33,7 @@ class DiptychTinyModelLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "which": choice(["fill", "kontext", "sd_inpaint"], "fill")(
@@ -43,6 +46,7 @@ class DiptychTinyModelLoader:
         }
 
     def load(self, which: str) -> tuple[Any, Any, Any]:
+        """(MODEL, CLIP, VAE). Raises ValueError if the pack was installed without the weights."""
         from ..models import tiny
         from ..models.tiny import comfy
 
@@ -55,6 +59,8 @@ class DiptychTinyModelLoader:
 
 
 class DiptychDemoImage:
+    """One held-out edit of the shapes world, `training/tiny/shapes.py`."""
+
     DISPLAY_NAME = "Demo Image (Shapes)"
     DESCRIPTION = (
         "Draws a small image of coloured shapes with an edit to ask for, the region it touches, and the "
@@ -76,6 +82,7 @@ class DiptychDemoImage:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {"example": integer(0, 0, 9999)("Which of the images; each has its own edit.")},
             "optional": {
@@ -91,6 +98,7 @@ class DiptychDemoImage:
     def draw(
         self, example: int, operation: str = "any", size: int = 64
     ) -> tuple[Tensor, str, Tensor, Tensor, str]:
+        """(source [1,H,W,3], instruction, mask [1,H,W], target [1,H,W,3], caption of the target)."""
         from ..training.tiny.shapes import edit_pairs
 
         operations = OPERATIONS[1:] if operation == "any" else [operation]

@@ -27,6 +27,8 @@ def base_model_menu() -> Row:
 
 
 class DiptychTrainLora:
+    """Supervised training: `training/session.py` inside ComfyUI."""
+
     DISPLAY_NAME = "Train Edit LoRA"
     DESCRIPTION = (
         "Trains a LoRA from a folder of images, right here: ICEdit on FLUX Fill (before/after pairs in a "
@@ -56,6 +58,7 @@ class DiptychTrainLora:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
                 "dataset": dataset_menu(
@@ -87,6 +90,7 @@ class DiptychTrainLora:
 
     @classmethod
     def IS_CHANGED(cls, dataset: object = None, **_: Any) -> str:
+        """A text that changes when a file of the input changes, so that ComfyUI runs the node again."""
         folder = datasets().get(dataset) if isinstance(dataset, str) else None  # None: it comes by a link
         files = sorted(folder.rglob("*")) if folder else []
         stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
@@ -109,6 +113,10 @@ class DiptychTrainLora:
         class_prompt: str = "",
         training_seed: int = 0,
     ) -> dict:
+        """(LoRA name, loss curve, sample images, report), and what the node shows of them.
+
+        Raises ValueError, before anything is loaded, for choices that do not fit together.
+        """
         from ..training import session
 
         model = model_folder(base_model)

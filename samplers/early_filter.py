@@ -33,6 +33,7 @@ class Cost:
 
     @property
     def evaluations(self) -> int:
+        """Of this run: all candidates up to the judgement, the kept ones after it."""
         return self.candidates * self.judged_after + self.kept * (self.steps - self.judged_after)
 
     @property

@@ -30,10 +30,12 @@ class Tile:
 
     @property
     def rows(self) -> slice:
+        """The rows of the canvas that it covers."""
         return slice(self.y, self.y + self.height)
 
     @property
     def columns(self) -> slice:
+        """The columns of the canvas that it covers."""
         return slice(self.x, self.x + self.width)
 
 

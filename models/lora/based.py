@@ -27,6 +27,7 @@ class Based:
 
     @property
     def columns(self) -> int | None:
+        """Entries of one output's row, None where the file does not say."""
         return self.shape[1]
 
     def change(self, weight: Tensor) -> Tensor:
@@ -46,22 +47,27 @@ class Around(Based):
 
     @property
     def scale(self) -> float:
+        """Of the inner change."""
         return self.inner.scale
 
     @property
     def scale_from(self) -> str:
+        """Which fact gave the scale (see `scale.py`)."""
         return self.inner.scale_from
 
     @property
     def rank(self) -> int:
+        """Of the inner change."""
         return self.inner.rank
 
     @property
     def shape(self) -> tuple[int | None, int | None]:
+        """(outputs, inputs) of the inner change, None where the file does not say."""
         return self.inner.shape
 
     @property
     def columns(self) -> int | None:
+        """Entries of one output's row."""
         return self.inner.columns
 
 
@@ -78,6 +84,7 @@ class Dora(Around):
     by_output: bool = True
 
     def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in(, kh, kw)], in its shape; no norm is 0."""
         weight = weight.float()
         merged = weight + map_tensors(self.inner, lambda t: t.to(weight.device)).change(weight)
         axes = [i for i in range(weight.ndim) if i != (0 if self.by_output else 1)]
@@ -87,6 +94,7 @@ class Dora(Around):
         return merged * (magnitude / norm.clamp_min(tiny)) - weight
 
     def cut(self, start: int, stop: int) -> Dora | None:
+        """These rows with their magnitudes; None if the norm is that of columns, which all rows enter."""
         if not self.by_output:
             return None
         inner = self.inner
@@ -114,17 +122,21 @@ class Glora(Based):
 
     @property
     def rank(self) -> int:
+        """Columns of the left factors, rows of the right ones."""
         return self.A_right.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
         return self.B_left.shape[0], self.A_left.shape[0]
 
     @property
     def columns(self) -> int:
+        """Entries of one output's row: inputs times kernel."""
         return self.B_right.shape[1:].numel()
 
     def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in(, kh, kw)], in its shape; the kernel is carried along."""
         weight = weight.float()
         left, right, up, down = (
             t.to(weight.device).float().flatten(1)
@@ -134,6 +146,7 @@ class Glora(Based):
         return self.scale * (along + (up @ down).reshape(weight.shape))
 
     def cut(self, start: int, stop: int) -> Glora:
+        """These rows: only B_left tells outputs apart."""
         return replace(self, B_left=self.B_left[start:stop])
 
 
@@ -142,6 +155,7 @@ class Swapped(Around):
     """A change written for a layer whose two row halves stand the other way round."""
 
     def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in] whose halves stand as in diffusers."""
         return swap_halves(self.inner.change(swap_halves(weight)))
 
 
@@ -159,6 +173,7 @@ class Share(Around):
 
     @property
     def shape(self) -> tuple[int, int | None]:
+        """(outputs of this layer, inputs or None)."""
         return self.sizes[self.index], self.inner.shape[1]
 
     def change_among(self, weights: list[Tensor]) -> Tensor:

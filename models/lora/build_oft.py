@@ -11,6 +11,7 @@ from .weights import Module
 
 
 def oft(layer: Layer) -> Oft | Boft | None:
+    """LyCORIS' or kohya's rotation of the outputs, None without one. Raises LoraError for damaged blocks."""
     blocks = layer.take("oft_blocks", 3, 4)
     blocks = layer.take("oft_diag", 3) if blocks is None else blocks
     if blocks is None:
@@ -45,6 +46,7 @@ def oft_by_parts(layer: Layer) -> dict[str, Module]:
 
 
 def peft_oft(layer: Layer) -> InputOft | None:
+    """peft's OFT, None without one. Raises LoraError for a variant or a number of terms not known here."""
     upper = layer.take("oft_R", 2)
     if upper is None:
         return None
@@ -60,6 +62,7 @@ def peft_oft(layer: Layer) -> InputOft | None:
 
 
 def peft_boft(layer: Layer) -> InputBoft | None:
+    """peft's BOFT, None without one. Raises LoraError for factors that are no butterfly or incomplete."""
     if not {"boft_R", "boft_s"} & set(layer.parts):
         return None
     blocks, rescale = layer.take("boft_R", 4), layer.take("boft_s", 1, 2)

@@ -84,6 +84,7 @@ class Layers:
 
     @property
     def is_flux(self) -> bool:
+        """Whether the model has FLUX's layers, and names for them in diffusers' way."""
         return "diffusion_model.img_in" in self.map and "transformer.x_embedder" in self.map
 
     def _get(self, name: str):

@@ -35,9 +35,11 @@ class Delta(nn.Module):
         self.strength = 1.0
 
     def change(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """What is added to the output: [..., out] of this layer's part, in x's dtype, for x [..., in]."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        """The output y [..., out] or [B, out, h, w] with the change added; x is the layer's input."""
         change = self.change(x, layer)
         if self.rows is None:
             return y + change
@@ -55,6 +57,7 @@ class PlainDelta(Delta):
         self.A, self.B, self.scale = _weight(module.A), _weight(module.B), module.scale
 
     def change(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """[..., out], or [B, out, h, w] with the convolution's own stride and padding."""
         A, B = self.A.to(x), self.B.to(x)
         if isinstance(layer, nn.Conv2d):
             A = A.reshape(A.shape[0], -1, *layer.kernel_size)
@@ -74,9 +77,11 @@ class MoeDelta(Delta):
         self.top_k, self.gate = module.top_k, module.gate
 
     def change(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """[..., out]: the gated sum of the experts of each token of x [..., in]."""
         return self._mix(x, None)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        """As in `Delta`; without `rows` the sum is added in the same pass."""
         return self._mix(x, y) if self.rows is None else super().forward(x, y, layer)
 
     def _mix(self, x: Tensor, base: Tensor | None) -> Tensor:
@@ -115,6 +120,7 @@ class WeightDelta(Delta):
         return map_tensors(self.module, lambda _: next(tensors))
 
     def change(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """[..., out] or [B, out, h, w]: x through the layer's operation with the change as its weight."""
         module = map_tensors(self._current(), lambda t: t.to(x.device))
         if isinstance(module, Factored):
             weight = self._factored(module, x)
@@ -152,6 +158,7 @@ class BiasDelta(Delta):
         self.value, self.replaces = _weight(tensor.value), tensor.mode == "set"
 
     def change(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """The bias [out] to be added; where it replaces the layer's own, the difference to that."""
         value = self.value.to(x.device, torch.float32)
         if self.replaces and layer.bias is not None:
             bias = layer.bias.to(x.device, torch.float32)

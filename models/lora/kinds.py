@@ -29,10 +29,12 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """Rows of A."""
         return self.A.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
         return self.B.shape[0], self.A.shape[1]
 
     @property
@@ -70,18 +72,22 @@ class MoeLowRank:
 
     @property
     def rank(self) -> int:
+        """Of each expert."""
         return self.A.shape[1]
 
     @property
     def experts(self) -> int:
+        """How many there are."""
         return self.A.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
         return self.B.shape[1], self.A.shape[2]
 
     @property
     def columns(self) -> int:
+        """Entries of one output's row: the inputs."""
         return self.A.shape[2]
 
 
@@ -105,6 +111,7 @@ class Factored:
 
     @property
     def rank(self) -> int:
+        """The size of the decomposed factor; of an undecomposed LoKr the rows of w1."""
         f = self.factors
         if self.kind == "lokr":
             return (
@@ -134,11 +141,13 @@ class Factored:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of this module's part."""
         out, inputs = self.whole_shape[:2]
         return (out if self.rows is None else self.rows[1] - self.rows[0]), self.width or inputs
 
     @property
     def columns(self) -> int:
+        """Entries of one output's row: inputs times kernel."""
         return self.shape[1] * torch.Size(self.whole_shape[2:]).numel()
 
     def kron_factors(self) -> tuple[Tensor, Tensor]:

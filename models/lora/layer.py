@@ -37,6 +37,7 @@ class Layer:
         return self.rule.of((self.name, self.where[0].path), rank, self.alpha)
 
     def fail(self, what: str) -> LoraError:
+        """The error that names the file and the layer, to be raised by the caller."""
         return LoraError(f"{self.file}: {self.name} {what}")
 
     def take(self, role: str, *dims: int) -> Tensor | None:

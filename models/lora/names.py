@@ -106,6 +106,7 @@ def strip(key: str) -> tuple[str, bool]:
 
 
 def is_text_encoder(key: str) -> bool:
+    """Whether a key belongs to a text encoder, which the pack does not change."""
     key = key.removeprefix("base_model.model.")
     return key.startswith(_TEXT_PREFIXES)
 

@@ -32,6 +32,7 @@ class Overwritten:
 
     @torch.no_grad()
     def recompute(self) -> None:
+        """Write original plus all changes, in float32 and in order, into the parameter."""
         value = self.original
         for writer in self.writers:
             if writer.strength:

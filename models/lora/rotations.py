@@ -39,10 +39,12 @@ class OutputBlocks(Based):
 
     @property
     def rank(self) -> int:
+        """The side b of a block."""
         return self.blocks.shape[-1]
 
     @property
     def shape(self) -> tuple[int, None]:
+        """(outputs, None): a rotation of outputs takes any inputs."""
         return self.blocks.shape[-3] * self.blocks.shape[-2], None
 
 
@@ -54,6 +56,7 @@ class Oft(OutputBlocks):
     """
 
     def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in] or [out, in, kh, kw], in its shape."""
         weight = weight.float()
         Q = self.blocks.to(weight.device).float()
         R = cayley((Q - Q.mT) * self.limit)
@@ -61,6 +64,7 @@ class Oft(OutputBlocks):
         return _rescaled(turned.reshape(weight.shape), self.rescale) - weight
 
     def cut(self, start: int, stop: int) -> Oft | None:
+        """The blocks of these rows; None where a block mixes rows of two layers."""
         size = self.rank
         if start % size or stop % size:
             return None  # a block mixes rows of two layers
@@ -76,6 +80,7 @@ class Boft(OutputBlocks):
     """
 
     def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in] or [out, in, kh, kw], in its shape."""
         weight = weight.float()
         Q = self.blocks.to(weight.device).float()
         R = cayley((Q - Q.mT) * self.limit)
@@ -105,10 +110,12 @@ class InputOft(Based):
 
     @property
     def rank(self) -> int:
+        """The side b of a block."""
         return self.size
 
     @property
     def shape(self) -> tuple[None, int | None]:
+        """(None, inputs), or (None, None) for a block shared by all inputs."""
         return None, None if self.shared else self.upper.shape[0] * self.size
 
     def rotation(self, device: torch.device) -> Tensor:
@@ -129,6 +136,7 @@ class InputOft(Based):
         return R
 
     def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in] or [out, in, kh, kw], in its shape."""
         weight = weight.float()
         R = self.rotation(weight.device)
         blocks = weight.reshape(weight.shape[0], -1, self.size)
@@ -136,6 +144,7 @@ class InputOft(Based):
         return torch.einsum("o k n, k m n -> o k m", blocks, R).reshape(weight.shape) - weight
 
     def cut(self, start: int, stop: int) -> InputOft:
+        """Itself: every row is turned alike."""
         return self
 
 
@@ -151,13 +160,16 @@ class InputBoft(Based):
 
     @property
     def rank(self) -> int:
+        """The side b of a block."""
         return self.blocks.shape[-1]
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
         return self.rescale.numel(), self.blocks.shape[1] * self.blocks.shape[2]
 
     def change(self, weight: Tensor) -> Tensor:
+        """The float32 change of a weight [out, in] or [out, in, kh, kw], in its shape."""
         weight = weight.float()
         Q = self.blocks.to(weight.device).float()
         R = cayley((Q.mT - Q) / 2)
@@ -178,6 +190,7 @@ class InputBoft(Based):
         return torch.cat([flat[:, 0::2], flat[:, 1::2]], dim=1).flatten()
 
     def cut(self, start: int, stop: int) -> InputBoft:
+        """The factors of these rows; the rotation is the same for all."""
         return replace(self, rescale=self.rescale.flatten()[start:stop])
 
 

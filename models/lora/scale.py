@@ -39,6 +39,7 @@ class PeftConfig:
     dora: bool = False
 
     def alpha_of(self, names: tuple[str, ...]) -> float | None:
+        """alpha by the first name that a pattern matches, else the default; None if it says neither."""
         if self.patterns is not None:
             for name in names:
                 if (value := self.patterns.value(name)) is not None:

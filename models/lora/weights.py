@@ -57,6 +57,7 @@ class LoraWeights:
 
     @property
     def is_moe(self) -> bool:
+        """Whether any layer has a mixture of experts, which no weight can hold."""
         return any(isinstance(m, MoeLowRank) for m in self.modules.values())
 
     @property

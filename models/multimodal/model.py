@@ -122,6 +122,7 @@ class GenerativeMultimodalModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where its weights are."""
         return self.log_scale.device
 
     # images and texts to embeddings

@@ -87,13 +87,16 @@ class TinyTokenizer:
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, **_: Any
     ) -> dict[str, Weighted]:
+        """For each text encoder its tokens, weighted as ComfyUI's prompts say it: `(word:1.2)`."""
         return {name: tokenizer(text, return_word_ids) for name, tokenizer in self.tokenizers.items()}
 
     def untokenize(self, tokens: list[tuple]) -> list[tuple]:
+        """Each token with the word it stands for."""
         words = self.tokenizers["l"].words
         return [(token, words[token[0]]) for token in tokens]
 
     def state_dict(self) -> dict:
+        """Nothing of a tokenizer is saved into a checkpoint."""
         return {}
 
 
@@ -119,6 +122,7 @@ class TextModel(nn.Module):
         """Nothing to reset."""
 
     def load_sd(self, state_dict: dict[str, Tensor]):
+        """As `load_state_dict`, missing and unexpected keys allowed; returns both."""
         return self.load_state_dict(state_dict, strict=False)
 
     def encode_token_weights(self, tokens: dict[str, Weighted]) -> tuple[Tensor, Tensor]:
