@@ -99,7 +99,7 @@ class DiptychOutpaintCanvas:
         multiple: int = 16,
         ground: float = 0.5,
     ) -> tuple[Tensor, Tensor, outpaint.CanvasLayout]:
-        """(canvas [B,h,w,3], mask [B,h,w], layout) of [B,H,W,C]. Raises ValueError for what `expand` refuses."""
+        """(canvas [B,h,w,3], mask [B,h,w], layout). Raises ValueError for what `outpaint.expand` refuses."""
         from ..models import outpaint
 
         sides = {"left": left, "top": top, "right": right, "bottom": bottom}
