@@ -1,7 +1,6 @@
 """`diptych edit`: an image and an instruction to an edited image, and both side by side.
 
-Everything that can be wrong with the input is found before a model is loaded. The work is
-`models/editing.py`.
+Whatever is wrong with the input is found before a model is loaded. The work is done by `models/editing.py`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ SIDES = ("left", "top", "right", "bottom")
 
 
 def amount(text: str) -> tuple[float, str]:
-    """`256` or `50%`: (number, unit), the percentage of the image's own side as a fraction."""
+    """`256` or `50%`: (number, unit), a percentage as a fraction of the image's own side.
+
+    Raises ArgumentTypeError for anything else.
+    """
     word = text.strip()
     try:
         value = float(word.rstrip("%"))
@@ -26,7 +29,7 @@ def amount(text: str) -> tuple[float, str]:
 
 
 def aspect(text: str) -> float:
-    """`16:9` or `1.78`."""
+    """Width over height, from `16:9` or `1.78`. Raises ArgumentTypeError for anything else."""
     width, colon, height = text.partition(":")
     try:
         value = float(width) / float(height if colon else 1)

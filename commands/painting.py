@@ -176,7 +176,7 @@ def _load(engine: Engine, args: argparse.Namespace) -> Any:
 
 
 def save(before: Tensor, after: Tensor, prompt: str, output: Path) -> None:
-    """Write the image, and beside it before and after in one."""
+    """Write the image [1,H,W,C], and beside it before and after in one."""
     place = images.save(images.to_pil(after[0]), output)
     sheet = images.side_by_side(before[0], after[0], prompt)
     beside = images.save(sheet, images.side_by_side_path(place))

@@ -13,7 +13,7 @@ LARGEST_SIDE = 16_384  # pixels
 
 
 def whole(low: int | None = None, high: int | None = None) -> Callable[[str], int]:
-    """An integer in low..high."""
+    """A parser of whole numbers in low..high; it raises ArgumentTypeError for anything else."""
 
     def parse(text: str) -> int:
         try:
@@ -27,7 +27,7 @@ def whole(low: int | None = None, high: int | None = None) -> Callable[[str], in
 
 
 def number(low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """A finite number in low..high."""
+    """A parser of finite numbers in low..high; it raises ArgumentTypeError for anything else."""
 
     def parse(text: str) -> float:
         try:

@@ -68,7 +68,10 @@ def part(state: State, prefix: str) -> State:
 
 
 def with_part(state: State, prefix: str, new: State) -> State:
-    """The checkpoint with the entries under a prefix replaced by `new`, which must name the same ones."""
+    """The checkpoint with the entries under a prefix replaced by `new`.
+
+    Raises ValueError unless both name the same ones.
+    """
     old = part(state, prefix)
     for names, what in ((old.keys() - new.keys(), "lacks"), (new.keys() - old.keys(), "has")):
         if names:

@@ -69,8 +69,7 @@ def fill_input(
 
 
 class Reference(NamedTuple):
-    """An image [B,H,W,3] at a size Kontext takes, its mask [B,1,H,W] or None, and the layout that undoes
-    it."""
+    """An image [B,H,W,3] at a size Kontext takes, its mask [B,1,H,W] or None, and the way back."""
 
     image: Tensor
     mask: Tensor | None
@@ -90,8 +89,7 @@ def reference(
     - `size`: `preferred` is the one of the 17 trained sizes with the nearest aspect, `keep` the image's own
       in multiples of 16, `megapixels` about that many times 2**20 pixels at the image's aspect.
     - `policy`: `stretch` (as FluxKontextPipeline), `crop`, `pad`, or `auto` (`geometry.resolve`).
-    - `mask`: repaint only there (binarised at 0.5); the layout then returns the source itself elsewhere. An
-      empty mask is none.
+    - `mask`: repaint only there (cut at 0.5, empty is none); the layout returns the source itself elsewhere.
 
     `str(layout)` says what was done. Raises ValueError for whatever it cannot take.
     """

@@ -190,7 +190,7 @@ def posterior(vae: Any, pixels: Tensor) -> Any:
 
 
 def same_batch(**tensors: Tensor) -> dict[str, Tensor]:
-    """Bring named tensors to one batch size, 1 going to N. Raises ValueError naming the odd one out."""
+    """Named tensors [B,...] at one batch size, 1 going to N. Raises ValueError naming the odd one out."""
     batch = max(x.shape[0] for x in tensors.values())
     for name, x in tensors.items():
         if x.shape[0] not in (1, batch):

@@ -96,7 +96,10 @@ class Layout:
         return self.shown[2:] != self.filled[2:]
 
     def at(self, size: tuple[int, int]) -> Layout:
-        """The same layout for a source of another (height, width) but equal aspect (within 2%)."""
+        """The same layout for a source of another (height, width) but equal aspect (within 2%).
+
+        Raises ValueError for another aspect.
+        """
         if tuple(size) == self.source_size:
             return self
         stretch = (size[1] * self.source_size[0]) / (size[0] * self.source_size[1])

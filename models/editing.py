@@ -177,7 +177,7 @@ def fill_canvas(
     cfg: float = 1.0,
     sampling: Sampling = Sampling(),
 ) -> Tensor:
-    """FluxFillPipeline's own task: IMAGE and MASK whose sides divide by 16, to an IMAGE of that size.
+    """FluxFillPipeline's own task: IMAGE [B,H,W,3] and MASK [B,H,W], sides multiples of 16, to [B,H,W,3].
 
     Prompts, images and masks may each have batch 1. Raises ValueError for sizes or batches that do not fit.
     """
@@ -215,8 +215,9 @@ def edit_with_fill(
 ) -> Edit:
     """ICEdit: put the image in a diptych, let Fill repaint the other half, and take the edit back.
 
-    image: IMAGE of any size (gray and RGBA too). Options are those of `diptych.build` and `diptych.split`;
-    `side="none"` fills `edit_mask` of the image itself, with the instruction as the prompt.
+    image: [B,H,W,C] of any size, gray and RGBA too. Options are those of `diptych.build` and `diptych.split`;
+    `side="none"` fills `edit_mask` of the image itself, with the instruction as the prompt. Raises ValueError
+    for what those two refuse.
     """
     built = diptych.build(
         image, instruction, edit_mask=edit_mask, panel_width=panel_width, policy=policy, side=side
@@ -230,8 +231,11 @@ def edit_with_fill(
 def kontext_reference(
     image: Tensor, policy: str = "auto", panel_width: int | None = None
 ) -> tuple[Tensor, diptych.Layout]:
-    """An image as Kontext takes it, and the way back: at the trained size of nearest aspect (None), its own
-    in multiples of 16 (0), or a width in pixels."""
+    """An image [B,H,W,C] as Kontext takes it [B,h,w,3], and the layout that undoes it.
+
+    panel_width: None for the trained size of nearest aspect, 0 for its own in multiples of 16, else the
+    width. Raises ValueError for a width or a policy that does not fit.
+    """
     if panel_width:
         built = diptych.build(image, side="none", panel_width=panel_width, policy=policy)
         return built.image, built.layout
@@ -254,12 +258,12 @@ def edit_with_kontext(
     cfg: float = 1.0,
     sampling: Sampling = Sampling(),
 ) -> Edit:
-    """Kontext: the image is the first reference, the result has its size and aspect.
+    """Kontext: the image [B,H,W,C] is the first reference, the result has its size and aspect.
 
-    further: more references. panel_width: None brings each image to the trained size of nearest aspect, 0
-    only to multiples of 16, another number to that width. policy: `stretch` as diffusers does, `crop` as
-    ComfyUI does, `pad`, or `auto` (`geometry.resolve`). method: where several references are placed
-    (`flux_kontext.reference_positions`). negative, cfg: classifier-free guidance.
+    further: more references. panel_width: see `kontext_reference`. policy: `stretch` as diffusers does,
+    `crop` as ComfyUI does, `pad`, or `auto` (`geometry.resolve`). method: where several references are placed
+    (`flux_kontext.reference_positions`). negative, cfg: classifier-free guidance. Raises ValueError for
+    batches that do not fit.
     """
     sized = [kontext_reference(view, policy, panel_width) for view in (image, *further)]
     references, layouts = zip(*sized, strict=True)
@@ -292,10 +296,10 @@ def inpaint_sd(
     mask_resize: str = "max",
     sampling: Sampling = Sampling(steps=50),
 ) -> Tensor:
-    """Stable Diffusion inpainting with DDIM (eta from `sampling`, 0 by default); IMAGE of the same size.
+    """Stable Diffusion inpainting with DDIM: IMAGE [B,H,W,3] and MASK [B,H,W] to an IMAGE of that size.
 
-    Sides must divide by 8. The draw order is StableDiffusionInpaintPipeline's. Raises ValueError for sizes or
-    batches that do not fit.
+    Sides must divide by 8; eta is that of `sampling`, by default 0. The draw order is
+    StableDiffusionInpaintPipeline's. Raises ValueError for sizes or batches that do not fit.
     """
     generator = sampling.generator()
     text = denoiser.encode_text(prompts)

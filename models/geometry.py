@@ -175,6 +175,7 @@ def fit_width(source: tuple[int, int], width: int, policy: str, masked: bool = F
     """Fit to a panel of the given width (a multiple of 16); the height follows from the aspect.
 
     The height is the nearest multiple of 16, for `pad` the next one, so that padding is only below and above.
+    Raises ValueError for a width that is no multiple of 16, or a policy not known.
     """
     if not isinstance(width, int) or width < MULTIPLE or width % MULTIPLE:
         near = snap(width) if isinstance(width, int) else 512
@@ -195,7 +196,10 @@ def kontext_size(source: tuple[int, int]) -> tuple[int, int]:
 
 
 def area_size(source: tuple[int, int], megapixels: float) -> tuple[int, int]:
-    """The (height, width) of about `megapixels` (2**20 pixels), multiples of 16, nearest to the aspect."""
+    """The (height, width) of about `megapixels` (2**20 pixels), multiples of 16, nearest to the aspect.
+
+    Raises ValueError for an area outside 0..32.
+    """
     if not 0 < megapixels <= MAX_PANEL / 2**20:
         raise ValueError(f"megapixels is {megapixels}: use a number above 0 up to 32, such as 1.0.")
     scale = (megapixels * 2**20 / (source[0] * source[1])) ** 0.5

@@ -41,7 +41,8 @@ class Sides(NamedTuple):
 def sides(direction: str, size: tuple[int, int], amount: int | float | str = AMOUNT) -> Sides:
     """How much each side grows for a direction; the unit is that of `size` (height, width): cells or pixels.
 
-    `amount`: a whole number, a fraction below 1 of the axis's own length, or "half".
+    `amount`: a whole number, a fraction below 1 of the axis's own length, or "half". Raises ValueError for
+    another amount or direction.
     """
     check_choice("direction", direction, DIRECTIONS)
     fraction = 0.5 if amount == "half" else amount
@@ -59,7 +60,8 @@ def glid_canvas(latent: Tensor, direction: str, amount: int | float | str = AMOU
     """Latents [B,C,h,w] on glid's canvas [B,C,H,W], new cells exactly 0, and `known`, bool [H,W].
 
     `direction`: expand, wider, taller, left, right, top, bottom, or "" for none. `amount` in cells, as in
-    `sides`. For pixels: `expand(image, **sides(direction, size, amount)._asdict(), multiple=1)`.
+    `sides`. For pixels: `expand(image, **sides(direction, size, amount)._asdict(), multiple=1)`. Raises
+    ValueError for other shapes.
     """
     if latent.ndim != 4 or latent.numel() == 0:
         raise ValueError(f"latent has shape {tuple(latent.shape)}: give [batch, channels, height, width].")
@@ -76,7 +78,7 @@ def known_from_mask(mask: Tensor, known: Tensor, white_means: str = "keep") -> T
     """glid's `--mask`: which cells [H,W] stay known, given a mask image [H,W] in 0..1.
 
     The mask has the shape of the enlarged canvas; values above 0.5 are white. `white_means`: `keep`, as in
-    glid's own files, or `repaint`, as everywhere else.
+    glid's own files, or `repaint`, as everywhere else. Raises ValueError for a mask of another size.
     """
     check_choice("white_means", white_means, ("keep", "repaint"))
     if mask.shape != known.shape:
@@ -94,6 +96,6 @@ def image_embed(canvas: Tensor, known: Tensor) -> Tensor:
 
 
 def guided(positive: Tensor, negative: Tensor, scale: float, quirk: bool = True) -> Tensor:
-    """Classifier-free guidance; with glid's quirk the fourth channel stays the conditional prediction."""
+    """Classifier-free guidance on [B,4,h,w]; glid's quirk leaves the fourth channel the conditional one."""
     mixed = negative + scale * (positive - negative)
     return torch.cat((mixed[:, :3], positive[:, 3:]), dim=1) if quirk else mixed

@@ -95,8 +95,7 @@ def read_mask(where: Where, *, most: int | None = None) -> Tensor:
     """A mask as float32 [H,W] in 0..1, 1 = repaint: what is white, or in an image with transparency what is
     transparent, which is how ComfyUI's mask editor saves a mask.
 
-    Making it smaller (`most` as in `read_image`) keeps the strongest value of each block. Raises
-    ImageFileError.
+    Made smaller (`most` as in `read_image`), each block keeps its strongest value. Raises ImageFileError.
     """
 
     def convert(strip: Image.Image, kind: str | None) -> Tensor:

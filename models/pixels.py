@@ -129,7 +129,7 @@ def _which(chosen: Tensor, name: str) -> str:
 
 
 def binarise(mask: Tensor) -> Tensor:
-    """1 where the mask is at least 0.5, else 0; the rule of the whole pack. NaN counts as 0."""
+    """1 where a mask of any shape is at least 0.5, else 0: the rule of the whole pack. NaN counts as 0."""
     return (mask >= MASK_THRESHOLD).to(mask.dtype)
 
 
@@ -146,8 +146,7 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _resize_rows(image: Tensor, height: int, width: int) -> Tensor:
-    """Height only. Whole rows are independent, so columns and channels count as one axis: 3x faster on
-    CPU."""
+    """Height only. Rows are independent, so columns and channels count as one axis: 3x faster on a CPU."""
     if image.shape[1] == height:
         return image
     batch, rows, columns, channels = image.shape
@@ -170,8 +169,7 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """Resize a hard or soft mask [B,H,W] so that nothing painted is lost, however thin.
 
     Along an axis that shrinks a cell takes its strongest pixel, along one that grows its nearest. Values are
-    only chosen, never mixed, so cutting at 0.5 before and after is the same. A mask of that size is returned
-    as it is.
+    only chosen, never mixed, so cutting at 0.5 before and after is the same.
     """
     if mask.shape[1] != height:
         mask = _resize_axis(mask, height)
@@ -219,7 +217,10 @@ def fit_mask(mask: Tensor, fit: Fit) -> Tensor:
 
 
 def fit_painted(mask: Tensor, fit: Fit, name: str = "mask") -> Tensor:
-    """As `fit_mask`, of a mask that repaints something, cut at 0.5. Raises ValueError if nothing is left."""
+    """As `fit_mask`, [B,h,w] cut at 0.5, of a mask that repaints something.
+
+    Raises ValueError if nothing is left.
+    """
     panel = binarise(fit_mask(mask, fit))
     left = panel.flatten(1).any(dim=1)
     if not bool(left.all()):
@@ -231,7 +232,7 @@ def fit_painted(mask: Tensor, fit: Fit, name: str = "mask") -> Tensor:
 
 
 def repeat_batch(tensor: Tensor, batch: int) -> Tensor:
-    """ComfyUI's batch rule: cycle through the items until there are `batch` of them, and drop the rest."""
+    """ComfyUI's batch rule on [B,...]: cycle through the items until there are `batch`, and drop the rest."""
     have = tensor.shape[0]
     if have == batch:
         return tensor
@@ -243,9 +244,8 @@ def repeat_batch(tensor: Tensor, batch: int) -> Tensor:
 def distance(mask: Tensor, limit: int) -> Tensor:
     """Distance in pixels from each pixel of [B,H,W] to the nearest pixel of 1, `limit` + 1 if farther.
 
-    Euclidean, and exact up to `limit`: the nearest row is found in each column by two scans, then columns
-    are joined (Felzenszwalb and Huttenlocher's decomposition, brute force over 2 limit + 1 shifts, all
-    pixels at once).
+    Euclidean, and exact up to `limit`: two scans find the nearest row in each column, then columns are joined
+    by brute force over 2 limit + 1 shifts (Felzenszwalb and Huttenlocher, 2012).
     """
     height, width = mask.shape[1:]
     far = float(limit + 1)

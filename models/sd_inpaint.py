@@ -136,7 +136,7 @@ class SDInpaint:
         mask_resize: str = "max",
         generator: torch.Generator | None = None,
     ) -> Condition:
-        """Condition on the image outside the mask (1 = repaint, cut at 0.5; masked pixels become gray).
+        """Condition on image [B,H,W,3] outside mask [B,H,W] (1 = repaint, cut at 0.5, gray beneath).
 
         cfg needs `negative` (encode "" for none). mask_resize: see `latent_mask`. Text, image and mask may
         each have batch 1. Raises ValueError for sizes or batches that do not fit.
@@ -156,11 +156,7 @@ class SDInpaint:
         )
 
     def epsilon(self, x: Tensor, timestep: Tensor | float, condition: Condition) -> Tensor:
-        """The noise predicted at latents x [B,4,h,w] and timestep (0..999, scalar or [B]); same shape and
-        dtype.
-
-        Differentiable. With `negative` and cfg != 1: e = e_neg + cfg (e_pos - e_neg), in one batch.
-        """
+        """The noise in latents x [B,4,h,w], in their shape and dtype; timestep 0..999, a scalar or [B]."""
         condition = condition.expand(x.shape[0])
         joined = torch.cat([x, condition.features.to(x)], dim=1).to(self.dtype)
         timestep = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])

@@ -110,7 +110,7 @@ class DiptychTrainGRPO:
         preview_every: int = 10,
         training_seed: int = 0,
     ) -> dict:
-        """(LoRA name, reward curve, before and after, report), and what the node shows of them.
+        """(LoRA name, reward curve [1,H,W,3], before and after [N,H,W,3], report), and the node's display.
 
         Raises ValueError, before anything is loaded, for choices that do not fit together.
         """

@@ -389,7 +389,7 @@ class DiptychTiledSampler:
         blend: int = 32,
         known: str = "keep",
     ) -> tuple[Any]:
-        """The SAMPLER. Raises ValueError for a stride above the window."""
+        """The SAMPLER; mask [B,H,W] in pixels. Raises ValueError for a stride above the window."""
         from ..samplers.comfy_tiles import TiledSampler
 
         if stride > window:

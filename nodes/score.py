@@ -55,7 +55,7 @@ class DiptychEditScore:
         mask: Tensor | None = None,
         expected: Tensor | None = None,
     ) -> dict:
-        """(kept, changed, similarity, success, report, annotated), and what the node shows of them.
+        """(kept, changed, similarity, success, report, annotated [B,H,W,3]), and what the node shows of them.
 
         Raises ValueError for images of different sizes.
         """

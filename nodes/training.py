@@ -113,7 +113,7 @@ class DiptychTrainLora:
         class_prompt: str = "",
         training_seed: int = 0,
     ) -> dict:
-        """(LoRA name, loss curve, sample images, report), and what the node shows of them.
+        """(LoRA name, loss curve [1,H,W,3], samples [N,H,W,3], report), and the node's display.
 
         Raises ValueError, before anything is loaded, for choices that do not fit together.
         """

@@ -1,8 +1,7 @@
 """The flow-match step rules as a ComfyUI SAMPLER.
 
-Imported at run time only, from a node: everything here is ComfyUI's own machinery (guiders, noise masks,
-previews, interrupts) around the formulas of `rules.py`. The loop for diffusers modules is
-`flow_match.sample`.
+Imported at run time only, from a node: ComfyUI's own machinery (guiders, noise masks, previews, interrupts)
+around the formulas of `rules.py`. The loop for diffusers modules is `flow_match.sample`.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class ConcatParts:
         return ((1 - mask if self.keep else mask) >= 0.5).any(dim=1)
 
     def cut(self, tile: tiles.Tile, painted: Tensor, canvas: Tensor) -> Tensor:
-        """The window of `c_concat` in which cells that earlier tiles painted are known."""
+        """The window [B,C,h,w] of `c_concat`; cells painted by earlier tiles (bool [H,W]) are known."""
         data = self.data[:, :, tile.rows, tile.columns].clone()
         new = painted[tile.rows, tile.columns].to(data.device)
         if self.image is None or not bool(new.any()):
@@ -90,7 +90,7 @@ class ConcatParts:
 def cut_entries(
     entries: list | None, tile: tiles.Tile, painted: Tensor, canvas: Tensor, model
 ) -> list | None:
-    """The conditionings of one window. Those whose area lies elsewhere are left out, unless none is left."""
+    """The conditionings of one window of the canvas [B,C,H,W], without those whose area lies elsewhere."""
     if entries is None:
         return None
     inside = [entry for entry in entries if _area(entry.get("area"), tile) is not None]

@@ -116,7 +116,10 @@ class _Run:
         self.mask = extra_args.get("denoise_mask")
 
     def starts(self, x: Tensor, sigma: Tensor, seed: int, candidates: int) -> tuple[Tensor, Tensor]:
-        """(noise, latents at the first sigma) of every candidate, [N,B,...]; the first is what was given."""
+        """(noise, latents at the first sigma) of every candidate, [N,B,...]; the first is what was given.
+
+        Raises ValueError for several candidates without noise.
+        """
         given = self.model.noise
         if candidates > 1 and not given.any():
             raise ValueError(

@@ -48,7 +48,10 @@ class TiledSampler(comfy.samplers.Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """ComfyUI's sampler interface: the guider, and latents [B,C,h,w] as the model sees them."""
+        """ComfyUI's sampler interface: the guider, and latents [B,C,h,w] as the model sees them.
+
+        Raises ValueError for a latent that is no image's, or a window that does not fit.
+        """
         if noise.ndim != 4:
             raise ValueError(
                 f"the latent has shape {tuple(noise.shape)}: Tiled Sampler is for images, [batch, channels,"

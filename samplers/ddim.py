@@ -65,12 +65,12 @@ class Schedule:
 
 
 def schedule(steps: int, config: Mapping[str, Any] | None = None) -> Schedule:
-    """The schedule of `steps` steps under a diffusers scheduler config (SD 1.5's by default; missing keys
-    too).
+    """The schedule of `steps` steps under a diffusers scheduler config; missing keys are SD 1.5's.
 
-    The final alpha is the config's (`set_alpha_to_one`, else that of timestep 0). With `trailing` spacing
-    and a step count that does not divide the training steps, diffusers aims at alphas beside the next
-    timestep; here each step ends exactly where the next one starts.
+    The final alpha is the config's (`set_alpha_to_one`, else that of timestep 0). With `trailing` spacing and
+    a step count that does not divide the training steps, diffusers aims at alphas beside the next timestep;
+    here each step ends exactly where the next one starts. Raises ValueError for more steps than were trained,
+    and for a spacing or beta schedule not known here.
     """
     config = {**SD15, **{k: v for k, v in (config or {}).items() if k in SD15 and v is not None}}
     train_steps = config["num_train_timesteps"]
@@ -101,8 +101,7 @@ def noise_level(timestep: int, config: Mapping[str, Any] | None = None) -> float
 
 
 def level_of_noise(amount: float, config: Mapping[str, Any] | None = None) -> float:
-    """The noise level at which noise has the weight sqrt(1 - alpha) = `amount` in x_t, of the nearest
-    timestep."""
+    """The noise level of the timestep at which noise weighs most nearly sqrt(1 - alpha) = `amount` in x_t."""
     config = {**SD15, **(config or {})}
     weights = (1.0 - torch.cumprod(1.0 - _betas(config), dim=0)).sqrt()
     return noise_level(int((weights - amount).abs().argmin()), config)
@@ -159,8 +158,7 @@ def step(
 
     x, prediction: [B,...], any float dtype, computed in float32 (noise too, which DDPO draws in the model's
     dtype). alpha, alpha_next: one value or one per sample. eta: 0 is DDIM, 1 DDPM. Clipping of x0 is left
-    out: no latent model uses it. For the other arguments, and for what log_prob means, see
-    `flow_match.step`.
+    out: no latent model uses it. Else as `flow_match.step`.
     """
     mean, std, x0 = _predict(x, prediction, alpha, alpha_next, eta, prediction_type)
     x_next = mean
@@ -211,7 +209,7 @@ class Transition:
         return self.timestep
 
     def replay(self, prediction: Tensor) -> Step:
-        """The same transition under another prediction: new mean, x0 and log_prob, gradients on."""
+        """The same transition under another prediction [B,...]: new mean, x0 and log_prob, gradients on."""
         mean, std, x0 = _predict(
             self.x, prediction, self.alpha, self.alpha_next, self.eta, self.prediction_type
         )

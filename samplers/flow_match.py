@@ -150,7 +150,7 @@ class Transition:
         return self.sigma
 
     def replay(self, v: Tensor) -> Step:
-        """The same transition under velocity `v` (at x, sigma): new mean, x0 and log_prob, differentiable."""
+        """The same transition under velocity v [B,...] there: new mean, x0 and log_prob, gradients on."""
         mean, std, x0 = _predict(
             self.rule, self.x.to(work_dtype(self.x)), v, self.sigma, self.sigma_next, self.eta, self.sigma_max
         )

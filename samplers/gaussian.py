@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 if any tensor is: half precision overflows in the SDE coefficients."""
+    """float32, or float64 if a tensor (of any shape) is: half precision overflows in the SDE coefficients."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -53,7 +53,8 @@ def work_dtype(*tensors: Tensor) -> torch.dtype:
 def per_sample(value: float | Tensor, x: Tensor, name: str) -> Tensor:
     """A scalar or [B] value as a tensor that broadcasts against x [B,...].
 
-    Scalars stay 0-dim where they are: a 0-dim CPU tensor meets a GPU tensor without a copy or a wait.
+    Scalars stay 0-dim where they are: a 0-dim CPU tensor meets a GPU tensor without a copy or a wait. Raises
+    ValueError for any other shape.
     """
     value = torch.as_tensor(value, dtype=work_dtype(x))
     if value.numel() == 1:
@@ -71,6 +72,7 @@ def draw_noise(x: Tensor, generator: Generators = None) -> Tensor:
 
     A CPU generator gives the same noise on every device. A list has one generator per sample, so that a
     sample's noise does not depend on its neighbours in the batch. None uses torch's global CPU generator.
+    Raises ValueError unless a list of generators has one per sample.
     """
     if isinstance(generator, Sequence):
         if len(generator) != x.shape[0]:
@@ -147,9 +149,8 @@ def log_ratio(
 ) -> Tensor:
     """log p(x_next | mean) - log p(x_next | mean_old) per element mean: [B].
 
-    Computed from the difference of the means, not as the difference of two log-densities, which are
-    thousands of
-    times larger than it near the optimum: exact 0 for equal means, and no cancellation.
+    Computed from the difference of the means, not of two log-densities thousands of times larger: exactly 0
+    for equal means, and no cancellation.
     """
     product = (mean - mean_old) * (2 * x_next.to(mean.dtype) - mean - mean_old)
     if normalized:

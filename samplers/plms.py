@@ -2,8 +2,7 @@
 
 Liu et al., "Pseudo Numerical Methods for Diffusion Models", 2022, in the form of guided-diffusion's forks.
 That is not diffusers' PNDMScheduler: half steps between two timesteps take the mean of both and of their
-alphas, and the result is the last step's x0 from its raw epsilon. The plain DDIM of those models is here
-too.
+alphas, and the result is the last step's x0 from its raw epsilon. Their plain DDIM is here too.
 """
 
 from __future__ import annotations
@@ -21,20 +20,23 @@ Epsilon = Callable[[Tensor, Tensor], Tensor]
 
 
 def alphas_cumprod() -> Tensor:
-    """float64 [1000]."""
+    """The cumulative alphas, float64 [1000], of Stable Diffusion's schedule."""
     start, end = (beta**0.5 for beta in BETAS)
     return (1 - torch.linspace(start, end, TRAINED, dtype=torch.float64) ** 2).cumprod(0)
 
 
 def plms_timesteps(steps: int) -> Tensor:
-    """The timesteps of a run, rising, evenly from 0 to 999. Raises ValueError below four steps."""
+    """The timesteps of a run, rising, evenly from 0 to 999, int64 [steps].
+
+    Raises ValueError below four steps.
+    """
     if steps != int(steps) or not FEWEST <= steps <= TRAINED:
         raise ValueError(f"steps is {steps}: PLMS takes {FEWEST} to {TRAINED}.")
     return torch.tensor([round(i * (TRAINED - 1) / (steps - 1)) for i in range(int(steps))])
 
 
 def ddim_timesteps(steps: int) -> Tensor:
-    """0, k, 2k, ... with exactly `steps` of them below 1000. Raises ValueError where no whole k does that."""
+    """0, k, 2k, ..., int64 [steps], all below 1000. Raises ValueError where no whole k does that."""
     if steps == int(steps) and steps >= 1:
         for stride in range(1, TRAINED + 1):
             places = range(0, TRAINED, stride)
@@ -88,7 +90,7 @@ class _Point:
         return (x - float((1 - self.alpha).sqrt()) * epsilon) / float(self.alpha.sqrt())
 
     def moved(self, x: Tensor, epsilon: Tensor, to: _Point) -> Tensor:
-        """x at another point, along epsilon (a DDIM step)."""
+        """x [B,...] at another point, along epsilon (a DDIM step)."""
         return float(to.alpha.sqrt()) * self.x0(x, epsilon) + float((1 - to.alpha).sqrt()) * epsilon
 
 

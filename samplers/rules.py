@@ -48,7 +48,7 @@ def resolve_eta(rule: str, eta: float | None) -> float:
 
 
 def ode_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """The Euler step x + v (sigma_next - sigma), in the order of operations of ComfyUI's `euler`."""
+    """The Euler step x + v (sigma_next - sigma) of [B,...], operations in the order of ComfyUI's `euler`."""
     return x + v * (sigma_next - sigma)
 
 
@@ -63,8 +63,7 @@ def moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean (shape of x) and std (broadcasts against x) of the transition sigma -> sigma_next.
 
-    Tensors are float32 or wider; sigmas broadcast against x. Where sigma_next is 0 the std is 0 and the
-    mean is
+    Tensors are float32 or wider; sigmas broadcast against x. Where sigma_next is 0, std is 0 and the mean is
     x0, for every rule: the last step never leaves noise. `sigma_max` serves `flow` only.
     """
     if rule == "ode" or eta == 0:
@@ -109,8 +108,7 @@ def _cps(x, v, sigma, sigma_next, eta, last, sigma_max):
 def _rf_ancestral(x, v, sigma, sigma_next, eta, last, sigma_max):
     """s = eta times the std of the posterior p(x_next | x, x0): exact noise coefficient, and consistent.
 
-    s^2 = eta^2 sigma_next^2 (1 - (sigma_next (1-sigma) / (sigma (1-sigma_next)))^2); no special case at
-    sigma 1.
+    s^2 = eta^2 sigma_next^2 (1 - (sigma_next (1-sigma) / (sigma (1-sigma_next)))^2), at sigma 1 as well.
     """
     kept = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next).clamp(min=1e-6))
     return _renoise(x, v, sigma, sigma_next, eta * sigma_next * torch.sqrt((1 - kept**2).clamp(min=0)))

@@ -34,7 +34,7 @@ def dynamic_mu(
 
     `seq_len` counts the tokens of the image that is denoised: a diptych's is that of both panels together,
     references and text do not count. The schedule is shifted by `exp(mu)`. Beyond 4096 tokens the line goes
-    on, as in diffusers' `calculate_shift`.
+    on, as in diffusers' `calculate_shift`. Raises ValueError for less than one token.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}: give the number of image tokens, (height/16) * (width/16).")
@@ -43,7 +43,10 @@ def dynamic_mu(
 
 
 def total_steps(steps: int, denoise: float = 1.0) -> int:
-    """Length of the full schedule whose last `steps` steps are run at this `denoise`, as ComfyUI counts."""
+    """Length of the full schedule whose last `steps` steps are run at this `denoise`, as ComfyUI counts.
+
+    Raises ValueError for no step and a denoise outside 0..1.
+    """
     if steps < 1:
         raise ValueError(f"steps is {steps}: at least one step is needed.")
     if not 0.0 <= denoise <= 1.0:
@@ -60,7 +63,7 @@ def sigmas(
     shift: float | None = None,
     denoise: float = 1.0,
 ) -> Tensor:
-    """The `steps + 1` sigmas of a run: float32 on the CPU, falling, the last one 0.
+    """The sigmas of a run: float32 [steps + 1] on the CPU, falling, the last one 0.
 
     Give `seq_len` (image tokens) for FLUX's dynamic shift, or a fixed `shift`, or neither for the plain grid.
     A shift `s` maps `t` to `s t / (1 + (s - 1) t)`; the dynamic one is `s = exp(dynamic_mu(seq_len))`, so

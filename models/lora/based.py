@@ -31,7 +31,10 @@ class Based:
         return self.shape[1]
 
     def change(self, weight: Tensor) -> Tensor:
-        """The float32 change of a weight [out, in] or [out, in, kh, kw], in its shape."""
+        """The float32 change of a weight [out, in] or [out, in, kh, kw], in its shape.
+
+        To be written by each kind (NotImplementedError).
+        """
         raise NotImplementedError
 
     def cut(self, start: int, stop: int) -> Based | None:
@@ -177,7 +180,7 @@ class Share(Around):
         return self.sizes[self.index], self.inner.shape[1]
 
     def change_among(self, weights: list[Tensor]) -> Tensor:
-        """The change of this member, given the weights of all members in order."""
+        """The float32 change [out, in] of this member, given the weights of all members in order."""
         device = weights[self.index].device
         fused = torch.cat([w.to(device, torch.float32) for w in weights])
         return self.inner.change(fused).split(list(self.sizes))[self.index]

@@ -37,7 +37,10 @@ def _rotation(layer: Layer, blocks: Tensor, rescale: Tensor | None) -> Oft | Bof
 
 
 def oft_by_parts(layer: Layer) -> dict[str, Module]:
-    """kohya's `oft_blocks.0`, `.1`, `.2`: a rotation of its own for each part of a fused layer."""
+    """kohya's `oft_blocks.0`, `.1`, `.2`: a rotation of its own for each part of a fused layer.
+
+    Raises LoraError unless each part has its blocks.
+    """
     blocks = [layer.take(f"oft_blocks.{i}", 3) for i in range(len(layer.where))]
     if any(b is None or b.shape[1] != b.shape[2] for b in blocks):
         raise layer.fail(f"has oft_blocks for other than its {len(layer.where)} parts: the file is damaged")

@@ -52,7 +52,10 @@ class Layers:
         return target if target is not None and self._get(target[0]) is not None else None
 
     def fused(self, share: Share) -> Target:
-        """The rows of the live layer that a change of several diffusers layers covers together."""
+        """The rows of the live layer that a change of several diffusers layers covers together.
+
+        Raises LoraError where they are not one layer.
+        """
         found = [self.find(member) for member in share.members]
         targets = [f[0] for f in found if f is not None]
         starts = [t[1][1] if t[1] else None for t in targets]

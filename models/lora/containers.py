@@ -26,7 +26,10 @@ _LONGEST_HEADER = 32_000_000
 
 
 def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by key, header) of one file. Raises LoraError whatever is wrong with it."""
+    """(tensors of any shape and dtype by key, header) of one file.
+
+    Raises LoraError whatever is wrong with it.
+    """
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):

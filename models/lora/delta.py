@@ -35,7 +35,10 @@ class Delta(nn.Module):
         self.strength = 1.0
 
     def change(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """What is added to the output: [..., out] of this layer's part, in x's dtype, for x [..., in]."""
+        """What is added to the output: [..., out] of this layer's part, in x's dtype, for x [..., in].
+
+        To be written by each kind (NotImplementedError).
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
@@ -173,9 +176,10 @@ def _kron(module: Factored, x: Tensor) -> Tensor:
 
 
 def layer_weight(layer: nn.Module, like: Tensor) -> Tensor:
-    """A layer's weight in float32 on like's device, however it is stored.
+    """A layer's weight [out, in(, kh, kw)] in float32 on like's device, however it is stored.
 
     Where it is quantised, offloaded or patched on the way, it is what the layer answers to the identity.
+    Raises LoraError for a quantised layer that cannot be asked.
     """
     weight = getattr(layer, "weight", None)
     if _is_plain(layer, weight):

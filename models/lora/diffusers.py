@@ -283,7 +283,10 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def from_peft(module: nn.Module, adapter: str = "default", info: LoraInfo | None = None) -> LoraWeights:
-    """The canonical form of a peft adapter living on a model (for saving after training)."""
+    """The canonical form of a peft adapter living on a model (for saving after training).
+
+    Raises LoraError if there is none of that name.
+    """
     modules = {}
     for path, layer in module.named_modules():
         if hasattr(layer, "lora_A") and adapter in getattr(layer, "lora_A", {}):

@@ -10,7 +10,7 @@ from .errors import LoraError
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises LoraError naming the first tensor that holds NaN or infinity."""
+    """Raises LoraError naming the first tensor, of any shape, that holds NaN or infinity."""
     kept = {k: t for k, t in tensors.items() if t.is_floating_point() and t.numel()}
     # A sum is not finite if one element is not: one pass, no temporary. (Asking for a float32 result would be
     # nine times slower.) A sum that overflows float16 only leads to the slow check below.

@@ -47,9 +47,8 @@ def fit_module(
     """The module as this model's layer [out, width, *kernel] takes it. Raises LoraError naming the mismatch.
 
     x_embedder of 64 inputs (a FLUX dev or Kontext LoRA) gets zero columns where the model has more: the noise
-    latents are the first 64 inputs of every FLUX, what follows are conditions this LoRA never saw.
-    may_grow: allow the x_embedder of a BFL control LoRA (128 inputs on a 64-input model); the host enlarges
-    the layer.
+    latents are the first 64 inputs of every FLUX, what follows are conditions this LoRA never saw. may_grow:
+    allow the x_embedder of a BFL control LoRA, whose 128 inputs the host makes room for.
     """
     rows, columns = module.shape[0], module.columns
     here = width * torch.Size(kernel).numel()

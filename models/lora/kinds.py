@@ -151,7 +151,7 @@ class Factored:
         return self.shape[1] * torch.Size(self.whole_shape[2:]).numel()
 
     def kron_factors(self) -> tuple[Tensor, Tensor]:
-        """w1 and w2 of a LoKr in float32, decomposed ones multiplied out."""
+        """w1 [a, b] and w2 [c, d(, kh, kw)] of a LoKr in float32, decomposed ones multiplied out."""
         f = {name: t.float() for name, t in self.factors.items()}
         w1 = f["w1"] if "w1" in f else f["w1_a"] @ f["w1_b"]
         if "w2" in f:
@@ -197,13 +197,13 @@ class FullTensor:
     mode: str = "diff"
 
     def change(self, weight: Tensor) -> Tensor:
-        """The float32 change of this parameter at strength 1."""
+        """The float32 change of this parameter at strength 1, in the parameter's shape."""
         value = self.value.to(weight.device, torch.float32)
         return value - weight.float() if self.mode == "set" else value
 
 
 def map_tensors(change: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A change of any kind with the function applied to each of its tensors, always in the same order."""
+    """A change with the function applied to each of its tensors, of any shape, always in the same order."""
     new = {}
     for item in fields(change):
         value = getattr(change, item.name)
@@ -217,8 +217,7 @@ def map_tensors(change: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def swap_halves(rows: Tensor) -> Tensor:
-    """The two halves of the first axis change places: BFL's final layer has shift, scale; diffusers' the
-    reverse."""
+    """Rows [2n, ...], halves exchanged: BFL's final layer has shift, scale; diffusers' scale, shift."""
     return torch.cat(rows.chunk(2)[::-1])
 
 

@@ -41,7 +41,10 @@ class Layer:
         return LoraError(f"{self.file}: {self.name} {what}")
 
     def take(self, role: str, *dims: int) -> Tensor | None:
-        """Removes a role's tensor and returns it; dims: how many dimensions it may have."""
+        """Remove a role's tensor and return it, None if there is none; dims: how many dimensions it may have.
+
+        Raises LoraError for another number of dimensions, an axis of 0, and integers.
+        """
         tensor = self.parts.pop(role, None)
         if tensor is None:
             return None
@@ -52,7 +55,10 @@ class Layer:
         return tensor
 
     def number(self, role: str) -> float | None:
-        """The value of a one-element tensor; None if there is none."""
+        """The value of a one-element tensor; None if there is none.
+
+        Raises LoraError if it is not one finite number.
+        """
         tensor = self.parts.pop(role, None)
         if tensor is None:
             return None

@@ -16,7 +16,8 @@ def gate_weights(logits: Tensor, top_k: int = 1, gate: str = "softmax_topk") -> 
     """[..., experts] router logits -> the weight of each expert, zero for those not kept, in float32.
 
     softmax_topk: softmax over the k kept logits (ICEdit `moe_forward`, where k = 1 gives exactly 1 and the
-    router no gradient); softmax_all: softmax over all logits, the k largest kept as they are (Switch).
+    router no gradient); softmax_all: softmax over all logits, the k largest kept as they are (Switch). Raises
+    ValueError for another gate.
     """
     if gate not in GATES:
         raise ValueError(f"gate is {gate!r}: choose one of {', '.join(GATES)}")

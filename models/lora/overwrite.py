@@ -54,7 +54,7 @@ def add(module: nn.Module, name: str, parameter: Tensor, change: Callable[[Tenso
 
 
 def original(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """What the parameter was before any of these changes."""
+    """What the parameter was before any of these changes, in its shape and dtype."""
     entry = _OF.get(module, {}).get(name)
     return parameter.detach() if entry is None else entry.original
 

@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 
 def refuse_unsupported(name: str, keys: Iterable[str]) -> None:
-    """One sentence for files that hold something no honest low-rank reading exists for."""
+    """Raise LoraError, in one sentence, for a file that no honest low-rank reading exists for."""
     for key in keys:
         if key.partition(".lora_")[2] in _USUAL or len(key) > LONGEST_KEY:
             continue

@@ -1,8 +1,8 @@
 """`read(path_or_folder) -> LoraWeights`: any LoRA file in use, in one canonical form, checked.
 
 Order of work: load (`files.py`), refuse what cannot be read honestly, sort keys into layers (`parse.py`,
-`names.py`), build each layer's change (`build.py`), check for NaN. Every key ends up in `modules`, `full` or
-`skipped`.
+`names.py`), build each layer's change (`build.py`), check for NaN. Every key ends up somewhere in
+`LoraWeights`: `modules`, `full`, or `skipped` with the reason.
 """
 
 from __future__ import annotations

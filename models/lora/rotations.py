@@ -21,7 +21,9 @@ def cayley(Q: Tensor) -> Tensor:
 
 
 def skew_limit(blocks: Tensor, constraint: float) -> float:
-    """What Q = blocks - blocks^T is multiplied by so that its norm is at most constraint; 0: no limit."""
+    """What Q = blocks - blocks^T, [..., b, b], is multiplied by to have a norm of at most constraint (0:
+    any).
+    """
     if constraint <= 0:
         return 1.0
     norm = float((blocks.float() - blocks.float().mT).norm())
@@ -30,8 +32,10 @@ def skew_limit(blocks: Tensor, constraint: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class OutputBlocks(Based):
-    """Square blocks [..., k, b, b] that turn k b outputs; limit: see `skew_limit`; rescale: a factor for each
-    output, or None."""
+    """Square blocks [..., k, b, b] that turn k b outputs.
+
+    limit: see `skew_limit`; rescale: a factor for each output, or None.
+    """
 
     blocks: Tensor = field(repr=False)
     limit: float = 1.0
@@ -181,7 +185,7 @@ class InputBoft(Based):
         return _rescaled(turned.T.reshape(weight.shape), self.rescale) - weight
 
     def order(self, i: int) -> Tensor:
-        """peft's `block_butterfly_perm` of factor i: in runs of 2^i b inputs, even half-blocks come first."""
+        """peft's `block_butterfly_perm` [inputs] of factor i: in runs of 2^i b, even half-blocks first."""
         inputs = torch.arange(self.blocks.shape[1] * self.rank)
         if i == 0:
             return inputs

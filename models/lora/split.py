@@ -15,7 +15,10 @@ from .weights import Module
 
 
 def split(layer: Layer, whole: Module) -> dict[str, Module]:
-    """The change of each diffusers module that the file's layer stands for."""
+    """The change of each diffusers module that the file's layer stands for.
+
+    Raises LoraError for rows that they cannot share.
+    """
     first = layer.where[0]
     if first.part is None:
         return {first.path: _swapped(layer, whole) if first.swap else whole}

@@ -1,7 +1,7 @@
 """Images to embeddings, embeddings to latents, latents to images.
 
-Pixels are [B,3,H,W] in -1..1. One normalisation group throughout: several would each forget how strong a flat
-colour is.
+Pixels are [B,3,H,W] in -1..1. One normalisation group throughout, so that the strength of a
+flat colour is not forgotten.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, elementwise_affine=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Raises ValueError for images of another size."""
+        """Embeddings [B,512] of pixels [B,3,S,S] in -1..1. Raises ValueError for images of another size."""
         size = self.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixels is {tuple(pixels.shape)}: give [B, 3, {size}, {size}] in -1..1")
@@ -68,7 +68,10 @@ class ImageDecoder(nn.Module):
         return self.projection(embeddings).unflatten(1, self.latent_shape)
 
     def decode_from_latent(self, latents: Tensor) -> Tensor:
-        """Latents [B,256,7,7] to pixels [B,3,224,224], near -1..1 but not clamped."""
+        """Latents [B,256,7,7] to pixels [B,3,224,224], near -1..1 but not clamped.
+
+        Raises ValueError for another shape.
+        """
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"latents is {tuple(latents.shape)}: give [B, {', '.join(map(str, self.latent_shape))}]"

@@ -60,11 +60,11 @@ class LatentDiffusionUNet(nn.Module):
         self.latent_std.lerp_(std.view_as(self.latent_std).clamp_min(1e-4).to(self.latent_std), momentum)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """From the decoder's latents to those the diffusion sees: mean 0, deviation 1 per channel."""
+        """The decoder's latents [B,C,h,w] as the diffusion sees them: mean 0, deviation 1 per channel."""
         return (latents - self.latent_mean) / self.latent_std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """Undoes `normalise`."""
+        """Undoes `normalise`, [B,C,h,w]."""
         return latents * self.latent_std + self.latent_mean
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:

@@ -272,7 +272,8 @@ class GenerativeMultimodalModel(nn.Module):
 
         A seed stands for the same noise on every device; None draws one. Without use_diffusion the text's
         embedding is decoded directly, and all samples of a prompt are the same. callback: see
-        `LatentDiffusionUNet.sample`; the steps are counted anew for every 16 images.
+        `LatentDiffusionUNet.sample`; the steps are counted anew for every 16 images. Raises ValueError for
+        less than one sample a prompt.
         """
         if num_samples_per_prompt < 1:
             raise ValueError(f"num_samples_per_prompt is {num_samples_per_prompt}: give at least 1")

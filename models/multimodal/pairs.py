@@ -31,7 +31,7 @@ def make_pairs(
     max_tokens: int,
     even_ground: bool,
 ) -> Pairs:
-    """A batch on the device of `pixels`. Raises ValueError if there are not as many captions."""
+    """A batch of pixels [B,3,S,S] in -1..1 and B captions on one device. Raises ValueError for others."""
     if len(captions) != len(pixels):
         raise ValueError(f"captions are {len(captions)} but images {len(pixels)}: give one caption each")
     batch = (

@@ -120,7 +120,10 @@ def load_weights(model: GenerativeMultimodalModel, folder: Path) -> None:
 
 
 def load_tokenizers(folder: Path) -> tuple[Any, Any]:
-    """(text encoder's, text decoder's), one object if the folder has one."""
+    """(text encoder's, text decoder's), one object if the folder has one.
+
+    Raises FileNotFoundError without one.
+    """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer").is_dir():

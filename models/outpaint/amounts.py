@@ -16,7 +16,10 @@ Amounts = dict[str, float]
 
 
 def in_pixels(amounts: Amounts, unit: str, size: tuple[int, int]) -> dict[str, int]:
-    """The amounts of all four sides in pixels (negative: crop) for an image of (height, width)."""
+    """The amounts of all four sides in pixels (negative: crop) for an image of (height, width).
+
+    Raises ValueError for an amount that is no finite number or does not fit the unit.
+    """
     check_choice("unit", unit, UNITS)
     for name, value in amounts.items():
         if not math.isfinite(value):

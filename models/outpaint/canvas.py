@@ -122,7 +122,10 @@ class _Axis:
     grows: tuple[bool, bool]
 
     def ramp(self, overlap: float, feather: int, side: str) -> Tensor:
-        """The mask along this axis [canvas]: 1 outside the image, its edge faded where the side grows."""
+        """The mask along this axis [canvas]: 1 outside the image, its edge faded where the side grows.
+
+        Raises ValueError for an overlap that leaves nothing.
+        """
         fraction = 0 < overlap < 1
         deep = math.floor(overlap * self.kept + 1e-9) if fraction else inputs.whole_number(overlap, "overlap")
         if deep * sum(self.grows) >= self.kept and any(self.grows):

@@ -13,17 +13,17 @@ FAR = 1 << 20  # pixels; farther than any canvas is wide
 
 
 def edge(image: Tensor, mask: Tensor) -> Tensor:
-    """Each unknown pixel is its nearest known one; around a rectangle, its edge repeated."""
+    """Each unknown pixel of [B,H,W,3] is its nearest known one; around a rectangle, its edge repeated."""
     return _each(image, mask, lambda inside, known: inside[nearest(known)], _clamped)
 
 
 def mirror(image: Tensor, mask: Tensor) -> Tensor:
-    """Each unknown pixel is the known one as far behind the edge as it is before it (the edge repeats)."""
+    """Each unknown pixel of [B,H,W,3] is the known one as far behind the edge as it is before it."""
     return _each(image, mask, _reflected, _folded)
 
 
 def mosaic(image: Tensor, mask: Tensor, short: int = 3, long: int = 24, tile: int = 16) -> Tensor:
-    """The mirror image, stretched away from the edge, in tiles: `short` x `long` of them along each side.
+    """The mirror image [B,H,W,3], stretched away from the edge, in `short` x `long` tiles along each side.
 
     Corners get (short + long) // 2 tiles each way. Holes inside the image become squares of `tile` px. The
     stretch shows a quarter of the depth, as sd-webui-mosaic-outpaint's defaults do (area 0.5, ratio 2).

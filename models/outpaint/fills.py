@@ -1,8 +1,7 @@
 """What stands in the hole before a model paints it: one registry of fills, and the one function over it.
 
 A fill is `f(image, mask, **options) -> image`: [B,H,W,3] and [B,H,W] with 1 = unknown in, a whole image
-out. It is called with at least one known pixel (mask below 0.5) in each item, and only the hole of what it
-returns is used.
+[B,H,W,3] out. Each item has a known pixel (mask below 0.5), and only the hole of the result is used.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from .pyramid import push_pull
 
 
 def neutral(image: Tensor, mask: Tensor) -> Tensor:
-    """Mid gray."""
+    """Mid gray, [B,H,W,3]."""
     return torch.full_like(image, NEUTRAL)
 
 
 def colour(image: Tensor, mask: Tensor, colour: str | tuple[float, float, float] = "#00FF00") -> Tensor:
-    """One colour: "#RRGGBB", or three numbers in 0..1; outpaint LoRAs want pure green."""
+    """One colour, [B,H,W,3]: "#RRGGBB", or three numbers in 0..1; outpaint LoRAs want pure green."""
     return image.new_tensor(_rgb(colour)).expand_as(image)
 
 
@@ -44,23 +43,23 @@ def _rgb(colour) -> list[float]:
 
 
 def mean(image: Tensor, mask: Tensor) -> Tensor:
-    """The known pixels' mean colour."""
+    """The known pixels' mean colour, [B,H,W,3]."""
     return known_statistics(image, mask)[0].expand_as(image)
 
 
 def blur(image: Tensor, mask: Tensor) -> Tensor:
-    """The known pixels' colours, ever smoother the farther away (push-pull)."""
+    """The known pixels' colours, ever smoother the farther away (push-pull), [B,H,W,3]."""
     known = (mask < 0.5).to(image)[:, None]
     return push_pull(image.movedim(-1, 1), known).movedim(1, -1)
 
 
 def latent_noise(latent: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
-    """Standard normal noise."""
+    """Standard normal noise, [B,C,h,w]."""
     return torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed)).to(latent)
 
 
 def latent_nothing(latent: Tensor, mask: Tensor) -> Tensor:
-    """Zeros."""
+    """Zeros, [B,C,h,w]."""
     return torch.zeros_like(latent)
 
 

@@ -15,12 +15,12 @@ EXTRA = 'pip install "comfyui-diptych[inpaint]"'
 
 
 def telea(image: Tensor, mask: Tensor, radius: int = 3) -> Tensor:
-    """OpenCV's fast marching (Telea, 2004); 8-bit inside, for small holes."""
+    """OpenCV's fast marching (Telea, 2004) on [B,H,W,3], 8-bit, `radius` px; for small holes."""
     return _opencv("telea", "INPAINT_TELEA", image, mask, radius)
 
 
 def ns(image: Tensor, mask: Tensor, radius: int = 3) -> Tensor:
-    """OpenCV's Navier-Stokes (Bertalmio et al., 2001); 8-bit inside, for small holes."""
+    """OpenCV's Navier-Stokes (Bertalmio et al., 2001) on [B,H,W,3], 8-bit, `radius` px; for small holes."""
     return _opencv("ns", "INPAINT_NS", image, mask, radius)
 
 
@@ -37,9 +37,9 @@ def _opencv(how: str, method: str, image: Tensor, mask: Tensor, radius: int) -> 
 
 
 def lama(image: Tensor, mask: Tensor, model: str | Path | None = None, size: int = 256) -> Tensor:
-    """A LaMa file (Suvorov et al., 2022), run with the short side at `size` px, as it was trained.
+    """A LaMa file (Suvorov et al., 2022) on [B,H,W,3], the short side at `size` px, as it was trained.
 
-    `model` is the file's path; spandrel reads it and says whether it is one.
+    `model` is the file's path; spandrel reads it. Raises ValueError if it is missing or no LaMa.
     """
     size = whole_number(size, "size", 16)
     if model is None or not Path(model).is_file():

@@ -40,7 +40,7 @@ def hole(mask: Tensor, size: tuple[int, int], name: str = "mask", of: str = "ima
 
 
 def check_finite(values: Tensor, name: str) -> None:
-    """Raise ValueError for NaN and infinity in latents; images and masks are checked by `pixels`."""
+    """Raise ValueError for NaN and infinity in latents; `pixels` checks images and masks."""
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinity: make it again, its VAE or model in float32.")
 

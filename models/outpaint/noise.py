@@ -17,7 +17,7 @@ NEUTRAL = 0.5
 def noise(
     image: Tensor, mask: Tensor, noise_q: float = 1.0, color_variation: float = 0.05, seed: int = 0
 ) -> Tensor:
-    """Outpainting mk2's matched noise (g-diffuser-bot's `get_matched_noise`), computed in float64.
+    """Outpainting mk2's matched noise [B,H,W,3] (g-diffuser-bot's `get_matched_noise`), in float64.
 
     The spectrum is the image's own, hole included as it is (mk2's holes are black), the colours those of the
     known pixels. `noise_q`: exponent of the spectrum, 0 rough to 2 smooth. `color_variation`: 0 gray noise to
@@ -79,13 +79,13 @@ def _match_histogram(values, reference):
 
 
 def gaussian(image: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
-    """Normal noise with the mean and spread of the known pixels, channel by channel."""
+    """Normal noise [B,H,W,3] with the mean and spread of the known pixels, channel by channel."""
     generator = torch.Generator().manual_seed(seed)
     return _spread(torch.randn(image.shape[1:], generator=generator), image, mask)
 
 
 def perlin(image: Tensor, mask: Tensor, cell: int = 64, octaves: int = 4, seed: int = 0) -> Tensor:
-    """Perlin's gradient noise, largest features of `cell` px, mean and spread of the known pixels."""
+    """Perlin's gradient noise [B,H,W,3]: features up to `cell` px, mean and spread of the known pixels."""
     cell, octaves = whole_number(cell, "cell", 1), whole_number(octaves, "octaves", 1)
     generator = torch.Generator().manual_seed(seed)
     height, width, channels = image.shape[1:]

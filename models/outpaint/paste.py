@@ -73,7 +73,10 @@ def paste_back(
 
 
 def finished_mask(mask: Tensor | None, layout: CanvasLayout) -> Tensor:
-    """The mask [B,H,W] in the finished image's size; 1 wherever the original has nothing to give."""
+    """The mask [B,H,W] in the finished image's size; 1 wherever the original has nothing to give.
+
+    Raises ValueError for a mask of no known size.
+    """
     if mask is None:
         if layout.mask is None:
             raise ValueError("mask is missing: connect the one that came with the layout.")

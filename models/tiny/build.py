@@ -21,7 +21,8 @@ PAD_MARK = 1e4
 def vae(architecture: str = "flux"):
     """A fresh `AutoencoderKL`, 8x: "flux" has 16 latent channels, "sd" 4 and quant convolutions.
 
-    One normalisation group: groups as narrow as these channels would erase flat colours.
+    One normalisation group: groups as narrow as these channels would erase flat colours. Raises ValueError
+    for another architecture.
     """
     from diffusers import AutoencoderKL
 
@@ -160,10 +161,9 @@ def t5_text(vocab_size: int):
 def isolate_padding(model) -> None:
     """Makes a T5 encoder blind to padding, to be called after every training step.
 
-    FLUX pipelines pass no attention mask, so an encoder trained with 20 pads would see others at the
-    default 512. Channel 0 is kept for "this is padding" (so large there that every pad comes out the same),
-    channel 1 for "this is a word"; one channel of each head compares the two, and gives every pad a logit
-    near -30.
+    FLUX pipelines pass no attention mask, so an encoder trained with 20 pads would see others at the default
+    512. Channel 0 is kept for "this is padding" (so large there that every pad comes out the same), channel 1
+    for "this is a word"; one channel of each head gives every pad a logit near -30.
     """
     import torch
 

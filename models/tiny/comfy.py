@@ -44,7 +44,8 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
 def load_flux(folder: Path, vae: Any | None = None):
     """The transformer as a ModelPatcher; its latent format uses the scale and shift of the folder's own VAE.
 
-    With a `vae` from `load_vae` the format also gets colours for step previews.
+    With a `vae` from `load_vae` the format also gets colours for step previews. Raises ValueError for a
+    folder of another model.
     """
     config = _read_config(folder, "transformer")
     if "num_single_layers" not in config:

@@ -122,7 +122,7 @@ class TextModel(nn.Module):
         """Nothing to reset."""
 
     def load_sd(self, state_dict: dict[str, Tensor]):
-        """As `load_state_dict`, missing and unexpected keys allowed; returns both."""
+        """As `load_state_dict`; returns the missing and the unexpected keys."""
         return self.load_state_dict(state_dict, strict=False)
 
     def encode_token_weights(self, tokens: dict[str, Weighted]) -> tuple[Tensor, Tensor]:
