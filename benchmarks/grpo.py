@@ -56,11 +56,11 @@ def start_lora(options: argparse.Namespace) -> str:
 
 def trainer_of(options: argparse.Namespace, folder: Path):
     from comfyui_diptych.models import tiny
-    from comfyui_diptych.training.reinforce import session as grpo_session
+    from comfyui_diptych.training.choices import RewardChoices, configure
     from comfyui_diptych.training.reinforce.trainer import GRPOTrainer
 
     kind = "&task=inpaint" if options.task == "sd_inpaint" else ""
-    choices = grpo_session.Choices(
+    choices = RewardChoices(
         data=f"shapes:{options.data}?split=train&seed=0&size=64{kind}",
         model=str(tiny.folder() / options.task),
         name="benchmark",
@@ -72,7 +72,7 @@ def trainer_of(options: argparse.Namespace, folder: Path):
         start=start_lora(options),
         preview_every=0,
     )
-    config = grpo_session.configure(choices, folder)
+    config = configure(choices, folder)
     config.sample_data = [f"shapes:{options.rows}?split=test&seed=1&size=64{kind}"]
     config.sample_count, config.threads = options.rows, options.threads
     trainer = GRPOTrainer(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 from .train import TrainingBar, add_recipe_arguments, overrides_of, speak, stopped, training_stop
@@ -62,17 +61,21 @@ def run(args: argparse.Namespace) -> int:
 def _illustrate(trainer: Any) -> None:
     """Draw what the run changed; the LoRA is on disk, so no failure here may look like the training's."""
     from ..training.data.sample import to_pil
+    from ..training.evaluate import history, plots
     from ..training.reinforce.before_after import before_after
-    from ..training.reinforce.trainer import reward_curve
     from ..training.runtime import disk
 
-    def sheet() -> Path:
-        image = to_pil(before_after(trainer)[0])
-        path = trainer.output / "before_after.png"
-        return disk.keep(path, lambda place: disk.write_whole(place, image.save))
-
-    for draw in [lambda: reward_curve(trainer.output), *([] if trainer.sharded else [sheet])]:
+    images = {
+        "rewards.png": lambda: plots.curve(
+            history.rewards(trainer.output).items(), title="reward of the rollouts"
+        )
+    }
+    if not trainer.sharded:
+        images["before_after.png"] = lambda: to_pil(before_after(trainer)[0])
+    for name, draw in images.items():
         try:
-            sys.stdout.write(f"{draw()}\n")
+            save = draw().save
+            path = disk.keep(trainer.output / name, lambda place, save=save: disk.write_whole(place, save))
+            sys.stdout.write(f"{path}\n")
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning("an image of the run could not be made (%s); the LoRA is complete", error)

@@ -114,14 +114,14 @@ class DiptychTrainGRPO:
 
         Raises ValueError, before anything is loaded, for choices that do not fit together.
         """
-        from ..training import comfy, session
-        from ..training.reinforce import session as grpo_session
+        from ..training import comfy
+        from ..training.choices import RewardChoices, task_of
 
         model = model_folder(base_model)
-        task = session.task_of(model)
+        task = task_of(model)
         data, sources_only = _data(dataset, task, images, instructions, comfy.root())
         recipe = reward.recipe()
-        choices = grpo_session.Choices(
+        choices = RewardChoices(
             data=data,
             model=str(model),
             name=output_name.strip(),
@@ -142,7 +142,7 @@ class DiptychTrainGRPO:
             groups=groups,
             sources_only=sources_only,
         )
-        lora, outcome = comfy.run(choices, grpo_session)
+        lora, outcome = comfy.run(choices)
         report = f"{outcome.report}\nLoRA: {lora}"
         ui = shown(report, outcome.curve, outcome.samples)
         return {"ui": ui, "result": (lora.name, outcome.curve, outcome.samples, report)}

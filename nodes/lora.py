@@ -113,7 +113,7 @@ def _reward_curve(info) -> Tensor:
     from ..training.evaluate.plots import as_image, curve
 
     title = f"reward: {info.reward}" if info.curve else "this file carries no reward curve"
-    return as_image(curve([v for _, v in info.curve], steps=[s for s, _ in info.curve], title=title))
+    return as_image(curve(info.curve, title=title))
 
 
 NODES = [DiptychGRPOLoraLoader]

@@ -1,4 +1,4 @@
-"""The training node: a LoRA from a folder of images. What it trains on what is `training/session.py`."""
+"""The training node: a LoRA from a folder of images. What it trains on what is `training/choices.py`."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ class DiptychTrainLora:
 
         Raises ValueError, before anything is loaded, for choices that do not fit together.
         """
-        from ..training import session
+        from ..training.choices import Choices, task_of
 
         model = model_folder(base_model)
-        choices = session.Choices(
-            data=data_spec(dataset, session.task_of(model)),
+        choices = Choices(
+            data=data_spec(dataset, task_of(model)),
             model=str(model),
             name=output_name.strip(),
             recipe=recipe,

@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import comfy.model_management as memory
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..models.image_files import to_pil
 from . import session
+from .choices import Choices, configure
 from .runtime import disk
 
 logger = logging.getLogger(__name__)
@@ -76,23 +76,22 @@ def root() -> Path:
     return Path(folder_paths.get_output_directory()) / "diptych_training"
 
 
-def run(choices: session.Choices, how: ModuleType = session) -> tuple[Path, session.Outcome]:
+def run(choices: Choices) -> tuple[Path, session.Outcome]:
     """Train as chosen and put the LoRA into ComfyUI's loras folder; returns it and the outcome.
 
-    how: the module whose `configure` and `train` are used: `session`, or `grpo_session`.
     Raises ValueError for choices that cannot work, before any memory is freed, and ComfyUI's interruption
     after the checkpoint of a stopped run is on disk.
     """
     loras = Path(folder_paths.get_folder_paths("loras")[0])
     disk.check_folder(loras, "ComfyUI's loras folder")
-    config = how.configure(choices, root())
+    config = configure(choices, root())
     memory.unload_all_models()
     memory.soft_empty_cache()
     bar = Bar(config.max_steps)
     try:
         # The executor runs nodes in inference mode, whose tensors can never be trained.
         with torch.inference_mode(False), torch.enable_grad():
-            outcome = how.train(
+            outcome = session.train(
                 config,
                 on_step=bar.update,
                 should_stop=bar.should_stop,

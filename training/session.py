@@ -1,155 +1,43 @@
-"""One training run as a person orders it with a few choices: from choices to a recipe, a LoRA file and a
-report.
+"""One training in this process, as `choices.py` orders it: a LoRA file, a curve, images and a report.
 
-What the ComfyUI node and scripts share. Knows no ComfyUI (`comfy.py` does); the training itself is `sft.py`.
-The run's folder is named after the choices, so the same choices find their checkpoints again and go on.
+What the ComfyUI nodes and scripts share. Knows no ComfyUI (`comfy.py` does); the trainings themselves are
+`trainer.py` and `reinforce/trainer.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
-import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.flux import read_config
-from .config import TrainConfig, load
-from .evaluate import plots
+from .config import TrainConfig
+from .evaluate import history, plots
+from .evaluate.history import History
+from .reinforce.config import GRPOConfig
 from .runtime import disk
-
-RECIPES = {"fill": "icedit", "kontext": "kontext", "sd_inpaint": "sd_inpaint_dreambooth"}
-PRECISIONS = ("auto", "bfloat16", "float8_e4m3fn", "float32")
-SMALL = 64 << 20  # bytes of weights below which a model is a toy: trained in float32 without checkpointing
-ROOMY = 40 << 30  # bytes of GPU memory from which FLUX's base is kept in bfloat16 instead of fp8
-
-
-@dataclass(frozen=True)
-class Choices:
-    """0 or "auto" leave a value to the recipe and the model. `data` is a spec of `data/sources.py`."""
-
-    data: str
-    model: str
-    name: str
-    recipe: str = "auto"
-    steps: int = 500
-    rank: int = 0
-    lr: float = 0.0
-    resolution: int = 0
-    batch_size: int = 0
-    seed: int = 0
-    precision: str = "auto"
-    save_every: int = 100
-    preview_every: int = 100
-    class_prompt: str = ""
-
-    def folder(self) -> str:
-        """Of the run: everything that shapes the weights except how long it runs."""
-        free = ("steps", "save_every", "preview_every", "name")
-        shaping = {key: value for key, value in asdict(self).items() if key not in free}
-        return f"{self.name}-{hashlib.sha256(json.dumps(shaping).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: the LoRA file (None if it was stopped early), pictures as IMAGE, a report."""
+    """What a run left: the LoRA file (None if it was stopped early), images as IMAGE [1,H,W,3], a report.
+
+    curve: of the loss, or of the rollouts' reward; samples: the last sample images, or before and after.
+    """
 
     lora: Path | None
     step: int
     curve: Tensor
     samples: Tensor | None
     report: str
-
-
-def task_of(model: str | Path) -> str:
-    """Which family a diffusers folder belongs to: fill, kontext or sd_inpaint. ValueError for others."""
-    for part, by_channels in (("transformer", {384: "fill", 64: "kontext"}), ("unet", {9: "sd_inpaint"})):
-        path = Path(model) / part / "config.json"
-        if path.is_file():
-            channels = read_config(path).get("in_channels")
-            if channels in by_channels:
-                return by_channels[channels]
-            raise ValueError(
-                f"base model {model} takes {channels} channels: choose FLUX Fill, Kontext or SD inpainting"
-            )
-    raise ValueError(
-        f"base model {model} is no diffusers folder: it needs transformer/ or unet/ with a config.json"
-    )
-
-
-def is_small(model: str | Path) -> bool:
-    files = [file for part in ("transformer", "unet") for file in (Path(model) / part).glob("*.safetensors")]
-    return 0 < sum(file.stat().st_size for file in files) < SMALL  # 0: a hub id, of any size
-
-
-def check_name(choices: Choices) -> None:
-    """Raise ValueError for a name that is no plain file name, or a precision there is not."""
-    disk.check_name(choices.name, "output name")
-    if choices.precision not in PRECISIONS:
-        raise ValueError(f"precision is {choices.precision!r}: use one of {', '.join(PRECISIONS)}")
-
-
-def configure(choices: Choices, root: Path) -> TrainConfig:
-    """The recipe with the choices laid over it. Raises ValueError for choices that do not go together."""
-    task = task_of(choices.model)
-    check_name(choices)
-    recipe = RECIPES[task] if choices.recipe == "auto" else choices.recipe
-    config = load(recipe)
-    if config.task != task:
-        raise ValueError(
-            f"recipe {recipe} trains {config.task} but the base model is {task}: choose recipe auto"
-        )
-    small, device = is_small(choices.model), _device()
-    config.model, config.data, config.output_name = str(choices.model), [choices.data], choices.name
-    config.output_dir, config.cache_dir = str(root / choices.folder()), str(root / "cache")
-    config.max_steps, config.seed, config.resume, config.log_with = (
-        choices.steps,
-        choices.seed,
-        "auto",
-        ["none"],
-    )
-    config.save_every, config.sample_every = choices.save_every, choices.preview_every
-    config.log_every, config.sample_count = max(1, min(10, choices.steps // 50)), 2
-    folder = root / choices.folder() / "class"
-    config.class_images = f"{folder}?prompt={choices.class_prompt}@1" if choices.class_prompt else ""
-    config.optimizer, config.lr = "adamw", choices.lr or (1e-3 if small else 1e-4)
-    config.rank, config.lora_alpha = choices.rank or config.rank, None
-    config.batch_size = choices.batch_size or (8 if small else config.batch_size)
-    config.resolution = choices.resolution or (64 if small else config.resolution)
-    if config.resolution > 768:
-        config.encode_batch = 1  # the VAE's activations would be the peak
-    config.base_dtype = _precision(choices.precision, task, small, device)
-    if small:
-        config.gradient_checkpointing, config.cache_dtype, config.accumulation = False, "float32", 1
-        config.sample_steps = min(config.sample_steps, 12)
-    if device == "cpu" or config.base_dtype == "float32":
-        config.mixed_precision = "no"
-    config.__post_init__()
-    return config
-
-
-def _device() -> str:
-    from ..models.flux import default_device
-
-    return default_device().type
-
-
-def _precision(wanted: str, task: str, small: bool, device: str) -> str:
-    if wanted != "auto":
-        return wanted
-    if small:
-        return "float32"
-    if device == "cuda" and task != "sd_inpaint" and torch.cuda.mem_get_info()[1] < ROOMY:
-        return "float8_e4m3fn"
-    return "bfloat16"
 
 
 @contextlib.contextmanager
@@ -183,24 +71,28 @@ def train(
     progress: Callable[[Iterable, str], Iterable] | None = None,
     cpu: bool = False,
 ) -> Outcome:
-    """Run (or go on with) a training in this process.
+    """Run (or go on with) a training in this process; by reward where it is a `GRPOConfig`.
 
-    on_step(step, steps, preview): after every report, with the loss curve above the latest samples, [H,W,3].
+    on_step(step, steps, preview): after every report, with the curve above the latest samples, [H,W,3].
     should_stop: asked after every step; a checkpoint is written before the run ends. progress wraps the
     caching loops. cpu: train there even if there is a GPU.
     """
+    from .reinforce.before_after import before_after
+    from .reinforce.trainer import GRPOTrainer
     from .trainer import Trainer
 
-    folder = Path(config.output_dir)
-    history = _history(folder)
+    by_reward = isinstance(config, GRPOConfig)
+    logged = (history.rewards if by_reward else history.losses)(Path(config.output_dir))
     sheets: list[Tensor] = []
 
     def on_report(report: Any) -> None:
-        history[report.step] = report.loss
+        value = history.mean_reward(trainer.measures) if by_reward else report.loss
+        if math.isfinite(value):  # else nothing was judged
+            logged[report.step] = value
         if on_step is not None:
-            on_step(report.step, report.steps, preview(history, sheets[-1:]))
+            on_step(report.step, report.steps, preview(curve_of(config, logged), sheets[-1:]))
 
-    trainer = Trainer(
+    trainer = (GRPOTrainer if by_reward else Trainer)(
         config,
         on_report=on_report,
         on_sample=lambda step, sheet: sheets.append(sheet),
@@ -209,22 +101,27 @@ def train(
     )
     with own_process_state(cpu):
         path = trainer.run()
+        lora = path if path.suffix == ".safetensors" and path.is_file() else None
+        samples = sheets[-1][None] if sheets else None
+        if by_reward:
+            samples = before_after(trainer) if lora else None
         step, notes = trainer.step, trainer.notes
-        del trainer
-    finished = step >= config.max_steps and path.suffix == ".safetensors"
-    curve = plots.as_image(plots.curve(list(history.values()), steps=list(history), title="loss"))
-    return Outcome(
-        path if finished else None,
-        step,
-        curve,
-        sheets[-1][None] if sheets else None,
-        _report(config, step, history, path if finished else None, notes),
-    )
+        trainer = None  # before its memory is collected
+    report = _report(config, step, logged, lora, notes)
+    return Outcome(lora, step, curve_of(config, logged)[None], samples, report)
 
 
-def preview(history: dict[int, float], sheets: list[Tensor], title: str = "loss") -> Tensor:
-    """[H,W,3]: the curve, and below it the samples at its width if there are any."""
-    curve = plots.as_image(plots.curve(list(history.values()), steps=list(history), title=title))[0]
+def curve_of(config: TrainConfig, logged: History) -> Tensor:
+    """The loss of a supervised training, or the rollouts' mean reward, over the steps: [H,W,3]."""
+    return plots.as_image(plots.curve(logged.items(), title=_curve_name(config)))[0]
+
+
+def _curve_name(config: TrainConfig) -> str:
+    return "reward of the rollouts" if isinstance(config, GRPOConfig) else "loss"
+
+
+def preview(curve: Tensor, sheets: Sequence[Tensor]) -> Tensor:
+    """[H,W,3]: the curve, and below it the samples [h,w,3] at its width if there are any."""
     if not sheets:
         return curve
     width = curve.shape[1]
@@ -233,40 +130,41 @@ def preview(history: dict[int, float], sheets: list[Tensor], title: str = "loss"
     return torch.cat([curve, sheet[0].movedim(0, -1)])
 
 
-def _history(folder: Path) -> dict[int, float]:
-    """Losses by step of the earlier parts of this run."""
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        return {}
-    history = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError):
-            row = json.loads(line)
-            history[int(row["step"])] = float(row["loss"])
-    return dict(sorted(history.items()))
-
-
 def _report(
-    config: TrainConfig, step: int, history: dict[int, float], lora: Path | None, notes: Sequence[str] = ()
+    config: TrainConfig, step: int, logged: History, lora: Path | None, notes: Sequence[str] = ()
 ) -> str:
-    values = list(history.values())
+    """What was trained on what, and how it went; a line each."""
+    by_reward, values = isinstance(config, GRPOConfig), list(logged.values())
     tenth = max(1, len(values) // 10)
-    lines = [
-        f"{'trained' if lora else 'stopped at'} {step} of {config.max_steps} steps: {config.recipe}, "
-        f"rank {config.rank}, "
-        f"{config.optimizer} {config.lr:g}, {config.resolution} px, batch {config.batch_size} x "
-        f"{config.accumulation}",
-        f"base: {config.model} ({config.base_dtype})",
-        f"data: {', '.join(config.data)}",
-        *notes,
-    ]
+    what = _rollouts(config) if by_reward else _steps(config)
+    lines = [f"{'trained' if lora else 'stopped at'} {step} of {config.max_steps} {what}"]
+    if by_reward:
+        lines.append(f"rewards: {', '.join(config.rewards)}")
+    fused = f" with {', '.join(config.fuse_loras)}" if config.fuse_loras else ""
+    lines.append(f"base: {config.model} ({config.base_dtype}){fused}")
+    lines += [f"data: {', '.join(config.data)}", *notes]
     if values:
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-        lines.append(f"loss: {first:.4f} at the start, {last:.4f} at the end")
+        lines.append(f"{_curve_name(config)}: {first:.4f} at the start, {last:.4f} at the end")
     if lora is None:
         lines.append(f"run the node again with the same settings to go on from the checkpoint of step {step}")
-    lines.append(f"run folder: {config.output_dir}")
-    return "\n".join(lines)
+    elif config.fuse_loras:
+        lines.append("load it after the LoRA it started from, not instead of it")
+    return "\n".join([*lines, f"run folder: {config.output_dir}"])
+
+
+def _steps(c: TrainConfig) -> str:
+    return (
+        f"steps: {c.recipe}, rank {c.rank}, {c.optimizer} {c.lr:g}, {c.resolution} px, "
+        f"batch {c.batch_size} x {c.accumulation}"
+    )
+
+
+def _rollouts(c: GRPOConfig) -> str:
+    return (
+        f"updates: {c.recipe} ({c.algorithm}), rank {c.rank}, lr {c.lr:g}, "
+        f"{c.groups_per_update} groups of {c.group_size}, {c.rollout_steps} sampling steps"
+    )
 
 
 def publish(lora: Path, folder: Path, run: Path) -> Path:

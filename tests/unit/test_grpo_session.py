@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from comfyui_diptych.nodes import grpo as nodes
+from comfyui_diptych.training.choices import PRESETS, RewardChoices, configure, is_small
 from comfyui_diptych.training.data import given
 from comfyui_diptych.training.data.sources import open_source
-from comfyui_diptych.training.reinforce import session as grpo_session
+from comfyui_diptych.training.evaluate import history
 from PIL import Image
 
 pytest.importorskip("transformers")
@@ -24,22 +25,22 @@ def model_at(folder, part="transformer", channels=384):
 
 def choices(model, **change):
     values = {"data": "shapes:4", "model": str(model), "name": "better", "rewards": ("shapes=1",), "steps": 7}
-    return grpo_session.Choices(**(values | change))
+    return RewardChoices(**(values | change))
 
 
 def test_the_node_offers_every_preset():
-    assert set(nodes.PRESETS) == set(grpo_session.PRESETS)
+    assert set(nodes.PRESETS) == set(PRESETS)
 
 
-@pytest.mark.parametrize("preset", grpo_session.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
     "part, channels, task",
     [("transformer", 384, "fill"), ("transformer", 64, "kontext"), ("unet", 9, "sd_inpaint")],
 )
 def test_every_preset_fits_every_family(tmp_path, preset, part, channels, task):
     made = choices(model_at(tmp_path / "m", part, channels), preset=preset)
-    c = grpo_session.configure(made, tmp_path)
-    assert (c.task, c.recipe, c.max_steps, c.resume) == (task, grpo_session.PRESETS[preset], 7, "auto")
+    c = configure(made, tmp_path)
+    assert (c.task, c.recipe, c.max_steps, c.resume) == (task, PRESETS[preset], 7, "auto")
     assert (
         c.rewards == ["shapes=1"]
         and c.use_targets
@@ -49,14 +50,14 @@ def test_every_preset_fits_every_family(tmp_path, preset, part, channels, task):
 
 def test_a_model_whose_weights_are_not_in_the_folder_is_no_toy(tmp_path):
     model = model_at(tmp_path / "m")
-    assert grpo_session.session.is_small(model)
+    assert is_small(model)
     (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    assert not grpo_session.session.is_small(model) and not grpo_session.session.is_small("a/hub-id")
+    assert not is_small(model) and not is_small("a/hub-id")
 
 
 def test_choices_are_laid_over_the_preset(tmp_path):
     model = model_at(tmp_path / "m")
-    c = grpo_session.configure(
+    c = configure(
         choices(model, rank=5, lr=0.5, group_size=4, groups=3, resolution=48, sources_only=True, start="x"),
         tmp_path,
     )
@@ -75,14 +76,14 @@ def test_the_same_choices_find_their_run_again_and_another_reward_does_not(tmp_p
 )
 def test_choices_that_do_not_go_together_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        grpo_session.configure(choices(model_at(tmp_path / "m"), **change), tmp_path)
+        configure(choices(model_at(tmp_path / "m"), **change), tmp_path)
 
 
 def test_a_reward_without_weights_is_refused_before_anything_is_freed(tmp_path):
     """`comfy.run` configures first, and unloads ComfyUI's models then."""
     change = {"rewards": ("shapes=1", "hpsv2=0.5"), "reward_options": (f"hpsv2.path={tmp_path / 'gone.pt'}",)}
     with pytest.raises(ValueError, match="reward hpsv2 has no weights: .*gone.pt does not exist"):
-        grpo_session.configure(choices(model_at(tmp_path / "m"), **change), tmp_path)
+        configure(choices(model_at(tmp_path / "m"), **change), tmp_path)
 
 
 def test_a_folder_of_sources_and_instructions_is_enough(tmp_path):
@@ -118,5 +119,5 @@ def test_the_reward_history_of_a_stopped_run_goes_on(tmp_path):
     rows = [{"step": 2, "reward/a": 1.0, "reward/b": 0.0}, {"step": 1, "reward/a": 0.5}]
     rows += [{"ratio": 1}, {"step": 3, "failed/a": 4}]  # no update, and one that nobody could judge
     (tmp_path / "rewards.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{half a li")
-    assert grpo_session.reward_history(tmp_path) == {1: 0.5, 2: 0.5}
-    assert grpo_session.reward_history(tmp_path / "none") == {}
+    assert history.rewards(tmp_path) == {1: 0.5, 2: 0.5}
+    assert history.rewards(tmp_path / "none") == {}

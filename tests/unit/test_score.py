@@ -139,7 +139,7 @@ def test_models_that_are_not_on_disk_are_reported_not_downloaded():
 
 def test_a_loss_curve_is_drawn_even_of_little():
     for values in ([], [float("nan")], [1.0], [3.0, float("nan"), 1.0, 2.0]):
-        image = plots.as_image(plots.curve(values))
+        image = plots.as_image(plots.curve(enumerate(values, 1)))
         assert image.shape == (1, 360, 640, 3) and 0 < image.mean() < 1
 
 

@@ -14,6 +14,7 @@ from comfyui_diptych.nodes import menus
 from comfyui_diptych.nodes import training as nodes
 from comfyui_diptych.nodes.score import DiptychEditScore
 from comfyui_diptych.training import session
+from comfyui_diptych.training.choices import Choices, configure, task_of
 from comfyui_diptych.training.data.sources import open_source, spec_of
 from comfyui_diptych.training.tiny import shapes
 from comfyui_diptych.training.tiny.shapes.words import understand
@@ -77,8 +78,8 @@ def test_adding_an_image_to_the_folder_trains_again(comfyui):
 def test_the_base_model_picks_the_recipe(tmp_path, part, channels, task, recipe):
     pytest.importorskip("transformers")
     model = model_at(tmp_path / "m", part, channels)
-    choices = session.Choices("shapes:4", str(model), "cat", steps=7, rank=5, lr=0.5, resolution=48)
-    config = session.configure(choices, tmp_path)
+    choices = Choices("shapes:4", str(model), "cat", steps=7, rank=5, lr=0.5, resolution=48)
+    config = configure(choices, tmp_path)
     assert (config.task, config.recipe, config.max_steps, config.rank, config.lr) == (task, recipe, 7, 5, 0.5)
     assert config.resolution == 48 and config.model == str(model) and config.data == ["shapes:4"]
     assert config.resume == "auto" and config.class_images == "" and config.optimizer == "adamw"
@@ -97,22 +98,22 @@ def test_the_base_model_picks_the_recipe(tmp_path, part, channels, task, recipe)
 def test_choices_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, change, message):
     pytest.importorskip("transformers")
     model = model_at(tmp_path / "m")
-    choices = session.Choices(**({"data": "shapes:4", "model": str(model), "name": "cat"} | change))
+    choices = Choices(**({"data": "shapes:4", "model": str(model), "name": "cat"} | change))
     with pytest.raises(ValueError, match=message):
-        session.configure(choices, tmp_path)
+        configure(choices, tmp_path)
 
 
 def test_other_models_are_refused_by_their_channels(tmp_path):
     with pytest.raises(ValueError, match="takes 4 channels"):
-        session.task_of(model_at(tmp_path / "a", "unet", 4))
+        task_of(model_at(tmp_path / "a", "unet", 4))
     with pytest.raises(ValueError, match="no diffusers folder"):
-        session.task_of(tmp_path)
+        task_of(tmp_path)
 
 
 def test_the_same_settings_find_their_run_again_and_others_do_not():
-    one = session.Choices("pairs:a", "m", "cat", steps=10)
-    assert one.folder() == session.Choices("pairs:a", "m", "cat", steps=99, preview_every=3).folder()
-    assert one.folder() != session.Choices("pairs:a", "m", "cat", steps=10, rank=8).folder()
+    one = Choices("pairs:a", "m", "cat", steps=10)
+    assert one.folder() == Choices("pairs:a", "m", "cat", steps=99, preview_every=3).folder()
+    assert one.folder() != Choices("pairs:a", "m", "cat", steps=10, rank=8).folder()
 
 
 def test_a_lora_of_another_origin_is_never_overwritten(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...models.image_files import to_pil
 
-INK, PALE, PAPER, LINE = (30, 30, 34), (150, 150, 156), (250, 250, 248), (38, 99, 186)
+INK, PALE, PAPER = (30, 30, 34), (150, 150, 156), (250, 250, 248)
+LINE, FAINT = (38, 99, 186), (196, 212, 236)
 
 
 def tile(picture: Tensor, side: int) -> Image.Image:
@@ -67,35 +68,28 @@ def contact_sheet(
 
 
 def curve(
-    values: Sequence[float],
-    *,
-    steps: Sequence[int] | None = None,
-    title: str = "loss",
-    size: tuple[int, int] = (640, 360),
+    points: Iterable[tuple[float, float]], *, title: str = "loss", size: tuple[int, int] = (640, 360)
 ) -> Image.Image:
-    """A line plot: the values pale, their running mean strong. NaNs are left out; an empty plot says so."""
+    """A line plot of (step, value): the values pale, their running mean strong.
+
+    size: (width, height) in pixels. Values that are not finite are left out; an empty plot says so.
+    """
     width, height = size
     image = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     left, right, top, bottom = 56, width - 12, 26, height - 26
     draw.text((left, 6), title, INK, font)
     draw.rectangle((left, top, right, bottom), outline=PALE)
-    steps = list(steps) if steps is not None else list(range(1, len(values) + 1))
-    points = [(s, float(v)) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+    points = [(step, float(value)) for step, value in points if math.isfinite(value)]
     if not points:
         draw.text((left + 8, top + 8), "no values yet", PALE, font)
         return image
-    x = np.array([p[0] for p in points], dtype=float)
-    y = np.array([p[1] for p in points])
-    low, high = float(np.quantile(y, 0.0)), float(np.quantile(y, 0.99))
+    x, y = np.array(points, dtype=float).T
+    mean = _running_mean(y, max(1, len(y) // 20))
+    low, high = float(y.min()), float(np.quantile(y, 0.99))
     high = high if high > low else low + max(abs(low), 1e-6) * 0.1
-    span = max(x[-1] - x[0], 1)
-    window = max(1, len(y) // 20)
-    total = np.cumsum(np.insert(y, 0, 0.0))
-    begin = np.maximum(np.arange(len(y)) - window + 1, 0)
-    mean = (total[1:] - total[begin]) / (np.arange(len(y)) - begin + 1)
-    for series, colour, thick in ((y, (196, 212, 236), 1), (mean, LINE, 2)):
-        px = left + (x - x[0]) / span * (right - left)
+    px = left + (x - x[0]) / max(x[-1] - x[0], 1) * (right - left)
+    for series, colour, thick in ((y, FAINT, 1), (mean, LINE, 2)):
         py = bottom - np.clip((series - low) / (high - low), 0, 1) * (bottom - top)
         line = list(zip(px.tolist(), py.tolist(), strict=True))
         if len(line) > 1:
@@ -108,6 +102,14 @@ def curve(
     last = f"{int(x[-1])}   last {mean[-1]:.4g}"
     draw.text((right - font.getlength(last), bottom + 6), last, INK, font)
     return image
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Means [N] of each value and those before it, `window` together at most."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - window, 0)
+    return (total[end] - total[begin]) / (end - begin)
 
 
 def as_image(picture: Image.Image) -> Tensor:

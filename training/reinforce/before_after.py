@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import session
+from ..choices import is_small
 from ..data.dataset import latents_like
 from ..evaluate import plots
 from ..runtime.random_streams import row_noise
@@ -37,7 +37,7 @@ def before_after(trainer: Any) -> Tensor:
     task.make_host(module)
     module.eval()
     judge = trainer.judge_of(batches)
-    count = min(TRIED if session.is_small(c.model) else SHOWN, len(batches.entries))
+    count = min(TRIED if is_small(c.model) else SHOWN, len(batches.entries))
     rows = [_row(trainer, batches, judge, number) for number in range(count)]
     gains = [after - before for _, _, before, after in rows]
     shown = [

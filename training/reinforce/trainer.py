@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ...samplers.gaussian import velocity_kl
 from ..data import dataset
+from ..evaluate import history as logged
 from ..rewards import from_recipe
-from ..runtime import checkpoint, disk, optim
+from ..runtime import checkpoint, optim
 from ..runtime.checkpoint import TrainingError
 from ..tasks import adapters
 from ..tasks.base import DTYPES
@@ -412,8 +413,8 @@ class GRPOTrainer(Trainer):
     def _curve(self) -> list[list[float]]:
         """[[step, reward], ...] of the held-out rows; without such rows, of the rollouts (200 at most)."""
         points = [(entry["step"], entry["value"]) for entry in self.history]
-        if not points and (self.output / "rewards.jsonl").is_file():
-            points = list(zip(*rollout_rewards(self.output), strict=True))
+        if not points:
+            points = list(logged.rewards(self.output).items())
             points = points[:: -(-len(points) // 200)]
         return [[step, round(value, 5)] for step, value in points if math.isfinite(value)]
 
@@ -433,24 +434,3 @@ class GRPOTrainer(Trainer):
             with torch.no_grad():
                 for name, tensor in self.names.items():
                     tensor.copy_(kept[name])
-
-
-def rollout_rewards(folder: Path) -> tuple[list[int], list[float]]:
-    """(updates, mean over the rewards of the rollouts) as logged in a run's folder, where any was judged."""
-    means = {}
-    for line in (folder / "rewards.jsonl").read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError, KeyError):  # a line that a kill or a full disk cut short
-            entry = json.loads(line)  # a resumed run logs a step again
-            scores = [value for key, value in entry.items() if key.startswith("reward/")]
-            if scores:
-                means[entry["step"]] = sum(scores) / len(scores)
-    return list(means), list(means.values())
-
-
-def reward_curve(folder: Path) -> Path:
-    """Draw `rewards.jsonl` of a run: the mean over its rewards at every logged update, as a PNG beside it."""
-    from ..evaluate.plots import curve
-
-    steps, means = rollout_rewards(folder)
-    picture = curve(means, steps=steps, title="reward of the rollouts")
-    return disk.keep(folder / "rewards.png", lambda place: disk.write_whole(place, picture.save))
