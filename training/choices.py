@@ -131,7 +131,6 @@ class RewardChoices(Choices):
         own: dict[str, Any] = {
             "rewards": list(self.rewards),
             "reward_options": list(self.reward_options),
-            "use_targets": not self.sources_only,
             "fuse_loras": [self.start] if self.start else [],
             "log_every": 1,
             "sample_count": 4,
@@ -139,7 +138,7 @@ class RewardChoices(Choices):
             "sample_guidance": GUIDANCE[task],
         }
         if task == "sd_inpaint":
-            own |= {"shared_prefix": False, "shared_noise": False, "eta": -1.0}
+            own |= {"shared_prefix": False, "shared_noise": False, "eta": None}
         if small:
             own |= self._for_small(values, task)
         chosen = {

@@ -13,9 +13,9 @@ from typing import NamedTuple
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 
 
-def _fields(option: str, text: str, pattern: str, remedy: str) -> re.Match[str]:
+def _fields(option: str, text: str | int, pattern: str, remedy: str) -> re.Match[str]:
     """The whole text matched, or ValueError: `option is 'text': remedy`."""
-    match = re.fullmatch(pattern, text.strip())
+    match = re.fullmatch(pattern, str(text).strip())
     if match is None:
         raise ValueError(f"{option} is {text!r}: {remedy}")
     return match
@@ -44,6 +44,51 @@ class TimeSampling(NamedTuple):
         if std < 0 or not math.isfinite(mean + std):
             raise ValueError(f"time_sampling is {text!r}: STD is a finite number, 0 or more")
         return cls(kind, mean, std)
+
+
+class Counted(NamedTuple):
+    """How many of something, and the weight of their loss."""
+
+    count: int
+    weight: float = 1.0
+
+    @classmethod
+    def read(cls, option: str, text: str | int) -> Counted:
+        """`COUNT` or `COUNT@WEIGHT`; 0 is none."""
+        match = _fields(option, text, rf"(\d+)(?:@({NUMBER}))?", "write COUNT or COUNT@WEIGHT, such as 2@3")
+        count, weight = int(match[1]), float(match[2] or 1)
+        if count > 10_000 or weight < 0 or not math.isfinite(weight):
+            raise ValueError(f"{option} is {text!r}: COUNT is at most 10000, WEIGHT finite and 0 or more")
+        return cls(count, weight)
+
+
+class Window(NamedTuple):
+    """Where a rollout's random steps may be: steps `first` up to but not including `last`, counted from 0.
+
+    kind: "fixed", "random" or "progressive". last: 0 = half of the steps. every: updates between moves of a
+    progressive window.
+    """
+
+    kind: str
+    first: int = 0
+    last: int = 0
+    every: int = 25
+
+    @classmethod
+    def read(cls, text: str) -> Window:
+        """`fixed[:FIRST]`, `random[:FIRST-LAST]` or `progressive[:FIRST-LAST][/EVERY]`."""
+        match = _fields(
+            "window",
+            text,
+            r"(fixed)(?::(\d+))?|(random|progressive)(?::(\d+)-(\d+))?(?:/(\d+))?",
+            "use one of fixed:FIRST, random, random:FIRST-LAST, progressive:FIRST-LAST/EVERY",
+        )
+        if match[1]:
+            return cls(match[1], int(match[2] or 0))
+        every = int(match[6] or 25)
+        if match[3] == "random" and match[6] or every < 1:
+            raise ValueError(f"window is {text!r}: /EVERY is for progressive, 1 or more")
+        return cls(match[3], int(match[4] or 0), int(match[5] or 0), every)
 
 
 class ClassImages(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 from comfyui_diptych.models import editing, lora
 from comfyui_diptych.models.sd_inpaint import SDInpaint
 from comfyui_diptych.samplers import ddim, schedule
+from comfyui_diptych.training.data import given
 from comfyui_diptych.training.reinforce import contrastive, held_out, nft, rollout, scoring
 from comfyui_diptych.training.reinforce import supervised as states
 from comfyui_diptych.training.reinforce import trainer as grpo
@@ -63,7 +64,7 @@ def ordered(trainer, **options):
     """The trainer with other options, as if it had begun with them."""
     trainer.config = c = dataclasses.replace(trainer.config, **{"grad_clip": 0.0, **options})
     trainer.optimizer = trainer.accelerator.prepare(optim.make_optimizer(trainer.names.values(), c))
-    trainer.old = nft.OldPolicy(trainer.names, c) if c.algorithm == "nft" else None
+    trainer.old = nft.OldPolicy(trainer.names, c.nft_old_max) if c.algorithm == "nft" else None
     trainer.step = 0
     return trainer
 
@@ -79,7 +80,7 @@ def rollouts_of(trainer, rows, window="of the trainer"):
         micro_batch=c.micro_batch,
         settings=settings if window == "of the trainer" else dataclasses.replace(settings, window=window),
         seed=0,
-        states=c.winner_states,
+        states=c.contrastive.count,
     )
 
 
@@ -109,11 +110,11 @@ def test_ratio_is_one_on_unchanged_weights_and_only_there(begun, task, rule, sto
 UPDATES = {
     "grpo": {},
     "grpo_inner": {"inner_updates": 2, "advantage_scale": "group"},
-    "grpo_prefix": {"shared_prefix": True, "window": "fixed", "window_first": 1, "window_size": 1},
+    "grpo_prefix": {"shared_prefix": True, "window": "fixed:1", "window_size": 1},
     "grpo_kl": {"kl_beta": 1e-3},
     "nft": {"algorithm": "nft"},
     "nft_on_policy": NFT,
-    "winners": {**NFT, "nft_times": 0, "winner_states": 3},
+    "winners": {**NFT, "nft_times": 0, "contrastive_states": 3},
 }
 
 
@@ -126,7 +127,7 @@ def test_an_update_makes_what_was_judged_better_likelier(begun, task, name):
     trainer = ordered(begun(task), lr=1e-4, rollout_guidance=1.0, **UPDATES[name])
     rollouts, c = rollouts_of(trainer, [0, 1]), trainer.config
     worth = trainer._advantages(rollouts, [0, 1], 0)
-    if c.winner_states:
+    if c.contrastive.count:
         rollouts = contrastive.aimed(rollouts, worth, c.group_size)
     advantage = torch.cat([values for values, _ in worth])
     assert advantage.abs().max() > 0.5 and trainer._kept == 8
@@ -160,7 +161,7 @@ def test_an_update_makes_what_was_judged_better_likelier(begun, task, name):
 
 
 def test_a_run_says_what_it_was(folders, tmp_path):
-    options = {"window": "fixed", "window_first": 1, "ema": 0.9, "kl_beta": 1e-3}
+    options = {"window": "fixed:1", "ema": 0.9, "kl_beta": 1e-3}
     info = lora.read(grpo.GRPOTrainer(toy(folders, tmp_path, **options)).run()).info
     sigmas = schedule.sigmas(4, seq_len=schedule.token_count(4, 8)).tolist()
     assert (info.algorithm, info.reward, info.step) == ("grpo", "toy_judge:brightness x 1", 2)
@@ -169,7 +170,7 @@ def test_a_run_says_what_it_was(folders, tmp_path):
 
 def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_path):
     """Header, loader and sampler count alike: trained in steps 1 and 2 of 4, on there and nowhere else."""
-    options = {"window": "fixed", "window_first": 1, "rollout_guidance": 1.0, "max_steps": 1}
+    options = {"window": "fixed:1", "rollout_guidance": 1.0, "max_steps": 1}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, "sd_inpaint", **options))
     file = lora.read(trainer.run())
     trained = [step.timestep for step in rollouts_of(trainer, [0])[0].transitions]
@@ -311,7 +312,7 @@ for recipe in sys.argv[1:]:
 TO_KILL = {
     "grpo": {},
     "nft": {"algorithm": "nft", "data_rows": 5},
-    "winners": {"algorithm": "nft", "winner_states": 2},
+    "winners": {"algorithm": "nft", "contrastive_states": 2},
 }
 TO_KILL = {
     name: {**options, "max_steps": 3, "save_every": 1, "ema": 0.9, "eval_rows": 2, "eval_every": 1}
@@ -360,13 +361,13 @@ for recipe in sys.argv[1:]:
     GradientState._reset_state()
     assert main(["grpo", recipe]) == 0, recipe
 """
-SHARED = {"max_steps": 1, "lr": 1e-2, "data_weight": 0.1, "eval_every": 1}
+SHARED = {"max_steps": 1, "lr": 1e-2, "eval_every": 1}
 # Held-out rows: one process has none, each has one, one has more.
 IN_TWO = {
-    "grpo": {"data_rows": 2, "eval_rows": 1},
-    "nft": {**NFT, "group_clip": 0.02, "data_rows": 2, "eval_rows": 2},
-    "winners": {**NFT, "group_clip": 0.02, "winner_states": 2, "eval_rows": 3},
-    "winners_alone": {**NFT, "nft_times": 0, "winner_states": 3, "mixed_precision": "auto"},
+    "grpo": {"data_rows": "2@0.1", "eval_rows": 1},
+    "nft": {**NFT, "group_clip": 0.02, "data_rows": "2@0.1", "eval_rows": 2},
+    "winners": {**NFT, "group_clip": 0.02, "contrastive_states": 2, "eval_rows": 3},
+    "winners_alone": {**NFT, "nft_times": 0, "contrastive_states": 3, "mixed_precision": "auto"},
 }
 
 
@@ -387,7 +388,8 @@ def in_two(folders, tmp_path_factory):
 @pytest.mark.parametrize("name", IN_TWO)
 def test_two_processes_make_the_first_update_of_one_with_all_groups(folders, tmp_path, in_two, name):
     whole = {**SHARED, **IN_TWO[name], "groups_per_update": 4, "cache_dir": str(in_two / "cache")}
-    whole["data_rows"] = 2 * whole.get("data_rows", 0)
+    if "data_rows" in whole:
+        whole["data_rows"] = "4@0.1"
     one = grpo.GRPOTrainer(toy(folders, tmp_path, **whole)).run()
     first, second = log(tmp_path)[0], log(in_two / name)[0]
     judge = "reward/toy_judge:brightness"
@@ -423,7 +425,7 @@ def test_as_many_held_out_rows_are_judged_as_were_asked_for(folders, tmp_path):
 def test_whole_groups_in_one_pass_make_the_same_pictures(folders, tmp_path):
     made = []
     for size in (2, 4, 8):
-        options = {"shared_prefix": True, "window_first": 1, "window": "fixed"}
+        options = {"shared_prefix": True, "window": "fixed:1"}
         c = toy(folders, tmp_path / str(size), micro_batch=size, **options)
         trainer = grpo.GRPOTrainer(c)
         trainer.prepare()
@@ -461,12 +463,12 @@ def update_gradients(trainer, keep, advantage, data=()):
         micro_batch=trainer.config.micro_batch,
         settings=dataclasses.replace(trainer.rollout_settings, window=None),
         seed=0,
-        states=trainer.config.winner_states,
+        states=trainer.config.contrastive.count,
     )
     sizes = [len(r.latents) for r in rollouts]
     trainer._kept, trainer.optimizer.step = int(keep.sum()), step
     worth = list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
-    if trainer.config.winner_states:
+    if trainer.config.contrastive.count:
         rollouts = contrastive.aimed(rollouts, worth, 4)
     trainer._update(rollouts, worth, list(data))
     return taken
@@ -508,7 +510,7 @@ def test_no_group_pulls_harder_than_its_limit(folders, tmp_path, micro_batch):
 @pytest.mark.parametrize("limit", [0.0, 0.1])
 def test_rows_of_the_data_add_their_supervised_gradient(folders, tmp_path, limit):
     options = {**NFT, "micro_batch": 4, "grad_clip": 0.0, "group_clip": limit}
-    trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options, data_rows=5, data_weight=3.0))
+    trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options, data_rows="5@3.0"))
     trainer.prepare()
     for index, parameter in enumerate(trainer.names.values()):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
@@ -533,7 +535,7 @@ def test_rows_of_the_data_add_their_supervised_gradient(folders, tmp_path, limit
 def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
     folders, tmp_path, task, micro_batch
 ):
-    options = {"rollout_guidance": 1.0, "nft_times": 0, "winner_states": 2, "grad_clip": 0.0}
+    options = {"rollout_guidance": 1.0, "nft_times": 0, "contrastive_states": 2, "grad_clip": 0.0}
     options |= {**NFT, "nft_times": 0, "micro_batch": micro_batch, "rollout_steps": 4}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, task, **options))
     trainer.prepare()
@@ -658,7 +660,11 @@ def test_pairs_without_masks_are_judged_outside_what_changed(folders, tmp_path, 
 
 
 def test_what_may_change_is_unknown_without_masks_and_wanted_pictures(folders, tmp_path):
-    options = {"data": [pairs_without_masks(tmp_path / "pairs")], "use_targets": False}
+    folder = tmp_path / "pairs"
+    pairs_without_masks(folder)
+    for target in folder.glob("*_target.png"):
+        target.unlink()
+    options = {"data": [given.list_sources(folder, tmp_path)]}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path / "run", rewards=["keep_l1"], **options))
     with pytest.raises(ValueError, match="reward keep_l1 needs masks, which the data has not"):
         trainer.prepare()
@@ -757,18 +763,16 @@ def test_mistakes_are_one_sentence_before_anything_is_loaded(folders, tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         toy(folders, tmp_path, window_size=4)
     for options in ({}, {"algorithm": "nft", "rollout_steps": 1}):
-        with pytest.raises(ValueError, match="winner_states is for algorithm nft"):
-            toy(folders, tmp_path, winner_states=2, **({"window_size": 1} | options))
-    with pytest.raises(ValueError, match="nft_times is 0: it may be 0 with winner_states only"):
+        with pytest.raises(ValueError, match="contrastive_states is for algorithm nft"):
+            toy(folders, tmp_path, contrastive_states=2, **({"window_size": 1} | options))
+    with pytest.raises(ValueError, match="nft_times is 0: it may be 0 with contrastive_states only"):
         toy(folders, tmp_path, algorithm="nft", nft_times=0)
-    with pytest.raises(ValueError, match="use_targets is false"):
-        toy(folders, tmp_path, use_targets=False, data_rows=4)
     for name, value in {"batch_size": 7, "accumulation": 2, "prompt_drop": 0.3}.items():
         with pytest.raises(ValueError, match=f"{name} is .*leave it out"):
             toy(folders, tmp_path, **{name: value})
     for name, instead in {
         "screen": "more rows",
-        "data_states": "winner_states",
+        "data_states": "contrastive_states",
         "ratio_norm": "clip",
     }.items():
         with pytest.raises(ValueError, match=f"option {name} is gone: .*{instead}"):

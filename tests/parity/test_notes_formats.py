@@ -271,7 +271,7 @@ def test_prompt_image_mask_rows_are_improved_by_reward(task, preset, root, tmp_p
         data=data,
         rollout_steps=10,
         max_steps=1,
-        window_last=9,
+        window="random:0-9",
         window_size=2,
         **options,
     )

@@ -110,7 +110,6 @@ def command(name, recipe, **options):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_rolls_out_judges_and_learns(write, tmp_path, preset):
     options = {**QUICK, **REWARD, "data": [write()[0]], "output_dir": str(tmp_path / "out")}
-    options["use_targets"] = preset in ("dance", "winner")  # with and without: there are none either way
     assert command("grpo", f"grpo_{preset}", **options) == 0
     (line,) = (tmp_path / "out" / "rewards.jsonl").read_text().splitlines()
     assert 0 < json.loads(line)["reward/keep_l1"] < 1 and json.loads(line)["kept"] > 0
@@ -232,7 +231,7 @@ def test_a_target_that_is_there_is_shown_to_rewards(write, tmp_path):
         wanted = trainer.task.host.decode(parts["latents"][None])[0]
     assert torch.allclose(scoring.read_row(trainer.batches, 0).target, wanted, atol=1e-5)
     assert trainer.judge_of(trainer.batches).targets
-    blind = trainer_of(tmp_path / "blind", spec, use_targets=False)
+    blind = trainer_of(tmp_path / "blind", write(**WIDE)[0])
     assert not blind.judge_of(blind.batches).targets
 
 

@@ -41,11 +41,7 @@ def test_every_preset_fits_every_family(tmp_path, preset, part, channels, task):
     made = choices(model_at(tmp_path / "m", part, channels), preset=preset)
     c = configure(made, tmp_path)
     assert (c.task, c.recipe, c.max_steps, c.resume) == (task, PRESETS[preset], 7, "auto")
-    assert (
-        c.rewards == ["shapes=1"]
-        and c.use_targets
-        and c.micro_batch == c.group_size * max(1, 48 // c.group_size)
-    )
+    assert c.rewards == ["shapes=1"] and c.micro_batch == c.group_size * max(1, 48 // c.group_size)
 
 
 def test_a_model_whose_weights_are_not_in_the_folder_is_no_toy(tmp_path):
@@ -62,7 +58,7 @@ def test_choices_are_laid_over_the_preset(tmp_path):
         tmp_path,
     )
     assert (c.rank, c.lora_alpha, c.lr, c.group_size, c.groups_per_update) == (5, 10.0, 0.5, 4, 3)
-    assert c.resolution == 48 and not c.use_targets and c.fuse_loras == ["x"]
+    assert c.resolution == 48 and c.fuse_loras == ["x"]
 
 
 def test_the_same_choices_find_their_run_again_and_another_reward_does_not(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from comfyui_diptych.training.reinforce import nft
@@ -75,7 +73,7 @@ def test_preference_maps_clamped_advantages_to_probabilities():
 
 def test_the_old_policy_follows_more_slowly_from_update_to_update():
     parameters = {"w": torch.zeros(1)}
-    old = OldPolicy(parameters, SimpleNamespace(nft_old_ramp=0.1, nft_old_max=0.5))
+    old = OldPolicy(parameters, 0.5, ramp=0.1)
     seen = []
     for update, value in ((1, 1.0), (2, 2.0), (100, 0.0)):
         parameters["w"].fill_(value)
@@ -87,7 +85,7 @@ def test_the_old_policy_follows_more_slowly_from_update_to_update():
 
 def test_the_old_policy_is_in_the_model_only_inside_the_block():
     parameters = {"w": torch.zeros(1)}
-    old = OldPolicy(parameters, SimpleNamespace(nft_old_ramp=0.1, nft_old_max=0.5))
+    old = OldPolicy(parameters, 0.5, ramp=0.1)
     parameters["w"].fill_(3.0)
     with old.active(parameters):
         assert parameters["w"].item() == 0

@@ -138,12 +138,30 @@ def test_options_of_several_values_are_read_in_one_way():
     )
 
 
+def test_options_of_several_values_of_reward_training():
+    assert (GRPOConfig().windows, GRPOConfig().window_bounds["last"]) == (("random", 0, 0, 25), 5)
+    c = config.from_dict({"window": "progressive:1-9/30", "data_rows": "4@0.1"}, GRPOConfig)
+    assert c.window_bounds == {"first": 1, "last": 9, "every": 30, "seed": 0}
+    assert c.supervised == (4, 0.1) and c.needs_targets and not GRPOConfig().needs_targets
+    assert config.from_dict({"window": "fixed:3", "data_rows": 2}, GRPOConfig).windows == ("fixed", 3, 0, 25)
+    values = {"algorithm": "nft", "contrastive_states": "2@3", "eta": None}
+    c = config.from_dict(values, GRPOConfig)
+    assert c.contrastive == (2, 3.0) and c.eta is None
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"kl_beta": "nan"}, "kl_beta is nan"),
         ({"clip": -1.0}, "clip is -1.0: it must be 0 or more"),
         ({"rollout_steps": 10**9}, "rollout_steps is 1000000000: it must be at most 10000"),
+        ({"eta": -1.0}, "eta is -1: it must be 0 or more; leave it empty"),
+        ({"window": "random:3"}, "window is 'random:3': use one of fixed:FIRST, random, random:FIRST-LAST"),
+        ({"window": "random:0-4/5"}, "/EVERY is for progressive"),
+        ({"window": "random:0-11"}, "does not fit into steps 0 to 11 of 10"),
+        ({"data_rows": "some"}, "data_rows is 'some': write COUNT or COUNT@WEIGHT"),
+        ({"contrastive_states": "2@inf"}, "write COUNT or COUNT@WEIGHT"),
+        ({"contrastive_states": 2}, "contrastive_states is for algorithm nft"),
         ({"eval_rows": -1}, "eval_rows is -1: it must be 0 or more"),
     ],
 )

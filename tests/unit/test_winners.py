@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_diptych.training.notation import Counted
 from comfyui_diptych.training.reinforce import contrastive
 from comfyui_diptych.training.reinforce import supervised as states
 from comfyui_diptych.training.reinforce.rollout import Rollout, Visited, kept_only
@@ -63,8 +64,7 @@ def trainer_of(predict, weight=1.0, micro_batch=8, nft_times=0):
     )
     config = SimpleNamespace(
         rollout_guidance=1.0,
-        winner_weight=weight,
-        winner_states=2,
+        contrastive=Counted(2, weight),
         micro_batch=micro_batch,
         nft_times=nft_times,
     )

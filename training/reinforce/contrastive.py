@@ -43,7 +43,7 @@ def aimed(
 
 def passes(config: Any, samples: int) -> int:
     """Forward passes for the states of so many samples, none of more rows than a micro-batch."""
-    return -(-config.winner_states // _together(config, samples))
+    return -(-config.contrastive.count // _together(config, samples))
 
 
 def objective(trainer: Any, rollout: Rollout, number: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,10 +68,10 @@ def objective(trainer: Any, rollout: Rollout, number: int) -> tuple[Tensor, dict
     nearer = (towards - back).unflatten(0, (-1, count)).mean(1)
     loss = torch.zeros_like(rollout.pull).index_put((of,), rollout.pull[of] * nearer)
     # gradients.py takes the mean over the terms of a rollout.
-    share = count / c.winner_states * trainer.terms(rollout) / (c.nft_times + 1)
-    return c.winner_weight * share * loss, {"winner": loss}
+    share = count / c.contrastive.count * trainer.terms(rollout) / (c.nft_times + 1)
+    return c.contrastive.weight * share * loss, {"winner": loss}
 
 
 def _together(config: Any, samples: int) -> int:
     """States of each sample in one pass."""
-    return max(1, min(config.winner_states, config.micro_batch // samples))
+    return max(1, min(config.contrastive.count, config.micro_batch // samples))

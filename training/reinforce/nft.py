@@ -21,6 +21,7 @@ from . import contrastive
 from .advantage import ADVANTAGE_MAX
 
 NORM_FLOOR = 1e-5
+OLD_RAMP = 0.001  # growth per update of the old policy's decay, as in the authors' configuration
 
 
 def preference(advantage: Tensor) -> Tensor:
@@ -49,9 +50,9 @@ def nft_loss(data: Tensor, data_old: Tensor, x0: Tensor, wanted: Tensor, beta: f
 class OldPolicy:
     """The weights that make the rollouts: old <- d old + (1-d) new, d = min(ramp * update, max)."""
 
-    def __init__(self, parameters: dict[str, Tensor], config):
+    def __init__(self, parameters: dict[str, Tensor], top: float, ramp: float = OLD_RAMP):
         self._average = MovingAverage(parameters, 0.0)
-        self.ramp, self.top = config.nft_old_ramp, config.nft_old_max
+        self.ramp, self.top = ramp, top
 
     @property
     def values(self) -> dict[str, Tensor]:

@@ -106,9 +106,9 @@ def _stored_mask(entry: Entry, sample: Sample) -> Tensor | None:
 class Judge:
     """Scores finished pictures of data rows with a composite; remembers the last rows it has read."""
 
-    def __init__(self, rewards: Composite, batches: Batches, targets: bool = True):
-        """targets: whether rewards may see the target images, where all rows have one."""
-        self.rewards, self.batches, self.targets = rewards, batches, targets and batches.targets
+    def __init__(self, rewards: Composite, batches: Batches):
+        """Rewards see the target images where all rows have one (`targets`)."""
+        self.rewards, self.batches, self.targets = rewards, batches, batches.targets
         self._rows: OrderedDict[int, Row] = OrderedDict()
         self._bytes = 0
         self._said: set[str] = set()

@@ -29,7 +29,7 @@ def learn(trainer: Any, rows: Sequence[int]) -> dict[str, list[Tensor]]:
         batch, noise = trainer._with_noise(some, [False] * len(some), [DATA + place for place in places])
         with trainer.accelerator.no_sync(module), for_learning(noise):
             loss = trainer.task.row_losses(batch, noise, row_uniform(c.seed, places, "data"))
-            trainer.accelerator.backward(c.data_weight / len(rows) * loss.sum())
+            trainer.accelerator.backward(c.supervised.weight / len(rows) * loss.sum())
         log.append(loss.detach())
     return {"data": log}
 

@@ -68,15 +68,15 @@ class GRPOTrainer(Trainer):
         super().prepare()
         self.lora_window = self._lora_window()
         self.task.lora_window = self.lora_window  # of the sample pictures
-        if self.config.data_rows:
+        if self.config.supervised.count:
             sampler = self.batches.sampler(
-                self.config.data_rows, self.config.seed + 1, self.rank, self.world, prior=False
+                self.config.supervised.count, self.config.seed + 1, self.rank, self.world, prior=False
             )
             self.data_order = iter(sampler.start_at(self.step))
 
     def judge_of(self, batches: dataset.Batches) -> Judge:
         """The judge of these rows, which remembers those it has read."""
-        return self.judges.setdefault(id(batches), Judge(self.rewards, batches, self.config.use_targets))
+        return self.judges.setdefault(id(batches), Judge(self.rewards, batches))
 
     def _prepare_model(self) -> None:
         if self.config.needs_targets and not self.batches.targets:
@@ -93,7 +93,7 @@ class GRPOTrainer(Trainer):
         if self.config.init_lora:
             self.start = {name: value.detach().clone() for name, value in self.names.items()}
         if self.config.algorithm == "nft":
-            self.old = nft.OldPolicy(self.names, self.config)
+            self.old = nft.OldPolicy(self.names, self.config.nft_old_max)
 
     # ---------------------------------------------------------------- one step
 
@@ -102,7 +102,7 @@ class GRPOTrainer(Trainer):
         c = self.config
         optim.set_lr(self.optimizer, self.step, c)
         rows = next(self.order)
-        data = next(self.data_order) if c.data_rows else []
+        data = next(self.data_order) if c.supervised.count else []
         self.micro += 1
         first = (self.step * self.world + self.rank) * len(rows)
         with self.old.active(self.names) if self.old else nullcontext():
@@ -117,10 +117,10 @@ class GRPOTrainer(Trainer):
                 seed=c.seed,
                 shared_noise=c.shared_noise,
                 shared_prefix=c.shared_prefix,
-                states=c.winner_states,
+                states=c.contrastive.count,
             )
         worth = self._advantages(rollouts, rows, first)
-        if c.winner_states:
+        if c.contrastive.count:
             rollouts = contrastive.aimed(rollouts, worth, c.group_size)
         loss, norm = torch.zeros((), device=self.accelerator.device), 0.0
         size = -(-len(rollouts) // c.inner_updates)
@@ -143,14 +143,14 @@ class GRPOTrainer(Trainer):
         c = self.config
         if c.algorithm == "nft":
             return None
-        return window_of(c.window, self.step, c.rollout_steps, size=c.window_size, **c.window_bounds)
+        return window_of(c.windows.kind, self.step, c.rollout_steps, size=c.window_size, **c.window_bounds)
 
     @property
     def rollout_settings(self) -> RolloutSettings:
         """How this update's rollouts are sampled."""
         c = self.config
         return RolloutSettings(
-            c.rollout_steps, c.rollout_guidance, c.rule, c.noise_level, self.window, DTYPES[c.storage_dtype]
+            c.rollout_steps, c.rollout_guidance, c.rule, c.eta, self.window, DTYPES[c.storage_dtype]
         )
 
     def rollout_batch(self, batches: Any, numbers: list[int]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ class GRPOTrainer(Trainer):
         c = self.config
         if self.old is None:
             return len(rollout.transitions)
-        return c.nft_times + (contrastive.passes(c, len(rollout.members)) if c.winner_states else 0)
+        return c.nft_times + (contrastive.passes(c, len(rollout.members)) if c.contrastive.count else 0)
 
     def objective(self, rollout: Rollout, index: int, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [B] of one term (a transition, or one noise level of DiffusionNFT) and what to log of it."""
@@ -402,12 +402,14 @@ class GRPOTrainer(Trainer):
         c = self.config
         if c.algorithm != "grpo":
             return None
-        last = c.window_first + c.window_size if c.window == "fixed" else c.window_bounds["last"]
+        bounds = c.window_bounds
+        first = bounds["first"]
+        last = first + c.window_size if c.windows.kind == "fixed" else bounds["last"]
         firsts = {entry.size: number for number, entry in enumerate(self.batches.entries)}
         cells = [
             dataset.latents_like(self.batches([number], [False])).shape[-2:] for number in firsts.values()
         ]
-        ranges = [self.task.level_range(c.rollout_steps, (c.window_first, last), *size) for size in cells]
+        ranges = [self.task.level_range(c.rollout_steps, (first, last), *size) for size in cells]
         return max(start for start, _ in ranges), min(end for _, end in ranges)
 
     def _curve(self) -> list[list[float]]:
