@@ -197,7 +197,7 @@ def test_reward_and_score(data):
     best, report, ranked, sheet = judged["result"]
     assert math.isfinite(best) and len(report) < 20_000 and sheet.ndim == 4
     count = len(pictures) if pictures.ndim == 4 else 1
-    assert len(ranked) == count and report.count("picture ") >= count
+    assert len(ranked) == count and report.count("image ") >= count
 
 
 @given(st.data())
