@@ -48,13 +48,14 @@ LORA = SimpleNamespace(rank=32, alpha=32.0, method="lora", moe_experts=4, moe_to
 def transformer(double: int, single: int, device: str, dtype: torch.dtype = torch.bfloat16):
     """FLUX with that many blocks and the recipe's LoRA; (module, trained parameters, base parameters)."""
     from comfyui_diptych.training.tasks import adapters
+    from comfyui_diptych.training.tasks.fill import FillTask
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
         module = FluxTransformer2DModel(num_layers=double, num_single_layers=single, **FLUX)
         module = torch.nn.Module.to(module, dtype)
         base = sum(p.numel() for p in module.parameters())
-        adapters.add_lora(module, adapters.TARGETS["fill"], LORA)
+        adapters.add_lora(module, FillTask.target_modules, LORA)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if device != "meta":
         module.to_empty(device=device)

@@ -29,7 +29,7 @@ from .data.preprocess import Arranged
 from .data.sample import Sample
 from .runtime.disk import check_folder, check_room, write_whole
 from .runtime.fingerprints import stamp
-from .tasks.base import make_task
+from .tasks.families import make_task
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def _groups(
 @torch.no_grad()
 def _encode(task: Any, items: list[Arranged], targets: bool) -> list[dict[str, Tensor]]:
     """One dictionary of the format's tensors per item."""
-    task.wake_text()
+    task.text_to_device()
     pixels = torch.stack([item.pixels for item in items])
     cells = nn.functional.max_pool2d(torch.stack([item.mask for item in items]), VAE_FACTOR)
     mask = cells.repeat_interleave(VAE_FACTOR, -2).repeat_interleave(VAE_FACTOR, -1)

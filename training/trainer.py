@@ -32,7 +32,7 @@ from .runtime.attention import for_learning
 from .runtime.checkpoint import TrainingError
 from .runtime.random_streams import row_noise, row_uniform
 from .tasks import adapters, export, initial, losses
-from .tasks.base import make_task
+from .tasks.families import make_task
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,7 @@ class Trainer:
         if c.train_text_encoder:
             parts |= {n: p for n, p in self.task.parts.items() if isinstance(p, nn.Module)}
         for name, part in parts.items():
-            targets = self.task.targets() if name == self.task.denoiser_part else adapters.TARGETS["text"]
-            adapters.attach(part, targets, c)
+            adapters.attach(part, self.task.targets(name), c)
         if c.init_lora:
             initial.from_lora(module, c.init_lora, c)
         self.parts, self.names = parts, adapters.named(parts)

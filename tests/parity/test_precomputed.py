@@ -194,7 +194,7 @@ def test_a_dropped_prompt_is_the_encoders_own_beside_stored_texts(write, tmp_pat
     batch = trainer.batches([1, 2], [False, True])
     assert batch["tokens"].shape[1] == 24 and batch["text_bias"].isinf().sum(1).tolist() == [17, 8]
     assert torch.equal(batch["tokens"][0, :7], parts[1]["prompt_embed"])
-    trainer.task.wake_text()
+    trainer.task.text_to_device()
     with torch.no_grad():
         dropped = trainer.task.encode_text([" "])["tokens"][0]
     assert torch.allclose(batch["tokens"][1, :16], dropped, atol=1e-5)

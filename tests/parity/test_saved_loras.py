@@ -13,6 +13,7 @@ import torch
 from comfyui_diptych.models import lora
 from comfyui_diptych.training import config
 from comfyui_diptych.training.tasks import adapters, export, initial
+from comfyui_diptych.training.tasks.families import FAMILIES, make_task
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -24,7 +25,7 @@ def trained(module: nn.Module, task: str, method: str = "lora", patterns: list[s
     """A copy of the module with non-zero adapters, and its configuration (alpha is not the rank)."""
     c = config.from_dict({"task": task, "method": method, "rank": 4, "lora_alpha": 6.0, **options})
     module = copy.deepcopy(module)
-    adapters.add_lora(module, patterns or adapters.TARGETS[task], c)
+    adapters.add_lora(module, patterns or FAMILIES[task].target_modules, c)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -122,7 +123,7 @@ def test_a_stable_diffusion_lora_has_kohya_names_and_loads_in_diffusers(
 ):
     module, c = trained(sd_inpaint_pipeline.unet, "sd_inpaint", patterns=patterns)
     assert any(change.ndim == 4 for change in changes(module).values()) == bool(patterns)
-    text, _ = trained(sd_inpaint_pipeline.text_encoder, "sd_inpaint", patterns=adapters.TARGETS["text"])
+    text, _ = trained(sd_inpaint_pipeline.text_encoder, "sd_inpaint", patterns=adapters.TEXT_TARGETS)
     parts = {"unet": adapters.trained_state(module), "text_encoder": adapters.trained_state(text)}
     path = export.save_lora(tmp_path / "sd.safetensors", parts, c, HEADER)
     keys = load_file(path).keys()
@@ -154,15 +155,13 @@ def test_full_training_leaves_a_folder_that_the_stock_pipeline_loads(fill_pipeli
 
 
 def test_a_lora_is_merged_before_training_at_the_strength_beside_its_name(fill_pipeline, tmp_path):
-    from comfyui_diptych.training.tasks import base as tasks
-
     module, c = trained(fill_pipeline.transformer, "fill")
     path = write(module, c, tmp_path / "lora.safetensors")
     base = merged(fill_pipeline.transformer)
     fill_pipeline.save_pretrained(tmp_path / "model")
     options = {"task": "fill", "model": str(tmp_path / "model"), "base_dtype": "float32"}
     given = config.from_dict({**options, "fuse_loras": [f"{path}:0.5"], "gradient_checkpointing": False})
-    half = merged(tasks.make_task(given).load_denoiser())
+    half = merged(make_task(given).load_denoiser())
     for name, change in changes(module).items():
         wanted = base[f"{name}.weight"] + change / 2
         torch.testing.assert_close(half[f"{name}.weight"], wanted, atol=1e-6, rtol=1e-5)
@@ -170,8 +169,6 @@ def test_a_lora_is_merged_before_training_at_the_strength_beside_its_name(fill_p
 
 def test_a_small_change_survives_a_float8_base(fill_pipeline, tmp_path):
     """Merged after the cast it would round back: a change of 1 % is below half a float8 step."""
-    from comfyui_diptych.training.tasks import base as tasks
-
     module, c = trained(fill_pipeline.transformer, "fill")
     base = merged(fill_pipeline.transformer)
     change = {name: tensor.detach() for name, tensor in changes(module).items()}
@@ -183,7 +180,7 @@ def test_a_small_change_survives_a_float8_base(fill_pipeline, tmp_path):
     options |= {"gradient_checkpointing": False}
 
     def weight(**fused):
-        loaded = tasks.make_task(config.from_dict(options | fused)).load_denoiser()
+        loaded = make_task(config.from_dict(options | fused)).load_denoiser()
         assert loaded.get_submodule(name).weight.dtype == torch.float8_e4m3fn
         return loaded.get_submodule(name).weight.float()
 
@@ -203,7 +200,7 @@ def test_what_a_merge_cannot_keep_is_said_before_the_work_or_in_the_log(fill_pip
     module, c = trained(fill_pipeline.transformer, "fill")
     parts = {"transformer": adapters.trained_state(module)}
     path = export.save_lora(tmp_path / "w.safetensors", parts, c, HEADER | {"sigma_window": [0.9, 0.4]})
-    adapters.fuse(copy.deepcopy(fill_pipeline.transformer), str(path))
+    initial.fuse(copy.deepcopy(fill_pipeline.transformer), str(path))
     assert "its sigma window is not kept" in caplog.text
 
 
@@ -217,7 +214,7 @@ def test_whole_tensors_and_every_kind_of_change_are_merged(fill_pipeline, tmp_pa
     down, up, m = torch.randn(3, 48), torch.randn(48, 3), 1 + torch.rand(48, 1)
     tensors = {"lora_A.weight": down, "lora_B.weight": up, "dora_scale": m, "diff_b": torch.ones(48)}
     save_file({f"transformer.{name}.{k}": t for k, t in tensors.items()}, path)
-    adapters.fuse(transformer, str(path), 0.5)
+    initial.fuse(transformer, str(path), 0.5)
     full = m * (before + up @ down) / (before + up @ down).norm(dim=1, keepdim=True)
     torch.testing.assert_close(layer.weight.detach(), before + 0.5 * (full - before), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer.bias.detach(), bias + 0.5)

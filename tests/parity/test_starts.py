@@ -10,6 +10,9 @@ from comfyui_diptych.models import lora
 from comfyui_diptych.models.packing import image_ids
 from comfyui_diptych.training import config
 from comfyui_diptych.training.tasks import adapters, export, initial
+from comfyui_diptych.training.tasks.families import FAMILIES
+
+FILL = FAMILIES["fill"].target_modules
 
 
 def predict(module, tokens):
@@ -60,7 +63,7 @@ def saved(fill_pipeline, tmp_path):
     """(the module with a LoRA of rank 4 and alpha 6, its file)."""
     c = config.from_dict({"task": "fill", "rank": 4, "lora_alpha": 6.0})
     module = copy.deepcopy(fill_pipeline.transformer).eval()
-    adapters.add_lora(module, adapters.TARGETS["fill"], c)
+    adapters.add_lora(module, FILL, c)
     torch.manual_seed(0)
     for parameter in adapters.trained_parameters(module).values():
         parameter.data = torch.randn(parameter.shape) * 0.1
@@ -74,7 +77,7 @@ def test_adapters_that_have_room_begin_as_the_lora(fill_pipeline, saved, rank):
     module, path = saved
     c = config.from_dict({"task": "fill", "rank": rank, "lora_alpha": 5.0})
     fresh = copy.deepcopy(fill_pipeline.transformer).eval()
-    adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
+    adapters.add_lora(fresh, FILL, c)
     initial.from_lora(fresh, str(path), c)
     tokens = torch.randn(2, 8, 384)
     assert torch.allclose(predict(fresh, tokens), predict(module, tokens), atol=1e-5)
@@ -84,7 +87,7 @@ def test_adapters_of_a_lower_rank_begin_as_the_best_approximation(fill_pipeline,
     _, path = saved
     c = config.from_dict({"task": "fill", "rank": 2, "lora_alpha": 2.0})
     fresh = copy.deepcopy(fill_pipeline.transformer)
-    adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
+    adapters.add_lora(fresh, FILL, c)
     initial.from_lora(fresh, str(path), c)
     layers = dict(fresh.named_modules())
     for name, change in lora.read(path).modules.items():
@@ -105,7 +108,7 @@ def test_experts_begin_near_their_modules_lora(fill_pipeline, saved):
         torch.manual_seed(0)
         c = config.from_dict(options)
         fresh = copy.deepcopy(base)
-        adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
+        adapters.add_lora(fresh, FILL, c)
         if start:
             initial.from_lora(fresh, str(path), c)
         return (predict(fresh.eval(), tokens) - predict(base, tokens) - wanted).norm() / wanted.norm()
@@ -116,7 +119,7 @@ def test_experts_begin_near_their_modules_lora(fill_pipeline, saved):
 def test_a_lora_of_another_model_is_refused(fill_pipeline, sd_inpaint_pipeline, saved):
     c = config.from_dict({"task": "sd_inpaint", "rank": 4})
     unet = copy.deepcopy(sd_inpaint_pipeline.unet)
-    adapters.add_lora(unet, adapters.TARGETS["sd_inpaint"], c)
+    adapters.add_lora(unet, FAMILIES["sd_inpaint"].target_modules, c)
     with pytest.raises(ValueError, match="fits none of target_modules"):
         initial.from_lora(unet, str(saved[1]), c)
 
@@ -142,7 +145,7 @@ def test_a_lora_of_which_a_part_would_be_lost_is_refused(entry, words, fill_pipe
     save_file(tensors, tmp_path / "more.safetensors")
     c = config.from_dict({"task": "fill", "rank": 4})
     fresh = copy.deepcopy(fill_pipeline.transformer)
-    adapters.add_lora(fresh, adapters.TARGETS["fill"], c)
+    adapters.add_lora(fresh, FILL, c)
     with pytest.raises(ValueError, match=words):
         initial.from_lora(fresh, str(tmp_path / "more.safetensors"), c)
     assert all(p.eq(0).all() for n, p in fresh.named_parameters() if "lora_B" in n)

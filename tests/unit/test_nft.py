@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_diptych.training.reinforce import nft
 from comfyui_diptych.training.reinforce.nft import OldPolicy, preference
-from comfyui_diptych.training.tasks.base import FluxTask
+from comfyui_diptych.training.tasks.flux import FluxTask
 
 # One sample of two elements: data (1, 0), noise (0, 2), half way between them.
 X0, X, SIGMA = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 1.0]]), torch.tensor([0.5])

@@ -12,7 +12,7 @@ from comfyui_diptych.models.denoiser import Condition, TextEmbedding
 from comfyui_diptych.models.flux_fill import FluxFill
 from comfyui_diptych.training import config
 from comfyui_diptych.training.tasks import padding
-from comfyui_diptych.training.tasks.base import make_task
+from comfyui_diptych.training.tasks.families import make_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

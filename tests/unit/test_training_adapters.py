@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfyui_diptych.training.runtime import optim
 from comfyui_diptych.training.tasks import adapters
+from comfyui_diptych.training.tasks.fill import FillTask
 from torch import nn
 
 
@@ -68,7 +69,7 @@ def test_the_icedit_targets_are_343_modules_of_flux():
     paths += [f"transformer_blocks.{i}.{n}" for i in range(19) for n in double.split()]
     paths += [f"single_transformer_blocks.{i}.{n}" for i in range(38) for n in single.split()]
     module = tree(paths)
-    found = adapters._matching(module, adapters.TARGETS["fill"])
+    found = adapters._matching(module, FillTask.target_modules)
     assert len(found) == 343 and "proj_out" not in found
     import re
 

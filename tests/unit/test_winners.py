@@ -10,7 +10,7 @@ from comfyui_diptych.training.notation import Counted
 from comfyui_diptych.training.reinforce import contrastive
 from comfyui_diptych.training.reinforce import supervised as states
 from comfyui_diptych.training.reinforce.rollout import Rollout, Visited, kept_only
-from comfyui_diptych.training.tasks.base import FluxTask
+from comfyui_diptych.training.tasks.flux import FluxTask
 
 # Two groups of three tries, in micro-batches of two. Try n's latents are full of n.
 ADVANTAGE = torch.tensor([-0.5, 1.2, 0.4, 0.0, 2.0, -1.0])

@@ -180,7 +180,7 @@ class Batches:
         entries = [self.entries[i] for i in numbers]
         prompts = [DROPPED_PROMPT if d else e.prompt for e, d in zip(entries, drop, strict=True)]
         if self.latents is None:
-            batch: dict[str, Any] = self.task.encode_pictures(
+            batch: dict[str, Any] = self.task.encode_images(
                 [self.corpus.read(e.index)[e.variant] for e in entries]
             )
         else:

@@ -51,7 +51,7 @@ def prepare(trainer: Any) -> None:
         entries = _encoded(trainer, corpus, folder)
         samples = entries if sample_corpus is corpus else _encoded(trainer, sample_corpus, folder)
         if c.train_text_encoder:
-            task.wake_text()
+            task.text_to_device()
         else:
             prompts = {e.prompt for e in entries + samples if not e.text} | needed_prompts(c)
             encode_prompts(prompts, task, trainer.latents, trainer.bar, trainer.rank, trainer.world)
@@ -60,7 +60,7 @@ def prepare(trainer: Any) -> None:
         if c.cache_in_memory:
             trainer.latents.memory = {}
     else:
-        task.wake_text()
+        task.text_to_device()
         entries = list_corpus(corpus)
         samples = entries if sample_corpus is corpus else list_corpus(sample_corpus)
     trainer.notes += filter(None, [corpus.arranger.report()])
@@ -111,7 +111,7 @@ def encode_corpus(
     looked: list[bool] = []  # whether there is room for the rest
 
     def encode(group: list[tuple[Entry, Arranged]]) -> None:
-        batch = latents.cast(task.encode_pictures([item for _, item in group]))
+        batch = latents.cast(task.encode_images([item for _, item in group]))
         for i, (entry, _) in enumerate(group):
             latents.pictures.put(entry.key, {name: t[i] for name, t in batch.items()})
             done[entry.index].append(entry)
@@ -224,7 +224,7 @@ def encode_prompts(
     """Encode this process' share of the prompts that are not cached yet."""
     missing = [p for p in sorted(set(prompts)) if text_key(p, latents.text_print) not in latents.texts]
     if missing:
-        task.wake_text()
+        task.text_to_device()
 
     @torch.no_grad()
     def encode(some: list[str]) -> list[dict[str, Tensor]]:

@@ -98,7 +98,7 @@ def top_up(
     for number in progress(mine, "class pictures"):
         generator = row_generator(config.seed, number, "class picture")
         pixels = torch.rand(3, side, side, generator=generator) * 2 - 1
-        batch = task.encode_pictures([Arranged(pixels, wanted.prompt, torch.ones(1, side, side))])
+        batch = task.encode_images([Arranged(pixels, wanted.prompt, torch.ones(1, side, side))])
         batch = {k: v.to(task.device) for k, v in (batch | text).items()}
         batch = task.guided(batch, task.encode_text, config.sample_guidance)
         noise = row_noise(config.seed, [(1 << 41) + number], tuple(batch["latents"].shape[1:]))
@@ -115,7 +115,7 @@ def prepare(trainer: Any) -> None:
     config = trainer.config
     if config.prior is None or len(class_files(config.prior.folder)) >= config.prior.count:
         return
-    trainer.task.wake_text()
+    trainer.task.text_to_device()
     trainer.task.make_host(trainer.task.load_denoiser())
     top_up(trainer.task, config, trainer.bar, trainer.rank, trainer.world)
     trainer.accelerator.wait_for_everyone()

@@ -7,7 +7,6 @@ peft's adapter name, which is how files spell them.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,24 +18,8 @@ from torch import Tensor, nn
 from ...models.lora.moe import gate_weights
 from .losses import load_balance
 
-logger = logging.getLogger(__name__)
 ADAPTER = "default"
-TARGETS = {
-    # ICEdit's 343 modules of FLUX: the image stream and the single blocks, not the text stream.
-    "fill": [
-        r"x_embedder",
-        r"transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)",
-        r"single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])",
-    ],
-    # diffusers' Kontext example: attention and feed-forward of both streams.
-    "kontext": [
-        r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
-        r"transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)",
-        r"single_transformer_blocks\.\d+\.(proj_mlp|attn\.to_[qkv])",
-    ],
-    "sd_inpaint": [r".*\.attn[12]\.(to_[qkv]|to_out\.0)"],
-    "text": [r".*\.(q_proj|k_proj|v_proj|out_proj|SelfAttention\.[qkvo])"],
-}
+TEXT_TARGETS = [r".*\.(q_proj|k_proj|v_proj|out_proj|SelfAttention\.[qkvo])"]
 MOE_TARGETS = r"(transformer_blocks\.\d+\.ff\.net\.2|single_transformer_blocks\.\d+\.proj_out)"
 
 
@@ -144,21 +127,6 @@ def add_lora(module: nn.Module, patterns: list[str], config) -> list[str]:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return names
-
-
-def fuse(module: nn.Module, path: str, strength: float = 1.0) -> None:
-    """Merge a LoRA file of any format into the module's weights (bfloat16 or finer).
-
-    Raises ValueError where a part of it does not fit, or depends on the token (MoE) and so has no weight
-    change; the module is untouched then.
-    """
-    from ...models.lora import read
-    from ...models.lora.merge import merge
-
-    weights = read(path)
-    report = merge(module, weights, strength)
-    if report.skipped or weights.info.sigma_window is not None:
-        logger.warning("merged %s", report)
 
 
 @contextmanager

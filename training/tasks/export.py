@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ...models.tiny.folders import forget_origin
 from ..runtime import disk
 from .adapters import file_name, trained_parameters, trained_state
-
-BASES = {"fill": "FLUX.1 Fill", "kontext": "FLUX.1", "sd_inpaint": "Stable Diffusion UNet"}
+from .families import FAMILIES
 
 
 def lora_weights(tensors: Mapping[str, Tensor], config: Any) -> Any:
@@ -41,7 +40,7 @@ def lora_weights(tensors: Mapping[str, Tensor], config: Any) -> Any:
         modules[path] = MoeLowRank(
             down, up, parts["route"], scale, "recipe", config.moe_gate, config.moe_top_k
         )
-    base = BASES[config.task]
+    base = FAMILIES[config.task].lora_base
     return LoraWeights(modules, {}, LoraInfo("diptych", base, config.rank, config.alpha, "recipe"))
 
 

@@ -1,13 +1,16 @@
-"""What a training starts from besides a base model: fresh weights, a sibling's weights, a LoRA."""
+"""Initial weights besides a base model's: fresh ones, a sibling's, LoRAs merged or trained further."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import adapters
+
+logger = logging.getLogger(__name__)
 
 
 def check_loras(config: Any) -> None:
@@ -24,6 +27,21 @@ def check_loras(config: Any) -> None:
         check_mergeable(read(path), strength)
     if config.init_lora:
         _check_plain(read(config.init_lora), config.init_lora)
+
+
+def fuse(module: nn.Module, path: str, strength: float = 1.0) -> None:
+    """Merge a LoRA file of any format into the module's weights (bfloat16 or finer).
+
+    Raises ValueError where a part of it does not fit, or depends on the token (MoE) and so has no weight
+    change; the module is untouched then.
+    """
+    from ...models.lora import read
+    from ...models.lora.merge import merge
+
+    weights = read(path)
+    report = merge(module, weights, strength)
+    if report.skipped or weights.info.sigma_window is not None:
+        logger.warning("merged %s", report)
 
 
 @torch.no_grad()

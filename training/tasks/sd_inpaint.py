@@ -17,21 +17,27 @@ from .sampling import lora_at
 
 
 class SDInpaintTask(Task):
-    """UNet input: noisy latents 4, mask 1, masked picture 4; uniform timesteps of the model's own
-    schedule."""
+    """UNet input: noisy latents 4, mask 1, masked image 4; uniform timesteps of the model's own schedule.
+
+    Predictions are epsilons (or v), times are timesteps, noise levels shares of the training timesteps.
+    """
 
     name = "sd_inpaint"
     denoiser_part = "unet"
     denoiser_input = (9, "SD inpainting")
+    lora_base = "Stable Diffusion UNet"
+    target_modules = (r".*\.attn[12]\.(to_[qkv]|to_out\.0)",)
     text_parts = ("text_encoder", "tokenizer")
 
     def load_encoders(self) -> None:
+        """Also the scheduler's config, and its cumulative alphas `alpha_bar` [T]."""
         super().load_encoders()
         scheduler = component(self.config.model, "scheduler")
         self.scheduler_config = dict(scheduler.config)
         self.alpha_bar = losses.alphas_cumprod(self.scheduler_config)
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        """`tokens` [B,77,D] of the CLIP text encoder."""
         tokenizer = self.parts["tokenizer"]
         length = tokenizer.model_max_length
         ids = tokenizer(
@@ -39,10 +45,12 @@ class SDInpaintTask(Task):
         )
         return {"tokens": self.parts["text_encoder"](ids.input_ids.to(self.device))[0]}
 
-    def encode_pictures(self, rows: list[Arranged]) -> dict[str, Tensor]:
+    def encode_images(self, rows: list[Arranged]) -> dict[str, Tensor]:
+        """As of `encode_masked`."""
         return self.encode_masked(rows)
 
     def make_host(self, module: nn.Module) -> None:
+        """Wrap the (possibly distributed) UNet as `models.sd_inpaint.SDInpaint`."""
         from ...models.sd_inpaint import SDInpaint
 
         self.host = SDInpaint(
@@ -58,6 +66,7 @@ class SDInpaintTask(Task):
             self.host.dtype = torch.float32
 
     def condition(self, batch: dict[str, Any], guidance: float) -> Any:
+        """Text, the latent mask and the masked image; guidance is that of classifier-free guidance."""
         from ...models.denoiser import Condition, TextEmbedding
         from ...models.sd_inpaint import latent_mask
 
@@ -77,17 +86,17 @@ class SDInpaintTask(Task):
         return {**batch, "empty_tokens": tokens.expand_as(batch["tokens"])}
 
     def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
+        """Squared error of epsilon (or v) per row [B] (DDPM, arXiv 2006.11239, eq. 14), without guidance."""
         count = len(self.alpha_bar)
         timestep = (u * count).long().clamp_max(count - 1)
         alpha = self.alpha_bar[timestep].to(noise.device)
         kind = self.scheduler_config.get("prediction_type", "epsilon")
         x, target = losses.diffused(batch["latents"], noise, alpha, kind)
         plain = {k: v for k, v in batch.items() if k != "empty_tokens"}
-        prediction = self.host.epsilon(x, timestep.to(noise.device), self.condition(plain, 1.0))
+        prediction = self.predict(x, timestep.to(noise.device), plain, 1.0)
         return losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
 
     # ---------------------------------------------------------------- prediction and sampling
-    # Predictions are epsilons (or v), times are timesteps, noise levels shares of the training timesteps.
 
     def _alpha(self, timestep: Tensor) -> Tensor:
         return self.alpha_bar[timestep.cpu()].to(timestep.device)
@@ -95,13 +104,16 @@ class SDInpaintTask(Task):
     def predict(
         self, x: Tensor, time: float | Tensor, batch: dict[str, Any], guidance: float | Tensor
     ) -> Tensor:
+        """Epsilon (or v) at (x, timestep)."""
         return self.host.epsilon(x.float(), time, self.condition(batch, guidance))
 
     def noised(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, timestep)."""
         timestep = (level * len(self.alpha_bar)).long().clamp_max(len(self.alpha_bar) - 1)
         return losses.diffused(x0, noise, self._alpha(timestep), "epsilon")[0], timestep
 
     def data_prediction(self, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+        """(x - sqrt(1 - a) epsilon) / sqrt(a); for v sqrt(a) x - sqrt(1 - a) v."""
         alpha = per_sample(self._alpha(time), x, "alpha")
         if self.scheduler_config.get("prediction_type") == "v_prediction":
             return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction
@@ -112,6 +124,7 @@ class SDInpaintTask(Task):
         return self._alpha(time).sqrt()
 
     def noise_share(self, time: Tensor) -> Tensor:
+        """(1 - a) / a."""
         alpha = self._alpha(time)
         return (1 - alpha) / alpha
 
@@ -142,6 +155,7 @@ class SDInpaintTask(Task):
     def level_range(
         self, steps: int, window: tuple[int, int], height: int, width: int
     ) -> tuple[float, float]:
+        """The shares of the training timesteps at the window's start and end."""
         timesteps = ddim.schedule(steps, self.scheduler_config).timesteps.tolist()
         start, end = (ddim.noise_level(timesteps[index], self.scheduler_config) for index in window)
         return start, end

@@ -20,7 +20,7 @@ def saved(host, name: str, part: str, tensors: dict, task: str, rank: int = 4, a
         task=task, rank=rank, alpha=alpha, moe_gate="softmax_all", moe_top_k=1, method="lora"
     )
     path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"
-    host.pack("training.export").save_lora(path, {part: tensors}, config, {"recipe": "case"})
+    host.pack("training.tasks.export").save_lora(path, {part: tensors}, config, {"recipe": "case"})
     return comfy.utils.load_torch_file(str(path), safe_load=True)
 
 
