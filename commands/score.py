@@ -13,7 +13,7 @@ from .stopping import Stop, Stopped
 ENGINES = ("fill", "kontext", "sd_inpaint")
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # the ones ICEdit reports
 SHEET = 16 << 20  # bytes of room for the contact sheet and the figures
-QUESTIONS = {
+WHAT = {
     "edit": "does it make the edit that was asked for, and keep the rest",
     "fill": "does it fill a mask as the caption says (base models)",
     "vae": "how well does the VAE reconstruct",
@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         "score",
         help="measure edit success, preservation, PSNR, SSIM (CLIP and DINO where on disk)",
         description="Score a model on held-out shapes edits or on your own data. "
-        + "; ".join(f"{name}: {text}" for name, text in QUESTIONS.items()),
+        + "; ".join(f"{name}: {text}" for name, text in WHAT.items()),
     )
     parser.add_argument(
         "--model", help="diffusers folder or hub id (default: the bundled tiny model of the engine)"
@@ -36,9 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "--strength", type=values.finite, default=1.0, help="strength of LoRAs that name none (default 1)"
     )
     parser.add_argument("--engine", choices=ENGINES, default="fill", help="model family (default fill)")
-    parser.add_argument(
-        "--what", choices=tuple(QUESTIONS), default="edit", help="what to measure (default edit)"
-    )
+    parser.add_argument("--what", choices=tuple(WHAT), default="edit", help="what to measure (default edit)")
     data = parser.add_mutually_exclusive_group()
     data.add_argument(
         "--world", choices=("shapes",), help="synthetic held-out edits with an exact checker (default)"
@@ -89,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError for a size that is no multiple of 16, `Stopped` after a signal.
     """
-    from ..training.evaluate import judges
+    from ..training.evaluate.cases import data_cases, shapes_cases
     from ..training.runtime import disk
 
     disk.check_folder(args.output, need=SHEET)
@@ -105,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
 
         spec = f"pairs:{args.data}" if Path(args.data).is_dir() else args.data
         source = open_source(spec)
-        total, cases = min(args.n, len(source)), judges.data_cases(source, args.n, size, notes)
+        total, cases = min(args.n, len(source)), data_cases(source, args.n, size, notes)
     else:
-        total, cases = args.n, judges.shapes_cases(args.n, split=args.split, seed=args.data_seed, size=size)
+        total, cases = args.n, shapes_cases(args.n, split=args.split, seed=args.data_seed, size=size)
     with Stop(
         "stopped before anything was scored", "stopping after this batch, with the figures so far"
     ) as stop:
@@ -119,15 +117,16 @@ def _score(
 ) -> int:
     """Score and write; stopped, it writes the figures of the images scored so far."""
     from ..models.flux import default_device
-    from ..training.evaluate import judges, score
+    from ..training.evaluate import measures
+    from ..training.evaluate.score import QUESTIONS, ScoreSettings, score
     from ..training.runtime import disk
 
-    more: dict[str, Any] = {}
+    more: list[measures.Measure] = []
     if args.what != "vae":
         device = args.device or str(default_device())
-        more["more"] = judges.similarity_judges(notes, args.clip, args.dino, device)
+        more = measures.similarities(notes, args.clip, args.dino, device)
     denoiser, at_sigma, lora = load(args)
-    settings = score.Settings(
+    settings = ScoreSettings(
         steps=args.steps,
         seed=args.seed,
         batch=args.batch or (1 if args.data else 50),
@@ -138,8 +137,7 @@ def _score(
         should_stop=stop.asked,
         keep_partial=True,
     )
-    measure = {"edit": score.score_edits, "fill": score.score_fill, "vae": score.score_vae}[args.what]
-    scores = measure(denoiser, cases, settings, total=total, **more)
+    scores = score(denoiser, cases, QUESTIONS[args.what], settings, more=more, total=total)
     scores.notes |= notes
     kept = (
         "what",

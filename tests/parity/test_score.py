@@ -11,21 +11,25 @@ from comfyui_diptych.models.diptych import format_prompt
 from comfyui_diptych.models.flux_fill import FluxFill
 from comfyui_diptych.models.flux_kontext import FluxKontext
 from comfyui_diptych.models.sd_inpaint import SDInpaint
-from comfyui_diptych.training.evaluate import judges, score
+from comfyui_diptych.training.evaluate import sampling
+from comfyui_diptych.training.evaluate.cases import shapes_cases
+from comfyui_diptych.training.evaluate.measures import similarities
+from comfyui_diptych.training.evaluate.sampling import ScoreSettings
+from comfyui_diptych.training.evaluate.score import QUESTIONS, score
 from safetensors.torch import save_file
 
-SETTINGS = score.Settings(steps=2, batch=2, guidance=7.0, progress=False)
+SETTINGS = ScoreSettings(steps=2, batch=2, guidance=7.0, progress=False)
 
 
 @pytest.fixture(scope="module")
 def cases():
-    return judges.shapes_cases(3, size=32)
+    return shapes_cases(3, size=32)
 
 
 def test_an_icedit_score_looks_at_the_right_half_of_fluxfillpipeline(fill_pipeline, cases, mode_posterior):
     denoiser = FluxFill.from_pipeline(fill_pipeline)
     sample = cases[0].sample
-    edited = score.edit(denoiser, sample.source[None], [sample.prompt], SETTINGS, number=5)
+    edited = sampling.edit(denoiser, sample.source[None], [sample.prompt], SETTINGS, number=5)
     diptych = torch.cat([sample.source, sample.source], 1)
     mask = torch.cat([torch.zeros(32, 32), torch.ones(32, 32)], 1)
     noise = torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(5))
@@ -52,19 +56,19 @@ def test_every_engine_gives_one_row_per_picture(engine, fill_pipeline, kontext_p
         if engine == "fill"
         else FluxKontext.from_pipeline(kontext_pipeline)
     )
-    scores = score.score_edits(host, cases, SETTINGS)
+    scores = score(host, cases, QUESTIONS["edit"], SETTINGS)
     assert [row["name"] for row in scores.rows] == ["shapes 0", "shapes 1", "shapes 2"]
     assert {"success", "made", "kept", "kept_l1", "psnr", "ssim"} <= set(scores.figures())
-    again = score.score_edits(host, cases, SETTINGS)
+    again = score(host, cases, QUESTIONS["edit"], SETTINGS)
     assert [r["psnr"] for r in again.rows] == [r["psnr"] for r in scores.rows]
 
 
 def test_sd_inpainting_is_scored_as_a_base_model_and_refused_as_an_editor(sd_inpaint_pipeline, cases):
     host = SDInpaint.from_pipeline(sd_inpaint_pipeline)
-    assert "caption" in score.score_fill(host, cases, SETTINGS).figures()
-    assert "checker" in score.score_vae(host, cases, SETTINGS).figures()
+    assert "caption" in score(host, cases, QUESTIONS["fill"], SETTINGS).figures()
+    assert "checker" in score(host, cases, QUESTIONS["vae"], SETTINGS).figures()
     with pytest.raises(ValueError, match="score it as fill or vae"):
-        score.score_edits(host, cases, SETTINGS)
+        score(host, cases, QUESTIONS["edit"], SETTINGS)
 
 
 def test_the_command_scores_a_folder_on_disk(fill_pipeline, tmp_path, capsys):
@@ -107,7 +111,7 @@ def test_clip_and_dino_are_measured_when_they_are_on_disk(fill_pipeline, tmp_pat
     tokenizer.save_pretrained(tmp_path / "clip")
     ViTModel(ViTConfig(**tower, image_size=224, patch_size=56)).save_pretrained(tmp_path / "dino")
     notes = {}
-    measures = judges.similarity_judges(notes, str(tmp_path / "clip"), str(tmp_path / "dino"))
+    measures = similarities(notes, str(tmp_path / "clip"), str(tmp_path / "dino"))
     assert len(measures) == 2 and not notes
     targets = torch.stack([case.sample.target for case in cases])
     equal, other = ({k: v for m in measures for k, v in m(cases, p).items()} for p in (targets, 1 - targets))

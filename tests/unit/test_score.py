@@ -10,16 +10,20 @@ import pytest
 import torch
 from comfyui_diptych.commands import score as command
 from comfyui_diptych.models import tiny
-from comfyui_diptych.training.evaluate import judges, plots, score
+from comfyui_diptych.training.data.sample import Sample
+from comfyui_diptych.training.evaluate import measures, plots, sampling
+from comfyui_diptych.training.evaluate.cases import Case, batches, shapes_cases, stack
+from comfyui_diptych.training.evaluate.sampling import ScoreSettings
+from comfyui_diptych.training.evaluate.score import QUESTIONS, Question, score
 from PIL import Image
 
-QUIET = score.Settings(batch=8, progress=False)
+QUIET = ScoreSettings(batch=8, progress=False)
 HOST = SimpleNamespace(device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def cases():
-    return judges.shapes_cases(30, seed=1)
+    return shapes_cases(30, seed=1)
 
 
 def editor(monkeypatch, cases, paint):
@@ -31,12 +35,12 @@ def editor(monkeypatch, cases, paint):
             [paint(table[w, s.sum().item()]) for w, s in zip(instructions, sources, strict=True)]
         )
 
-    monkeypatch.setattr(score, "edit", edit)
+    monkeypatch.setattr(sampling, "edit", edit)
 
 
 def test_the_perfect_editor_scores_everything(monkeypatch, cases):
     editor(monkeypatch, cases, lambda case: case.sample.target)
-    figures = score.score_edits(HOST, cases, QUIET).figures()
+    figures = score(HOST, cases, QUESTIONS["edit"], QUIET).figures()
     assert figures["success"] == figures["made"] == figures["kept"] == 1
     assert figures["kept_l1"] == 0 and figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1)
     assert all(figures[f"success/{case.sample.task}"] == 1 for case in cases)
@@ -44,7 +48,7 @@ def test_the_perfect_editor_scores_everything(monkeypatch, cases):
 
 def test_the_idle_editor_keeps_everything_and_makes_nothing(monkeypatch, cases):
     editor(monkeypatch, cases, lambda case: case.sample.source)
-    figures = score.score_edits(HOST, cases, QUIET).figures()
+    figures = score(HOST, cases, QUESTIONS["edit"], QUIET).figures()
     assert figures["made"] == figures["success"] == 0 and figures["kept_l1"] == 0 and figures["psnr"] < 30
 
 
@@ -58,7 +62,7 @@ def test_an_editor_that_spoils_the_rest_does_not_succeed(monkeypatch, cases):
         return picture
 
     editor(monkeypatch, local, elsewhere)
-    figures = score.score_edits(HOST, local, QUIET).figures()
+    figures = score(HOST, local, QUESTIONS["edit"], QUIET).figures()
     assert figures["success"] == 0 and figures["kept"] == 0 and figures["kept_l1"] > 0.1
 
 
@@ -69,8 +73,8 @@ def test_a_base_model_is_scored_inside_its_mask_only(monkeypatch, cases):
         painted.update(zip(captions, masks, strict=True))
         return images
 
-    monkeypatch.setattr(score, "fill", fill)
-    scores = score.score_fill(HOST, cases, QUIET)
+    monkeypatch.setattr(sampling, "fill", fill)
+    scores = score(HOST, cases, QUESTIONS["fill"], QUIET)
     assert scores.figures()["caption"] == 1
     assert {row["prompt"] for row in scores.rows} == set(painted) == {c.sample.caption for c in cases}
 
@@ -80,13 +84,13 @@ def test_reconstructions_are_read_back_by_the_checker(cases):
     grey = SimpleNamespace(
         device=torch.device("cpu"), encode=lambda x: x, decode=lambda x: torch.full_like(x, 0.5)
     )
-    assert score.score_vae(exact, cases, QUIET).figures()["checker"] == 1
-    assert score.score_vae(grey, cases, QUIET).figures()["checker"] == 0
+    assert score(exact, cases, QUESTIONS["vae"], QUIET).figures()["checker"] == 1
+    assert score(grey, cases, QUESTIONS["vae"], QUIET).figures()["checker"] == 0
 
 
 def test_the_report_is_strict_json_and_the_sheet_shows_the_first_rows(monkeypatch, cases, tmp_path):
     editor(monkeypatch, cases, lambda case: case.sample.target)
-    scores = score.score_edits(HOST, cases, QUIET, shown=5)
+    scores = score(HOST, cases, QUESTIONS["edit"], QUIET, shown=5)
     scores.notes["dino"] = "not on disk"
     path = scores.save(tmp_path / "out", {"steps": 12})
     report = json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -96,9 +100,9 @@ def test_the_report_is_strict_json_and_the_sheet_shows_the_first_rows(monkeypatc
 
 
 def test_pictures_of_different_sizes_are_batched_apart(cases):
-    small = judges.shapes_cases(5, size=32)
+    small = shapes_cases(5, size=32)
     mixed = [case for pair in zip(cases, small, strict=False) for case in pair]
-    groups = list(judges.batches(mixed, 3))
+    groups = list(batches(mixed, 3))
     assert sum(map(len, groups)) == 10
     assert all(len({case.sample.target.shape for case in group}) == 1 for group in groups)
 
@@ -107,15 +111,15 @@ def test_data_without_a_mask_is_judged_outside_what_changed():
     source = torch.zeros(1, 16, 16, 3)
     target = source.clone()
     target[:, :8] = 1
-    sample = judges.Sample("p", target[0], source[0])
-    numbers = judges.edit_numbers([judges.Case(sample)], target * 0.5)
+    sample = Sample("p", target[0], source[0])
+    numbers = measures.of_edits([Case(sample)], target * 0.5)
     assert numbers["kept_l1"].item() == 0 and "success" not in numbers
 
 
 def test_a_mask_over_all_of_the_picture_is_said_and_no_figure(monkeypatch, cases):
     whole = [c._replace(sample=dataclasses.replace(c.sample, mask=torch.ones(64, 64))) for c in cases[:2]]
     editor(monkeypatch, whole, lambda case: case.sample.target)
-    scores = score.score_edits(HOST, whole, QUIET)
+    scores = score(HOST, whole, QUESTIONS["edit"], QUIET)
     assert "kept_l1" not in scores.figures() and scores.notes["kept_l1"] == "nothing to measure on any image"
 
 
@@ -126,14 +130,14 @@ def test_masks_of_some_rows_are_not_lost_where_others_have_none(cases):
         case._replace(sample=dataclasses.replace(case.sample, mask=mask))
         for case, mask in zip(cases[:2], (own, None), strict=True)
     ]
-    masks = judges.edit_masks(group)
+    masks = measures.edit_masks(group)
     changed = (cases[1].sample.source - cases[1].sample.target).abs().mean(-1) > 0.1
     assert torch.equal(masks[0], own) and torch.equal(masks[1], changed.float()) and changed.any()
 
 
 def test_models_that_are_not_on_disk_are_reported_not_downloaded():
     notes = {}
-    assert judges.similarity_judges(notes, "nobody/no-clip", "nobody/no-dino") == []
+    assert measures.similarities(notes, "nobody/no-clip", "nobody/no-dino") == []
     assert set(notes) == {"clip_i and clip_t", "dino"} and "not on disk" in notes["dino"]
 
 
@@ -169,20 +173,18 @@ def test_loras_of_the_command_line_add_up():
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_error_in_the_middle_keeps_what_was_scored_where_that_is_asked_for(keep):
-    def make(group, number):
+    def make(denoiser, group, settings, number):
         if number == 1:
             raise RuntimeError("out of memory")
-        return judges.stack(group, "target")
+        return stack(group, "target")
 
-    settings = score.Settings(batch=2, progress=False, keep_partial=keep)
-    sheet = (("original",), lambda case, made: [made])
-    run = lambda: score._run(  # noqa: E731
-        None, judges.shapes_cases(4), settings, make, (judges.vae_numbers,), sheet, 4, 9
-    )
+    settings = ScoreSettings(batch=2, progress=False, keep_partial=keep)
+    question = Question(make, measures.of_reconstructions, ("original",), lambda case, made: [made])
+    run = lambda: score(None, shapes_cases(4), question, settings, total=4, shown=9)  # noqa: E731
     if not keep:
         with pytest.raises(RuntimeError, match="out of memory"):
             run()
         return
     scores = run()
     assert len(scores.rows) == 2 and len(scores.shown) == 2 and str(scores.failure) == "out of memory"
-    assert scores.notes["ended early"] == "after 2 pictures: out of memory"
+    assert scores.notes["ended early"] == "after 2 images: out of memory"

@@ -1,8 +1,7 @@
 """How good a model is at editing, filling or reconstructing, in numbers: the figures of the README.
 
-One function per question (`score_edits`, `score_fill`, `score_vae`), each streaming batches of cases through
-a denoiser and collecting one row of numbers per picture. What is measured stands in `judges.py`; the command
-is `commands/score.py`.
+`QUESTIONS` says what is made of a case and measured; `score` streams batches of cases through a model and
+collects one row of numbers per image. The command is `commands/score.py`.
 """
 
 from __future__ import annotations
@@ -19,83 +18,112 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import judges
-from .judges import Case, Judge, stack
+from . import measures, sampling
+from .cases import Case, batches, stack
+from .measures import Columns, Measure
+from .plots import contact_sheet
+from .sampling import ScoreSettings
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How pictures are made. guidance and cfg: None is the model family's own. autocast: compute in bfloat16.
+class Question:
+    """What is asked of a model. make(denoiser, group of cases, settings, number of the batch): its images
+    [N,H,W,3].
 
-    The noise comes from `seed` and the number of the batch, so a figure belongs to a seed and a batch size.
+    headings, panels: what the contact sheet shows of a case and the image made for it. prepare: what becomes
+    of a case before.
     """
 
-    steps: int = 12
-    seed: int = 0
-    batch: int = 50
-    guidance: float | None = None
-    cfg: float | None = None
-    autocast: bool = False
-    at_sigma: Callable[[float], None] | None = None
-    progress: bool = True
-    should_stop: Callable[[], bool] | None = None  # asked before every batch but the first
-    keep_partial: bool = False  # an error after the first batch becomes `Scores.failure` instead of raising
+    make: Callable[[Any, Sequence[Case], ScoreSettings, int], Tensor]
+    measure: Measure
+    headings: tuple[str, ...]
+    panels: Callable[[Case, Tensor], list[Tensor]]
+    prepare: Callable[[Case], Case] = lambda case: case
 
-    def sampling(self, number: int):
-        """Of batch `number`."""
-        from ...models.editing import Sampling
 
-        return Sampling(self.steps, seed=self.seed * 100_003 + number, at_sigma=self.at_sigma)
+def _prompts(group: Sequence[Case]) -> list[str]:
+    return [case.sample.prompt for case in group]
+
+
+def _captioned(case: Case) -> Case:
+    return case._replace(sample=replace(case.sample, prompt=case.sample.caption or case.sample.prompt))
+
+
+QUESTIONS = {
+    # Every source edited by its instruction, beside the target image.
+    "edit": Question(
+        lambda denoiser, group, settings, number: sampling.edit(
+            denoiser, stack(group, "source"), _prompts(group), settings, number
+        ),
+        measures.of_edits,
+        ("source", "target", "edit"),
+        lambda case, made: [case.sample.source, case.sample.target, made],
+    ),
+    # Every target image repainted inside its mask from its caption: what a base model must be able to do.
+    "fill": Question(
+        lambda denoiser, group, settings, number: sampling.fill(
+            denoiser, stack(group, "target"), stack(group, "mask"), _prompts(group), settings, number
+        ),
+        measures.of_fills,
+        ("masked", "original", "filled"),
+        lambda case, made: [case.sample.masked_image, case.sample.target, made],
+        _captioned,
+    ),
+    # Every target image encoded and decoded.
+    "vae": Question(
+        lambda denoiser, group, settings, number: sampling.reconstruct(denoiser, stack(group, "target")),
+        measures.of_reconstructions,
+        ("original", "decoded"),
+        lambda case, made: [case.sample.target, made],
+    ),
+}
 
 
 @dataclass
 class Scores:
-    """`rows`: one dict per picture. `shown`: pictures and texts for the contact sheet. `notes`: what could
-    not be measured or read, and why. `failure`: what ended the scoring before its end.
+    """`rows`: one dict per image. `shown`: images and texts for the contact sheet. `notes`: what could not be
+    measured or read, and why. `failure`: what ended the scoring before its end.
     """
 
+    headings: tuple[str, ...] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
     shown: list[tuple[list[Tensor], str]] = field(default_factory=list)
-    headings: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
-
     failure: Exception | None = None
 
-    def add(
-        self,
-        group: Sequence[Case],
-        made: Tensor,
-        numbers: judges.Numbers,
-        show: Callable[[Case, Tensor], list[Tensor]],
-        shown: int,
-    ) -> None:
-        """Note the numbers, columns [N] by name, of the pictures made [N,H,W,3]; the first to show."""
+    def add(self, group: Sequence[Case], columns: Columns) -> None:
+        """Note the numbers, columns [N] by name, of the images made of a group of cases."""
         for row, case in enumerate(group):
-            values = {name: column[row].item() for name, column in numbers.items()}
+            values = {name: column[row].item() for name, column in columns.items()}
             sample = case.sample
             self.rows.append({"name": sample.name, "prompt": sample.prompt, "task": sample.task} | values)
-            if len(self.shown) < shown:
-                verdict = values.get("success", values.get("caption", values.get("checker")))
-                mark = {True: "  [ok]", False: "  [miss]"}.get(verdict, "")
-                self.shown.append((show(case, made[row]), sample.prompt + mark))
 
-    def figures(self) -> dict[str, float]:
-        """Means over the pictures for which a number is defined; success also by kind of edit."""
+    def show(self, panels: list[Tensor], row: dict[str, Any]) -> None:
+        """Put images [H,W,3] on the contact sheet, over the prompt and verdict of their row."""
+        verdict = row.get("success", row.get("caption", row.get("checker")))
+        mark = {True: "  [ok]", False: "  [miss]"}.get(verdict, "")
+        self.shown.append((panels, row["prompt"] + mark))
+
+    def columns(self) -> dict[str, list[float]]:
+        """The numbers of all images by name; success also by kind of edit, as success/KIND."""
         columns: dict[str, list[float]] = defaultdict(list)
         for row in self.rows:
             for name, value in row.items():
-                if isinstance(value, (bool, int, float)) and math.isfinite(value):
+                if isinstance(value, (bool, int, float)):
                     columns[name].append(float(value))
                     if name == "success" and row.get("task"):
                         columns[f"success/{row['task']}"].append(float(value))
-        return {name: sum(values) / len(values) for name, values in columns.items()}
+        return columns
+
+    def figures(self) -> dict[str, float]:
+        """Means over the images for which a number is defined."""
+        known = {name: [v for v in values if math.isfinite(v)] for name, values in self.columns().items()}
+        return {name: sum(values) / len(values) for name, values in known.items() if values}
 
     def save(self, folder: str | Path, about: dict[str, Any]) -> Path:
         """Write score.json (figures, what was measured, every row) and contact-sheet.png; returns the JSON's
         path.
         """
-        from .plots import contact_sheet
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         report = {
@@ -117,190 +145,59 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def edit(
-    denoiser: Any,
-    sources: Tensor,
-    instructions: Sequence[str],
-    settings: Settings = Settings(),
-    number: int = 0,
-) -> Tensor:
-    """Edited pictures [N,H,W,3] for sources [N,H,W,3] (sides multiples of 16) and one instruction each.
-
-    FLUX Fill edits in a diptych (ICEdit), Kontext with the source as its reference; `number` is the batch's.
-    Raises ValueError for a model that does neither.
-    """
-    from ...models import diptych, editing
-    from ...models.flux_fill import FluxFill
-    from ...models.flux_kontext import FluxKontext
-
-    guidance, sampling = settings.guidance, settings.sampling(number)
-    if isinstance(denoiser, FluxKontext):
-        guidance = editing.KONTEXT_GUIDANCE if guidance is None else guidance
-        return editing.edit_with_kontext(
-            denoiser, sources, list(instructions), panel_width=0, guidance=guidance, sampling=sampling
-        ).image
-    if not isinstance(denoiser, FluxFill):
-        raise ValueError(f"{type(denoiser).__name__} does not follow instructions: score it as fill or vae")
-    built = diptych.build(sources, panel_width=0)
-    prompts = [diptych.format_prompt(words) for words in instructions]
-    guidance = editing.ICEDIT_GUIDANCE if guidance is None else guidance
-    canvas = editing.fill_canvas(
-        denoiser, built.image, built.mask, prompts, guidance=guidance, sampling=sampling
-    )
-    return diptych.split(canvas, built.layout, paste="panel").edited
-
-
-def fill(
-    denoiser: Any,
-    images: Tensor,
-    masks: Tensor,
-    captions: Sequence[str],
-    settings: Settings = Settings(),
-    number: int = 0,
-) -> Tensor:
-    """Pictures [N,H,W,3] repainted where masks [N,H,W] are 1, by FLUX Fill or SD inpainting."""
-    from ...models import editing
-    from ...models.sd_inpaint import SDInpaint
-
-    sampling = settings.sampling(number)
-    if isinstance(denoiser, SDInpaint):
-        cfg = {} if settings.cfg is None else {"cfg": settings.cfg}
-        return editing.inpaint_sd(denoiser, images, masks, list(captions), sampling=sampling, **cfg)
-    guidance = editing.FILL_GUIDANCE if settings.guidance is None else settings.guidance
-    return editing.fill_canvas(denoiser, images, masks, list(captions), guidance=guidance, sampling=sampling)
-
-
-def score_edits(
+def score(
     denoiser: Any,
     cases: Iterable[Case],
-    settings: Settings = Settings(),
+    question: Question,
+    settings: ScoreSettings,
     *,
-    more: Sequence[Judge] = (),
+    more: Sequence[Measure] = (),
     total: int | None = None,
     shown: int = 24,
 ) -> Scores:
-    """Edit every source by its instruction and compare with the target.
+    """Ask one of `QUESTIONS` of a model, batch by batch.
 
-    `kept_l1` (distance to the source outside the edit, lower is better), `psnr` and `ssim` (to the target);
-    in the shapes world also `made`, `kept` and `success` (both). `more` judges add columns; `shown` rows go
-    on the sheet.
+    denoiser: of `models/`. more: measures that add columns; total: cases, for the progress bar; shown: rows
+    of the contact sheet. Raises ValueError if there are no cases, or the model does no such thing.
     """
-    return _run(
-        denoiser,
-        cases,
-        settings,
-        lambda group, number: edit(denoiser, stack(group, "source"), _prompts(group), settings, number),
-        (judges.edit_numbers, *more),
-        (("source", "target", "edit"), lambda case, made: [case.sample.source, case.sample.target, made]),
-        total,
-        shown,
-    )
-
-
-def score_fill(
-    denoiser: Any,
-    cases: Iterable[Case],
-    settings: Settings = Settings(),
-    *,
-    more: Sequence[Judge] = (),
-    total: int | None = None,
-    shown: int = 24,
-) -> Scores:
-    """Repaint every target inside its mask from its caption: what a base model must be able to do.
-
-    `kept_l1` outside the mask; in the shapes world `caption`: the masked places show what the caption says.
-    """
-    captioned = (
-        c._replace(sample=replace(c.sample, prompt=c.sample.caption or c.sample.prompt)) for c in cases
-    )
-    return _run(
-        denoiser,
-        captioned,
-        settings,
-        lambda group, number: fill(
-            denoiser, stack(group, "target"), stack(group, "mask"), _prompts(group), settings, number
-        ),
-        (judges.fill_numbers, *more),
-        (
-            ("masked", "original", "filled"),
-            lambda case, made: [case.sample.masked_image, case.sample.target, made],
-        ),
-        total,
-        shown,
-    )
-
-
-def score_vae(
-    denoiser: Any,
-    cases: Iterable[Case],
-    settings: Settings = Settings(),
-    *,
-    total: int | None = None,
-    shown: int = 24,
-) -> Scores:
-    """Encode and decode every target: `psnr`, `ssim`, and in the shapes world `checker`: it still reads the
-    scene.
-    """
-    return _run(
-        denoiser,
-        cases,
-        settings,
-        lambda group, number: denoiser.decode(denoiser.encode(stack(group, "target"))),
-        (judges.vae_numbers,),
-        (("original", "decoded"), lambda case, made: [case.sample.target, made]),
-        total,
-        shown,
-    )
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    columns: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, (bool, int, float)):
-                columns[name].append(float(value))
-    return columns
-
-
-def _prompts(group: Sequence[Case]) -> list[str]:
-    return [case.sample.prompt for case in group]
-
-
-def _run(denoiser, cases, settings, make, measure, sheet, total, shown) -> Scores:
-    """Batch by batch: make the pictures, measure them, keep the first few for the contact sheet."""
     from tqdm.auto import tqdm
 
-    headings, show = sheet
-    scores = Scores(headings=headings)
-    with tqdm(total=total, desc="scoring", unit="picture", disable=not settings.progress) as bar:
+    scores = Scores(question.headings)
+    cases = (question.prepare(case) for case in cases)
+    with tqdm(total=total, desc="scoring", unit="image", disable=not settings.progress) as bar:
         try:
-            for number, group in enumerate(judges.batches(cases, settings.batch)):
-                stopped = settings.should_stop is not None and settings.should_stop()
-                if stopped and scores.rows:
+            for number, group in enumerate(batches(cases, settings.batch)):
+                if scores.rows and settings.should_stop is not None and settings.should_stop():
                     break
-                fast = (
-                    torch.autocast(denoiser.device.type, torch.bfloat16)
-                    if settings.autocast
-                    else nullcontext()
-                )
-                with torch.no_grad(), fast:
-                    made = make(group, number).float().cpu()
-                numbers = {}
-                for judge in measure:
-                    numbers |= judge(group, made)
-                scores.add(group, made, numbers, show, shown)
+                made = _made(denoiser, group, question, settings, number)
+                columns: Columns = {}
+                for measure in (question.measure, *more):
+                    columns |= measure(group, made)
+                scores.add(group, columns)
+                rows = scores.rows[-len(group) :][: shown - len(scores.shown)]
+                for case, image, row in zip(group, made, rows, strict=False):
+                    scores.show(question.panels(case, image), row)
                 bar.update(len(group))
                 bar.set_postfix({k: f"{v:.3f}" for k, v in scores.figures().items() if "/" not in k})
         except Exception as error:
             if not (settings.keep_partial and scores.rows):
                 raise
             scores.failure = error
-            scores.notes["ended early"] = f"after {len(scores.rows)} pictures: {error}"
-    for name, values in _columns(scores.rows).items():
-        if not any(math.isfinite(value) for value in values):
-            scores.notes[name] = "nothing to measure on any image"
+            scores.notes["ended early"] = f"after {len(scores.rows)} images: {error}"
     if not scores.rows:
         raise ValueError(
             "there is nothing to score: point --data at a folder with examples, or use --world shapes"
         )
+    for name in scores.columns().keys() - scores.figures().keys():
+        scores.notes[name] = "nothing to measure on any image"
     return scores
+
+
+@torch.no_grad()
+def _made(
+    denoiser: Any, group: Sequence[Case], question: Question, settings: ScoreSettings, number: int
+) -> Tensor:
+    """The images of batch `number`, [N,H,W,3] float32 on the CPU."""
+    fast = torch.autocast(denoiser.device.type, torch.bfloat16) if settings.autocast else nullcontext()
+    with fast:
+        return question.make(denoiser, group, settings, number).float().cpu()

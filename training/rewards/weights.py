@@ -52,22 +52,29 @@ def absent(options: Mapping[str, object]) -> str:
         if not is_hub_id(place):
             if not Path(place).exists():
                 return f"{place} does not exist"
-        elif not _in_cache(place, patterns) and (reason := _out_of_reach(place)):
+            continue
+        folder = on_disk(place)
+        if folder is not None and any(next(folder.glob(pattern), None) for pattern in patterns):
+            continue
+        if reason := _out_of_reach(place):
             return f"{place} is not on this machine and cannot be reached ({reason})"
     return ""
 
 
-def _in_cache(repository: str, patterns: tuple[str, ...]) -> bool:
+def on_disk(place: str) -> Path | None:
+    """The folder of a model on this machine: a local one, or a repository's in the hub's cache."""
     from huggingface_hub import snapshot_download
 
+    if Path(place).is_dir():
+        return Path(place)
     try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
+        return Path(snapshot_download(place, local_files_only=True))
     except Exception:  # absent or no repository's name: both are not in the cache
-        return False
-    return any(next(folder.glob(pattern), None) for pattern in patterns)
+        return None
 
 
 def _out_of_reach(repository: str) -> str:
+    """Why a repository cannot be downloaded; "" if it can."""
     from huggingface_hub import HfApi
 
     try:
