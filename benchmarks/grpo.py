@@ -84,8 +84,8 @@ def held_out(trainer) -> float:
     """Mean reward of the held-out rows: 12 ODE steps from fixed noise, as the weights are, not averaged."""
     from comfyui_diptych.training.reinforce import held_out as rows_of
 
-    rows = list(range(len(trainer.sample_batches.entries)))
-    scores = rows_of.try_rows(trainer, trainer.sample_batches, rows, steps=12)
+    rows = list(range(len(trainer.data.sample_batches.entries)))
+    scores = rows_of.try_rows(trainer, trainer.data.sample_batches, rows, steps=12)
     return float(scores["shapes"].nanmean())
 
 

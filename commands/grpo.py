@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             path = trainer.run()
         if path.suffix != ".safetensors":
             raise stopped(args, trainer, path, stop)
-    if trainer.main:
+    if trainer.processes.main:
         sys.stdout.write(f"{path}\n")
         _illustrate(trainer)
     return 0
@@ -70,7 +70,7 @@ def _illustrate(trainer: Any) -> None:
             history.rewards(trainer.output).items(), title="reward of the rollouts"
         )
     }
-    if not trainer.sharded:
+    if not trainer.processes.sharded:
         images["before_after.png"] = lambda: to_pil(before_after(trainer)[0])
     for name, draw in images.items():
         try:

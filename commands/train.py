@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             path = trainer.run()
         if path == trainer.output or path.parent == trainer.checkpoints:
             raise stopped(args, trainer, path, stop)
-    if trainer.main:
+    if trainer.processes.main:
         sys.stdout.write(f"{path}\n")
     return 0
 
@@ -96,7 +96,7 @@ def training_stop() -> Stop:
 def stopped(args: argparse.Namespace, trainer: Any, path: Path, stop: Stop) -> Stopped:
     """How a run that was stopped ends: what there is, and the command that goes on."""
     number = stop.signal or signal.SIGTERM  # another process was told
-    if not trainer.main:
+    if not trainer.processes.main:
         return Stopped(number, "")
     words = _without_resume(args.words)
     command = "the same command with --resume auto"

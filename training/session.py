@@ -105,7 +105,7 @@ def train(
         samples = sheets[-1][None] if sheets else None
         if by_reward:
             samples = before_after(trainer) if lora else None
-        step, notes = trainer.step, trainer.notes
+        step, notes = trainer.step, trainer.data.notes
         trainer = None  # before its memory is collected
     report = _report(config, step, logged, lora, notes)
     return Outcome(lora, step, curve_of(config, logged)[None], samples, report)

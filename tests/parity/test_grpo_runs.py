@@ -21,7 +21,7 @@ from comfyui_diptych.training.data import given
 from comfyui_diptych.training.reinforce import contrastive, held_out, nft, rollout, scoring
 from comfyui_diptych.training.reinforce import supervised as states
 from comfyui_diptych.training.reinforce import trainer as grpo
-from comfyui_diptych.training.runtime import checkpoint, optim
+from comfyui_diptych.training.runtime import checkpoint, optim, processes, resume
 from comfyui_diptych.training.runtime.random_streams import row_noise, row_uniform
 from comfyui_diptych.training.tasks import adapters
 from comfyui_diptych.training.tasks.sampling import RolloutSettings
@@ -56,16 +56,17 @@ def begun(folders, tmp_path_factory):
 
 
 def randomise(trainer, std=0.1):
-    for index, parameter in enumerate(trainer.names.values()):
+    for index, parameter in enumerate(trainer.model.parameters.values()):
         torch.nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(index))
 
 
 def ordered(trainer, **options):
     """The trainer with other options, as if it had begun with them."""
     trainer.config = c = dataclasses.replace(trainer.config, **{"grad_clip": 0.0, **options})
-    trainer.optimizer = trainer.accelerator.prepare(optim.make_optimizer(trainer.names.values(), c))
-    trainer.old = nft.OldPolicy(trainer.names, c.nft_old_max) if c.algorithm == "nft" else None
-    trainer.step = 0
+    optimizer = trainer.accelerator.prepare(optim.make_optimizer(trainer.model.parameters.values(), c))
+    trainer.model = dataclasses.replace(trainer.model, optimizer=optimizer)
+    trainer.old = nft.OldPolicy(trainer.model.parameters, c.nft_old_max) if c.algorithm == "nft" else None
+    trainer.position.step = 0
     return trainer
 
 
@@ -73,7 +74,7 @@ def rollouts_of(trainer, rows, window="of the trainer"):
     c, settings = trainer.config, trainer.rollout_settings
     return rollout.collect(
         trainer.task,
-        lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
+        lambda numbers: trainer.rollout_batch(trainer.data.batches, numbers),
         rows,
         range(len(rows)),
         group_size=c.group_size,
@@ -196,7 +197,7 @@ def test_held_out_pictures_are_made_as_loaders_use_the_file(begun, task):
     """The LoRA is on in the window only: equal to a plain loop that switches it by hand."""
     trainer = begun(task)
     family, plain = trainer.task, RolloutSettings(4, 1.0)
-    batch = trainer.rollout_batch(trainer.batches, [0])
+    batch = trainer.rollout_batch(trainer.data.batches, [0])
     noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0))
     window = family.level_range(4, (1, 3), *noise.shape[-2:])
     made, _ = family.rollout(batch, noise, dataclasses.replace(plain, lora_window=window))
@@ -205,7 +206,7 @@ def test_held_out_pictures_are_made_as_loaders_use_the_file(begun, task):
     alphas = ddim.schedule(4).alphas
     x = noise
     for number in range(4):
-        off = adapters.switched_off(trainer.parts[trainer.task.denoiser_part])
+        off = adapters.switched_off(trainer.model.parts[trainer.task.denoiser_part])
         with torch.no_grad(), nullcontext() if number in (1, 2) else off:
             predicted = family.predict(x, times[number], batch, 1.0)
         if task == "fill":
@@ -242,17 +243,17 @@ def test_kl_is_the_distance_from_the_model_before_the_run(folders, tmp_path, alg
     if begun:
         other = grpo.GRPOTrainer(toy(folders, tmp_path / "other", **options))
         other.prepare()
-        for parameter in other.names.values():
+        for parameter in other.model.parameters.values():
             parameter.data.normal_(std=0.05)
         options["init_lora"] = str(other.export())
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options))
     trainer.prepare()
-    batch = trainer.rollout_batch(trainer.batches, [0])
+    batch = trainer.rollout_batch(trainer.data.batches, [0])
     x, sigma = torch.randn_like(batch["latents"]), torch.tensor([0.5])
     with torch.no_grad():
         start = trainer.task.predict(x, sigma, batch, 3.0)
         assert torch.equal(trainer.reference(x, sigma, batch), start)
-        for parameter in trainer.names.values():
+        for parameter in trainer.model.parameters.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
         moved = trainer.task.predict(x, sigma, batch, 3.0)
         assert not torch.equal(moved, start)
@@ -269,7 +270,7 @@ def test_kl_enters_the_loss_as_the_mean_squared_distance(folders, tmp_path, kl_b
     rows = [0, 1]
     (made, *_) = rollout.collect(
         trainer.task,
-        lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
+        lambda numbers: trainer.rollout_batch(trainer.data.batches, numbers),
         rows,
         rows,
         group_size=4,
@@ -280,7 +281,7 @@ def test_kl_enters_the_loss_as_the_mean_squared_distance(folders, tmp_path, kl_b
     step = made.transitions[0]
     with torch.no_grad():
         start = trainer.task.predict(step.x, step.time, made.batch, 3.0)
-        for name, parameter in trainer.names.items():
+        for name, parameter in trainer.model.parameters.items():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
         moved = trainer.task.predict(step.x, step.time, made.batch, 3.0)
@@ -415,7 +416,7 @@ def test_as_many_held_out_rows_are_judged_as_were_asked_for(folders, tmp_path):
     trainer.prepare()
     trainer._evaluate()
     alone = [
-        held_out.try_rows(trainer, trainer.sample_batches, [n], lora_window=trainer.lora_window)
+        held_out.try_rows(trainer, trainer.data.sample_batches, [n], lora_window=trainer.lora_window)
         for n in (0, 1)
     ]
     means = torch.cat([scores["toy_judge:brightness"] for scores in alone]).mean().item()
@@ -431,7 +432,7 @@ def test_whole_groups_in_one_pass_make_the_same_pictures(folders, tmp_path):
         trainer.prepare()
         rollouts = rollout.collect(
             trainer.task,
-            lambda numbers, trainer=trainer: trainer.rollout_batch(trainer.batches, numbers),
+            lambda numbers, trainer=trainer: trainer.rollout_batch(trainer.data.batches, numbers),
             [3, 5],
             [0, 1],
             group_size=4,
@@ -452,11 +453,11 @@ def update_gradients(trainer, keep, advantage, data=()):
     taken = {}
 
     def step(*_):
-        taken.update({name: p.grad.clone() for name, p in trainer.names.items()})
+        taken.update({name: p.grad.clone() for name, p in trainer.model.parameters.items()})
 
     rollouts = rollout.collect(
         trainer.task,
-        lambda numbers: trainer.rollout_batch(trainer.batches, numbers),
+        lambda numbers: trainer.rollout_batch(trainer.data.batches, numbers),
         [0, 1, 2],
         [0, 1, 2],
         group_size=4,
@@ -466,7 +467,7 @@ def update_gradients(trainer, keep, advantage, data=()):
         states=trainer.config.contrastive.count,
     )
     sizes = [len(r.latents) for r in rollouts]
-    trainer._kept, trainer.optimizer.step = int(keep.sum()), step
+    trainer._kept, trainer.model.optimizer.step = int(keep.sum()), step
     worth = list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
     if trainer.config.contrastive.count:
         rollouts = contrastive.aimed(rollouts, worth, 4)
@@ -488,7 +489,7 @@ def test_no_group_pulls_harder_than_its_limit(folders, tmp_path, micro_batch):
     for limit in (0.0, 1e6, 0.1):
         trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options, group_clip=limit))
         trainer.prepare()
-        for index, parameter in enumerate(trainer.names.values()):
+        for index, parameter in enumerate(trainer.model.parameters.values()):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
         made[limit] = update_gradients(trainer, keep, advantage)
         if limit == 0.0:
@@ -512,17 +513,17 @@ def test_rows_of_the_data_add_their_supervised_gradient(folders, tmp_path, limit
     options = {**NFT, "micro_batch": 4, "grad_clip": 0.0, "group_clip": limit}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options, data_rows="5@3.0"))
     trainer.prepare()
-    for index, parameter in enumerate(trainer.names.values()):
+    for index, parameter in enumerate(trainer.model.parameters.values()):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
     advantage = torch.tensor([[1.0, -1.0, 2.0, -2.0], [0.1, -0.1, 0.1, -0.1], [3.0, 1.0, -4.0, 0.0]])
     keep = torch.ones(3, 4, dtype=torch.bool)
     without = update_gradients(trainer, keep, advantage)
     added = update_gradients(trainer, keep, advantage, data=[7, 1, 4, 0, 9])
-    batch = trainer.batches([7, 1, 4, 0, 9], [False] * 5)
+    batch = trainer.data.batches([7, 1, 4, 0, 9], [False] * 5)
     places = list(range(5))
     noise = row_noise(0, [states.DATA + place for place in places], batch["latents"].shape[1:])
     loss = 3 * trainer.task.row_losses(batch, noise, row_uniform(0, places, "data")).mean()
-    alone = torch.autograd.grad(loss, list(trainer.names.values()))
+    alone = torch.autograd.grad(loss, list(trainer.model.parameters.values()))
     for (name, value), gradient in zip(added.items(), alone, strict=True):
         torch.testing.assert_close(value - without[name], gradient, atol=2e-5, rtol=1e-3)
     only = update_gradients(trainer, torch.zeros_like(keep), advantage, data=[7, 1, 4, 0, 9])
@@ -539,7 +540,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
     options |= {**NFT, "nft_times": 0, "micro_batch": micro_batch, "rollout_steps": 4}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, task, **options))
     trainer.prepare()
-    for index, parameter in enumerate(trainer.names.values()):
+    for index, parameter in enumerate(trainer.model.parameters.values()):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
     advantage = torch.tensor([[0.2, -1.5, 0.5, 0.1], [0.0, 0.4, -0.4, 0.0], [9.0, 0.0, 0.0, 0.0]])
     keep = torch.tensor([[True] * 4, [True, True, True, False], [False] * 4])
@@ -549,7 +550,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
     best, pulls = [2, 1], [[0.3, 1.0, 0.0, 0.4], [0.4, 0.0, 0.8, 0.0]]
     sampling, total = RolloutSettings(4, 1.0), torch.zeros(())
     for row in range(2):
-        batch = trainer.rollout_batch(trainer.batches, [row])
+        batch = trainer.rollout_batch(trainer.data.batches, [row])
         paths, ends = [], []
         for member in range(4 * row, 4 * row + 4):
             noise = row_noise(0, [member], tuple(batch["latents"].shape[1:]))
@@ -572,7 +573,7 @@ def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
                     share = float((1 - alpha) / alpha)
                 towards, back = ((reached - ends[end]).square().mean() for end in (best[row], place))
                 total = total + pull * (towards - back) / (share + 0.05) / 2
-    alone = torch.autograd.grad(total / int(keep.sum()), list(trainer.names.values()))
+    alone = torch.autograd.grad(total / int(keep.sum()), list(trainer.model.parameters.values()))
     for (name, value), gradient in zip(taken.items(), alone, strict=True):
         torch.testing.assert_close(value, gradient, atol=1e-5, rtol=1e-3, msg=name)
 
@@ -594,7 +595,7 @@ def test_samples_that_teach_nothing_are_left_out_of_a_pass():
 def test_guided_rollouts_of_sd_see_the_empty_prompt(folders, tmp_path):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, "sd_inpaint", rollout_guidance=4.0))
     trainer.prepare()
-    batch = trainer.rollout_batch(trainer.batches, [0, 3])
+    batch = trainer.rollout_batch(trainer.data.batches, [0, 3])
     x = torch.randn_like(batch["latents"])
     plain = {**batch, "tokens": batch["empty_tokens"]}
     with torch.no_grad():
@@ -652,7 +653,7 @@ def test_pairs_without_masks_are_judged_outside_what_changed(folders, tmp_path, 
     options = {"data": data, "rewards": ["keep_l1", "keep_ssim"], "eval_rows": 2, "max_steps": 1}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path / "run", task, **options))
     trainer.run()
-    row = trainer.judge_of(trainer.batches).row(1)
+    row = trainer.judge_of(trainer.data.batches).row(1)
     assert row.mask[:16].all() and not row.mask[16:].any()
     entry = log(tmp_path / "run")[0]
     assert -1 <= entry["reward/keep_ssim"] <= 1 and 0 < entry["reward/keep_l1"] <= 1
@@ -683,7 +684,7 @@ def test_a_mask_keeps_its_place_where_pictures_are_cropped_to_buckets(folders, t
     options = {"data": [f"pairs:{folder}"], "sizing": "buckets", "bucket_step": 16}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path / "run", **options))
     trainer.prepare()
-    row = trainer.judge_of(trainer.batches).row(0)
+    row = trainer.judge_of(trainer.data.batches).row(0)
     assert row.mask.any() and ((row.target.mean(-1) > 0.5) == row.mask.bool()).float().mean() > 0.97
     assert torch.equal(row.source, row.target)
 
@@ -705,7 +706,7 @@ def test_text_is_kept_as_the_model_takes_it_and_once_for_a_row(folders, tmp_path
 def test_a_judge_forgets_rows_beyond_its_memory(folders, tmp_path, monkeypatch):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path))
     trainer.prepare()
-    judge = scoring.Judge(trainer.rewards, trainer.batches)
+    judge = scoring.Judge(trainer.rewards, trainer.data.batches)
     monkeypatch.setattr(scoring, "KEPT_BYTES", 3 * judge.row(0).bytes)
     reads = []
     real = scoring.read_row
@@ -750,10 +751,9 @@ def test_sharded_weights_are_refused_before_anything_is_loaded(folders, tmp_path
         is_main_process=True,
         device="cpu",
     )
-    monkeypatch.setattr(grpo.GRPOTrainer, "progress", None, raising=False)
-    monkeypatch.setattr(
-        "comfyui_diptych.training.runtime.processes.open_accelerator", lambda c, logs: (accelerator, True)
-    )
+    started = processes.Processes(accelerator, sharded=True)
+    monkeypatch.setattr(processes, "start", lambda c, logs: started)
+    monkeypatch.setattr(resume, "find", lambda *facts: None)
     with pytest.raises(ValueError, match=f"reward training under {kind}.*launch it without"):
         grpo.GRPOTrainer(toy(folders, tmp_path / "run")).prepare()
     assert not (tmp_path / "run").exists()

@@ -148,7 +148,7 @@ def test_the_model_sees_what_is_stored(write, tmp_path):
 
     spec, (parts, *_) = write(ids=3.0, **WIDE)
     trainer = trainer_of(tmp_path, spec)
-    batch = trainer.rollout_batch(trainer.batches, [0])
+    batch = trainer.rollout_batch(trainer.data.batches, [0])
     pack = FluxFillPipeline._pack_latents
     mask = parts["mask_latents"][None].expand(1, 64, 8, 16)  # one cell stands for its 64 pixels
     features = torch.cat([pack(parts["masked_latents"][None], 1, 16, 8, 16), pack(mask, 1, 64, 8, 16)], -1)
@@ -157,7 +157,7 @@ def test_the_model_sees_what_is_stored(write, tmp_path):
     x = torch.randn(1, 16, 8, 16)
     with torch.no_grad():
         mine = trainer.task.host.velocity(x, 0.7, condition)
-        theirs = trainer.parts["transformer"](
+        theirs = trainer.model.parts["transformer"](
             hidden_states=torch.cat([pack(x, 1, 16, 8, 16), features], -1),
             timestep=torch.tensor([0.7]),
             guidance=torch.tensor([30.0]),
@@ -176,10 +176,10 @@ def test_texts_of_any_length_share_a_batch_unchanged(write, tmp_path):
     trainer = trainer_of(tmp_path, spec)
     x = torch.randn(3, 16, 8, 16)
     with torch.no_grad():
-        condition = trainer.task.condition(trainer.rollout_batch(trainer.batches, [1, 0, 2]), 30.0)
+        condition = trainer.task.condition(trainer.rollout_batch(trainer.data.batches, [1, 0, 2]), 30.0)
         together = trainer.task.host.velocity(x, 0.5, condition)
         for place, number in enumerate([1, 0, 2]):
-            batch = trainer.rollout_batch(trainer.batches, [number])
+            batch = trainer.rollout_batch(trainer.data.batches, [number])
             batch["tokens"] = parts[number]["prompt_embed"][None]
             del batch["text_bias"]
             alone = trainer.task.host.velocity(x[place : place + 1], 0.5, trainer.task.condition(batch, 30.0))
@@ -191,7 +191,7 @@ def test_a_dropped_prompt_is_the_encoders_own_beside_stored_texts(write, tmp_pat
     spec, parts = write(lengths=(24, 7, 7, 24), latents=lambda h, w: torch.ones(16, h, w), **WIDE)
     options = {"prompt_drop": 0.5, "optimizer": "adamw", "lr": 1e-3, "max_sequence_length": 16}
     trainer = trainer_of(tmp_path, spec, config.TrainConfig, **options)
-    batch = trainer.batches([1, 2], [False, True])
+    batch = trainer.data.batches([1, 2], [False, True])
     assert batch["tokens"].shape[1] == 24 and batch["text_bias"].isinf().sum(1).tolist() == [17, 8]
     assert torch.equal(batch["tokens"][0, :7], parts[1]["prompt_embed"])
     trainer.task.text_to_device()
@@ -199,25 +199,25 @@ def test_a_dropped_prompt_is_the_encoders_own_beside_stored_texts(write, tmp_pat
         dropped = trainer.task.encode_text([" "])["tokens"][0]
     assert torch.allclose(batch["tokens"][1, :16], dropped, atol=1e-5)
     trainer.train_step()
-    assert all(value.isfinite().all() for value in trainer.names.values())
+    assert all(value.isfinite().all() for value in trainer.model.parameters.values())
 
 
 def test_rows_with_one_caption_keep_their_own_text(write, tmp_path):
     spec, parts = write(**WIDE)
-    batch = trainer_of(tmp_path, spec).batches([2, 3], [False, False])
+    batch = trainer_of(tmp_path, spec).data.batches([2, 3], [False, False])
     assert torch.equal(batch["tokens"], torch.stack([parts[2]["prompt_embed"], parts[3]["prompt_embed"]]))
 
 
 def test_soft_masks_keep_their_values(write, tmp_path):
     spec, _ = write(mask_latents=lambda h, w: torch.full((1, h, w), 0.25))
     trainer = trainer_of(tmp_path, spec)
-    assert (trainer.batches([0], [False])["mask"] == 0.25).all()
+    assert (trainer.data.batches([0], [False])["mask"] == 0.25).all()
 
 
 def test_judges_see_the_decoded_masked_picture(write, tmp_path):
     spec, (parts, *_) = write(**WIDE)
     trainer = trainer_of(tmp_path, spec)
-    row = scoring.read_row(trainer.batches, 0)
+    row = scoring.read_row(trainer.data.batches, 0)
     with torch.no_grad():
         decoded = trainer.task.host.decode(parts["masked_latents"][None])[0]
     assert torch.allclose(row.source, decoded, atol=1e-5) and row.target is None and row.prompt == "a red car"
@@ -229,10 +229,10 @@ def test_a_target_that_is_there_is_shown_to_rewards(write, tmp_path):
     trainer = trainer_of(tmp_path, spec)
     with torch.no_grad():
         wanted = trainer.task.host.decode(parts["latents"][None])[0]
-    assert torch.allclose(scoring.read_row(trainer.batches, 0).target, wanted, atol=1e-5)
-    assert trainer.judge_of(trainer.batches).targets
+    assert torch.allclose(scoring.read_row(trainer.data.batches, 0).target, wanted, atol=1e-5)
+    assert trainer.judge_of(trainer.data.batches).targets
     blind = trainer_of(tmp_path / "blind", write(**WIDE)[0])
-    assert not blind.judge_of(blind.batches).targets
+    assert not blind.judge_of(blind.data.batches).targets
 
 
 @pytest.mark.parametrize("named", ["by its caption", "by the option"])
@@ -246,12 +246,12 @@ def test_a_diptych_is_judged_by_its_edited_half(write, tmp_path, named):
     spec, (parts, *_) = write(caption=words, mask_latents=lambda h, w: right, **WIDE)
     options = {} if named == "by its caption" else {"layout": "diptych"}
     trainer = trainer_of(tmp_path, spec, rewards=["jpeg_size"], **options)
-    row = scoring.read_row(trainer.batches, 0)
+    row = scoring.read_row(trainer.data.batches, 0)
     with torch.no_grad():
         decoded = trainer.task.host.decode(parts["masked_latents"][None])[0]
     assert row.prompt == "make it blue" and torch.allclose(row.source, decoded[:, :64], atol=1e-5)
     assert row.diptych and row.mask is None  # the hole is the whole panel: what may change is not known
-    scores = trainer.judge_of(trainer.batches)(torch.rand(2, 64, 128, 3), [0, 1])
+    scores = trainer.judge_of(trainer.data.batches)(torch.rand(2, 64, 128, 3), [0, 1])
     assert scores["jpeg_size"].shape == (2,)
 
 
@@ -289,7 +289,7 @@ def test_tensors_written_anew_are_read_anew(write, tmp_path):
     before = open_source(spec).fingerprint
     spec, parts = write(masked_latents=lambda h, w: torch.full((16, h, w), 0.5), **WIDE)
     assert open_source(spec).fingerprint != before
-    batch = trainer_of(tmp_path, spec).batches([0], [False])
+    batch = trainer_of(tmp_path, spec).data.batches([0], [False])
     assert (batch["masked_latents"] == 0.5).all()
 
 
@@ -345,10 +345,10 @@ def test_the_mask_of_an_edit_pair_reaches_the_rewards(pairs, tmp_path):
     assert precompute(f"pairs:{folder}", tmp_path / "encoded") == 0
     spec = f"precomputed:{tmp_path / 'encoded' / 'index.json'}"
     trainer = trainer_of(tmp_path / "run", spec, resolution=64)
-    row = scoring.read_row(trainer.batches, 0)
+    row = scoring.read_row(trainer.data.batches, 0)
     assert row.mask.shape == (64, 64) and row.mask[:, :16].all() and not row.mask[:, 16:].any()
-    assert trainer.batches([0], [False])["mask"][..., 64:].all()  # the panel is repainted all the same
-    assert trainer.judge_of(trainer.batches)(torch.rand(1, 64, 128, 3), [0])["keep_l1"].isfinite().all()
+    assert trainer.data.batches([0], [False])["mask"][..., 64:].all()  # the panel is repainted all the same
+    assert trainer.judge_of(trainer.data.batches)(torch.rand(1, 64, 128, 3), [0])["keep_l1"].isfinite().all()
 
 
 def test_pairs_without_masks_say_so_before_the_model_is_loaded(encoded, tmp_path):
@@ -369,12 +369,12 @@ def test_precomputed_rows_are_what_training_from_the_images_sees(encoded, pairs,
         for name, data in (("there", f"pairs:{pairs}"), ("here", spec))
     )
     rows = [0, 1, 2, 3]
-    wanted, got = (trainer.batches(rows, [False] * 4) for trainer in (there, here))
+    wanted, got = (trainer.data.batches(rows, [False] * 4) for trainer in (there, here))
     assert "latents" in wanted and "latents" not in got
     for name in ("tokens", "pooled", "masked_latents"):
         assert torch.allclose(got[name], wanted[name], atol=1e-5), name
     assert torch.equal(got["mask"], wanted["mask"])
-    mine, theirs = scoring.read_row(here.batches, 2), scoring.read_row(there.batches, 2)
+    mine, theirs = scoring.read_row(here.data.batches, 2), scoring.read_row(there.data.batches, 2)
     assert mine.prompt == theirs.prompt and mine.source.shape == theirs.source.shape
     assert (mine.source - theirs.source).abs().mean() < 0.02  # the VAE's round trip
 
@@ -451,7 +451,7 @@ def test_a_stroke_thinner_than_a_cell_is_still_repainted_and_targets_train(pairs
     assert precompute(f"jsonl:{tmp_path / 'data.jsonl'}", folder, "--targets") == 0
     spec = f"precomputed:{folder / 'index.json'}"
     trainer = trainer_of(tmp_path, spec, config.TrainConfig, optimizer="adamw", lr=1e-4, resolution=64)
-    batch = trainer.batches([0], [False])
+    batch = trainer.data.batches([0], [False])
     cells = torch.zeros(8, 8)
     cells[:, 2] = 1
     assert torch.equal(batch["mask"][0, 0].float(), cells.repeat_interleave(8, 0).repeat_interleave(8, 1))

@@ -57,15 +57,15 @@ def test_buckets_never_mix_sizes_and_two_runs_share_their_cache(fill_folder, tmp
     data = [pairs(tmp_path / "p", [(64, 32), (32, 64), (64, 32), (48, 48), (32, 64), (64, 32)])]
     options = {"data": data, "sizing": "buckets", "bucket_step": 16, "cache_dir": str(tmp_path / "cache")}
     trainer = prepared(fill_folder, tmp_path / "one", resolution=48, **options)
-    sizes = {entry.size for entry in trainer.batches.entries}
+    sizes = {entry.size for entry in trainer.data.batches.entries}
     assert len(sizes) == 3 and all(h * (w // 2) <= 48 * 48 for h, w in sizes)
     for _ in range(8):
         trainer._batch()
     seen = []
     again = sft.Trainer(trainer.config, progress=lambda items, label: seen.append(len(items)) or items)
     again.prepare()
-    assert seen == [0, 0] and [e.key for e in again.batches.entries] == [
-        e.key for e in trainer.batches.entries
+    assert seen == [0, 0] and [e.key for e in again.data.batches.entries] == [
+        e.key for e in trainer.data.batches.entries
     ]
 
 
@@ -81,14 +81,14 @@ def test_jsonl_rows_keep_their_masks_weights_and_drawn_masks(fill_folder, tmp_pa
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = [f"jsonl:{tmp_path / 'data.jsonl'}"]
     trainer = prepared(fill_folder, tmp_path / "out", data=data, mask_variants=3, batch_size=4)
-    entries = trainer.batches.entries
+    entries = trainer.data.batches.entries
     assert [(e.prompt, e.variant, e.weight) for e in entries] == [
         ("a", 0, 3.0),
         ("b", 0, 1.0),
         ("b", 1, 1.0),
         ("b", 2, 1.0),
     ]
-    batch = trainer.batches([0, 1, 2, 3], [False] * 4)
+    batch = trainer.data.batches([0, 1, 2, 3], [False] * 4)
     assert batch["mask"][0].float().mean((0, 1)).tolist() == [1.0] * 16 + [0.0] * 16
     assert len({batch["mask"][i].numpy().tobytes() for i in (1, 2, 3)}) == 3
 
@@ -126,7 +126,7 @@ def test_precomputed_rows_reach_the_batch_unchanged(fill_folder, tmp_path):
 def test_a_mix_keeps_its_shares(fill_folder, tmp_path):
     one, two = pairs(tmp_path / "a", [(32, 32)] * 2), pairs(tmp_path / "b", [(32, 32)] * 6)
     trainer = prepared(fill_folder, tmp_path / "out", data=[f"{one}@3", f"{two}@1"])
-    names = [trainer.batches.corpus.source.name(e.index) for e in trainer.batches.entries]
+    names = [trainer.data.batches.corpus.source.name(e.index) for e in trainer.data.batches.entries]
     assert sum(str(tmp_path / "a") in name for name in names) == len(names) * 3 // 4
 
 
@@ -134,7 +134,7 @@ def test_broken_rows_are_named_and_too_many_of_them_stop_the_run(fill_folder, tm
     data = pairs(tmp_path / "p", [(32, 32)] * 24)
     (tmp_path / "p" / "7_target.png").write_bytes(b"no picture")
     trainer = prepared(fill_folder, tmp_path / "one", data=[data])
-    assert len(trainer.batches.entries) == 23 and "1 of 24" in caplog.text and "7" in caplog.text
+    assert len(trainer.data.batches.entries) == 23 and "1 of 24" in caplog.text and "7" in caplog.text
     (tmp_path / "p" / "8.txt").unlink()
     with pytest.raises(ValueError, match="2 of 24 examples are broken"):
         prepared(fill_folder, tmp_path / "two", data=[data])

@@ -190,7 +190,7 @@ def test_every_family_and_method_trains_only_what_it_should(folders, tmp_path, t
     trainer, path = run(toy(folders, tmp_path, task, method=method, **options))
     assert path.exists()
     base = load_file(next((folders / task / trainer.task.denoiser_part).glob("*.safetensors")))
-    module = trainer.parts[trainer.task.denoiser_part]
+    module = trainer.model.parts[trainer.task.denoiser_part]
     for name, parameter in module.named_parameters():
         name = name.replace(".base_layer", "")
         if not parameter.requires_grad:
@@ -246,12 +246,12 @@ def test_drawn_guidance_and_the_edits_weight_reach_the_loss(tmp_path):
         c = toy(tiny.folder(), tmp_path / name, max_steps=1, **options)
         trainer, _ = run(c)
         first[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"]
-        batch = trainer.batches([0, 1], [False, False])
+        batch = trainer.data.batches([0, 1], [False, False])
         assert ("touched" in batch) == (name == "edit")
     assert len(set(first.values())) == 3
-    source = trainer.batches.corpus.source
+    source = trainer.data.batches.corpus.source
     for i, touched in enumerate(batch["touched"]):
-        sample = source[trainer.batches.entries[i].index]
+        sample = source[trainer.data.batches.entries[i].index]
         pixels = touched.repeat_interleave(8, -1).repeat_interleave(8, -2)[0]
         assert torch.equal(pixels[:, 32:], sample.mask) and not pixels[:, :32].any()
 
@@ -338,20 +338,18 @@ def test_a_full_disk_beside_the_checkpoints_is_one_sentence_too(folders, tmp_pat
 def test_a_killed_cache_is_completed_not_redone(folders, tmp_path):
     c = toy(folders, tmp_path, max_steps=1)
     run(c)
-    trainer = sft.Trainer(c)
     seen = {}
 
     def progress(items, label):
         seen[label] = len(items)
         return items
 
-    trainer.progress = progress
-    trainer.prepare()
-    assert seen == {"caching pictures": 0, "caching prompts": 0}
+    sft.Trainer(c, progress=progress).prepare()
+    assert seen == {"caching images": 0, "caching prompts": 0}
     shutil.rmtree(Path(tmp_path) / "cache" / "pictures")
     trainer = sft.Trainer(c, progress=progress)
     trainer.prepare()
-    assert seen["caching pictures"] == 24
+    assert seen["caching images"] == 24
 
 
 def test_an_interrupted_cache_keeps_every_finished_row_with_all_its_masks(folders, tmp_path):
@@ -369,7 +367,7 @@ def test_an_interrupted_cache_keeps_every_finished_row_with_all_its_masks(folder
     trainer = sft.Trainer(c, progress=lambda items, label: left.append(len(items)) or items)
     trainer.prepare()
     assert left[0] == 12 - 6  # 7 rows of 3 masks were begun, 5 batches of 4 encoded: 6 rows are whole
-    assert len(trainer.batches.entries) == 36
+    assert len(trainer.data.batches.entries) == 36
 
 
 def test_prior_preservation_makes_just_the_missing_class_pictures(folders, tmp_path):
@@ -395,11 +393,11 @@ def test_gradient_checkpointing_changes_no_gradient(folders, tmp_path, gate):
         c = toy(folders, tmp_path, method="moe_lora", moe_gate=gate, gradient_checkpointing=on)
         trainer = sft.Trainer(c)
         trainer.prepare()
-        for name, parameter in trainer.names.items():
+        for name, parameter in trainer.model.parameters.items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
         trainer._loss(*trainer._batch()).backward()
-        gradients.append({name: p.grad.clone() for name, p in trainer.names.items()})
+        gradients.append({name: p.grad.clone() for name, p in trainer.model.parameters.items()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
         if "lora_route" in name:

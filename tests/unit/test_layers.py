@@ -18,6 +18,7 @@ FLOORS = [
     "training.data",
     "training.tasks training.rewards",
     "training.evaluate",
+    "training.trained",
     "training.trainer",
     "training.reinforce",
     "training",

@@ -34,5 +34,4 @@ def test_a_run_computes_in_what_auto_finds(monkeypatch, tmp_path, choice, units,
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
     c = config.from_dict({"task": "fill", "model": "m", "mixed_precision": choice, "log_with": ["none"]})
-    accelerator, _ = processes.open_accelerator(c, tmp_path)
-    assert accelerator.mixed_precision == wanted
+    assert processes.start(c, tmp_path).accelerator.mixed_precision == wanted

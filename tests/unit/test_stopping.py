@@ -73,7 +73,8 @@ def test_the_command_ends_with_the_signals_code_and_one_sentence(number, code, m
 def test_a_stopped_run_says_the_command_that_goes_on(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config = SimpleNamespace(max_steps=9)
-    trainer = SimpleNamespace(main=True, step=3, config=config, output=tmp_path, checkpoints=tmp_path / "c")
+    places = {"output": tmp_path, "checkpoints": tmp_path / "c"}
+    trainer = SimpleNamespace(processes=SimpleNamespace(main=True), step=3, config=config, **places)
     args = SimpleNamespace(words=["train", "icedit", "--set", "lr=1 e", "--resume", "old", "--resume=x"])
     said = str(train.stopped(args, trainer, tmp_path / "c" / "step_3", SimpleNamespace(signal=2)))
     assert said.startswith(f"stopped at step 3 of 9, checkpoint {tmp_path / 'c' / 'step_3'}")

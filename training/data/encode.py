@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ...models.denoiser import ENCODED_PIXELS
 from ..runtime.fingerprints import stamp
+from ..runtime.processes import Processes
 from .broken import Broken, BrokenSample
+from .buckets import BucketBatchSampler
 from .cache import image_key, text_key
 from .dataset import DROPPED_PROMPT, Batches, Corpus, Entry, Latents, Progress
 from .preprocess import Arranged
@@ -26,51 +28,92 @@ logger = logging.getLogger(__name__)
 LINES = 256  # rows between two flushes of the cache
 
 
-def open_data(trainer: Any) -> tuple[Corpus, Corpus]:
-    """The rows to train on and those of the sample pictures, opened. Raises ValueError if they cannot be."""
-    c, template = trainer.config, trainer.task.default_template
-    corpus = sample_corpus = Corpus(c, template)
-    if c.sample_data:
-        sample_corpus = Corpus(c, template, c.sample_data, c.held_out_rows)
-    return corpus, sample_corpus
+@dataclass(frozen=True)
+class Corpora:
+    """The rows to train on, and those of the sample images (the same object where they have none)."""
+
+    rows: Corpus
+    samples: Corpus
 
 
-def prepare(trainer: Any) -> None:
-    """Give a trainer its `batches`, `sample_batches`, the samplers of their order, and the caches behind
-    them.
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a run, encoded as far as they are to be.
 
-    All processes call it; each encodes its share.
+    sampler, class_sampler: the order of instance and of class rows (None without class rows). template: the
+    text around instructions. notes: what was done to the data, for reports.
     """
-    c, task = trainer.config, trainer.task
-    corpus, sample_corpus = trainer.data or open_data(trainer)
-    trainer.template = corpus.arranger.template
-    trainer.latents = None
+
+    batches: Batches
+    sample_batches: Batches
+    sampler: BucketBatchSampler
+    class_sampler: BucketBatchSampler | None
+    template: str
+    notes: tuple[str, ...] = ()
+
+    def order(self, micro: int) -> Iterator[list[int]]:
+        """Row numbers of every micro-batch from number `micro` on: instance rows, then as many class rows if
+        there are any. It never ends.
+        """
+        rows = iter(self.sampler.start_at(micro))
+        if self.class_sampler is None:
+            return rows
+        pairs = zip(rows, self.class_sampler.start_at(micro), strict=True)
+        return (instance + prior for instance, prior in pairs)
+
+
+def open_data(config: Any, template: str) -> Corpora:
+    """Open the data of a configuration. template: the task's own text around instructions.
+
+    Raises ValueError or FileNotFoundError if they cannot be opened.
+    """
+    rows = samples = Corpus(config, template)
+    if config.sample_data:
+        samples = Corpus(config, template, config.sample_data, config.held_out_rows)
+    return Corpora(rows, samples)
+
+
+def prepare(corpora: Corpora, task: Any, processes: Processes, progress: Progress) -> PreparedData:
+    """Encode the data into the caches, if there are to be caches, and give their batches.
+
+    All processes call it; each encodes its share. Raises ValueError for data that cannot be used.
+    """
+    c, latents = corpora.rows.config, None
     if c.cache:
-        folder = Path(c.cache_dir or trainer.output / "cache")
-        trainer.latents = Latents(task, folder)
-        entries = _encoded(trainer, corpus, folder)
-        samples = entries if sample_corpus is corpus else _encoded(trainer, sample_corpus, folder)
+        folder = Path(c.cache_dir or Path(c.output_dir) / "cache")
+        latents = Latents(task, folder)
+        rows, samples = _each(corpora, lambda corpus: _encoded(corpus, latents, folder, processes, progress))
         if c.train_text_encoder:
             task.text_to_device()
         else:
-            prompts = {e.prompt for e in entries + samples if not e.text} | needed_prompts(c)
-            encode_prompts(prompts, task, trainer.latents, trainer.bar, trainer.rank, trainer.world)
-            trainer.accelerator.wait_for_everyone()
-            trainer.latents.texts.refresh()
+            prompts = {e.prompt for e in rows + samples if not e.text} | needed_prompts(c)
+            encode_prompts(prompts, task, latents, progress, processes.rank, processes.world)
+            processes.wait()
+            latents.texts.refresh()
         if c.cache_in_memory:
-            trainer.latents.memory = {}
+            latents.memory = {}
     else:
         task.text_to_device()
-        entries = list_corpus(corpus)
-        samples = entries if sample_corpus is corpus else list_corpus(sample_corpus)
-    trainer.notes += filter(None, [corpus.arranger.report()])
-    trainer.batches = Batches(entries, task, trainer.latents, corpus)
-    trainer.sample_batches = Batches(samples[: c.held_out_rows], task, trainer.latents, sample_corpus)
-    order = (c.batch_size, c.seed, trainer.rank, trainer.world)
-    trainer.sampler = trainer.batches.sampler(*order, prior=False)
-    trainer.class_sampler = trainer.batches.sampler(*order, prior=True)
-    if trainer.class_sampler is not None and len({e.bucket for e in entries}) > 1:
-        raise ValueError("prior preservation needs pictures of one size: set sizing: squash")
+        rows, samples = _each(corpora, list_corpus)
+    batches = Batches(rows, task, latents, corpora.rows)
+    order = (c.batch_size, c.seed, processes.rank, processes.world)
+    data = PreparedData(
+        batches,
+        Batches(samples[: c.held_out_rows], task, latents, corpora.samples),
+        batches.sampler(*order, prior=False),
+        batches.sampler(*order, prior=True),
+        corpora.rows.arranger.template,
+        tuple(filter(None, [corpora.rows.arranger.report()])),
+    )
+    if data.class_sampler is not None and len({e.bucket for e in rows}) > 1:
+        raise ValueError("prior preservation needs images of one size: set sizing: squash")
+    return data
+
+
+def _each(corpora: Corpora, entries: Callable[[Corpus], list[Entry]]) -> tuple[list[Entry], list[Entry]]:
+    """The entries of both, made once where they are one."""
+    rows = entries(corpora.rows)
+    return rows, rows if corpora.samples is corpora.rows else entries(corpora.samples)
 
 
 def needed_prompts(config: Any) -> set[str]:
@@ -79,10 +122,12 @@ def needed_prompts(config: Any) -> set[str]:
     return dropped | ({""} if config.task == "sd_inpaint" else set())  # of classifier-free guidance
 
 
-def _encoded(trainer: Any, corpus: Corpus, folder: Path) -> list[Entry]:
-    encode_corpus(corpus, trainer.task, trainer.latents, folder, trainer.bar, trainer.rank, trainer.world)
-    trainer.accelerator.wait_for_everyone()
-    return read_entries(corpus, trainer.latents, folder)
+def _encoded(
+    corpus: Corpus, latents: Latents, folder: Path, processes: Processes, progress: Progress
+) -> list[Entry]:
+    encode_corpus(corpus, latents.task, latents, folder, progress, processes.rank, processes.world)
+    processes.wait()
+    return read_entries(corpus, latents, folder)
 
 
 def encode_corpus(
@@ -130,7 +175,7 @@ def encode_corpus(
                 file.writelines(json.dumps(asdict(entry)) + "\n" for entry in done.pop(index))
 
     try:
-        for index in progress(todo, "caching pictures"):
+        for index in progress(todo, "caching images"):
             try:
                 rows = corpus.read(index)
             except BrokenSample as error:

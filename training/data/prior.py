@@ -15,6 +15,7 @@ import torch
 
 from ...models.image_files import looks_like_image
 from ..runtime.fingerprints import stamp
+from ..runtime.processes import Processes
 from ..runtime.random_streams import row_generator, row_noise
 from .folders import visible_files
 from .preprocess import Arranged
@@ -110,15 +111,16 @@ def top_up(
     return len(mine)
 
 
-def prepare(trainer: Any) -> None:
-    """Before anything is trained, the model makes the class pictures that are missing."""
-    config = trainer.config
+def prepare(
+    task: Any, config: Any, processes: Processes, progress: Callable[[Iterable, str], Iterable]
+) -> None:
+    """Before anything is trained, the model makes the class images that are missing."""
     if config.prior is None or len(class_files(config.prior.folder)) >= config.prior.count:
         return
-    trainer.task.text_to_device()
-    trainer.task.make_host(trainer.task.load_denoiser())
-    top_up(trainer.task, config, trainer.bar, trainer.rank, trainer.world)
-    trainer.accelerator.wait_for_everyone()
+    task.text_to_device()
+    task.make_host(task.load_denoiser())
+    top_up(task, config, progress, processes.rank, processes.world)
+    processes.wait()
 
 
 def check(config: Any) -> None:

@@ -39,16 +39,16 @@ def contact_sheet(task: Any, batches: Any, seed: int, to_device: Callable) -> Te
 def for_sampling(trainer: Any) -> Iterator[None]:
     """Modules in eval mode and, unless they are sharded, without their distributed wrappers."""
     part = trainer.task.denoiser_part
-    modes = {name: module.training for name, module in trainer.parts.items()}
-    for module in trainer.parts.values():
+    modes = {name: module.training for name, module in trainer.model.parts.items()}
+    for module in trainer.model.parts.values():
         module.eval()
-    if not trainer.sharded:
-        trainer.task.make_host(trainer.parts[part])
+    if not trainer.processes.sharded:
+        trainer.task.make_host(trainer.model.parts[part])
     try:
         yield
     finally:
-        trainer.task.make_host(trainer.prepared[part])
-        for name, module in trainer.parts.items():
+        trainer.task.make_host(trainer.model.prepared[part])
+        for name, module in trainer.model.parts.items():
             module.train(modes[name])
 
 

@@ -29,11 +29,11 @@ def before_after(trainer: Any) -> Tensor:
     the same; the weights are those of the exported file, and stay in the model.
     """
     task, c = trainer.task, trainer.config
-    batches = trainer.sample_batches if c.sample_data else trainer.batches
-    kept = trainer.best or (trainer.average.values if trainer.average is not None else {})
+    batches = trainer.data.sample_batches if c.sample_data else trainer.data.batches
+    kept = trainer.best or (trainer.model.average.values if trainer.model.average is not None else {})
     for name, value in kept.items():
-        trainer.names[name].copy_(value)
-    module = trainer.parts[task.denoiser_part]
+        trainer.model.parameters[name].copy_(value)
+    module = trainer.model.parts[task.denoiser_part]
     task.make_host(module)
     module.eval()
     judge = trainer.judge_of(batches)

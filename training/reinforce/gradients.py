@@ -35,12 +35,12 @@ def summed(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor,
 
     Returns (this process's share of the loss, measures of the kept samples).
     """
-    accelerator, module = trainer.accelerator, trainer.prepared[trainer.task.denoiser_part]
+    accelerator, module = trainer.accelerator, trainer.model.prepared[trainer.task.denoiser_part]
     total, log = torch.zeros((), device=accelerator.device), {}
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
         with nullcontext() if last else accelerator.no_sync(module):
-            total += _backward(trainer, piece, log, scale) / trainer.world
+            total += _backward(trainer, piece, log, scale) / trainer.processes.world
     return total, log
 
 
@@ -50,8 +50,8 @@ def limited(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor
     Some rows stand at the edge between two outcomes and have gradients a hundred times the usual; in a plain
     sum these few decide. Logs the norms as `group_norm`. Gradients that are there already are not limited.
     """
-    accelerator, module = trainer.accelerator, trainer.prepared[trainer.task.denoiser_part]
-    c, parameters = trainer.config, list(trainer.names.values())
+    accelerator, module = trainer.accelerator, trainer.model.prepared[trainer.task.denoiser_part]
+    c, parameters = trainer.config, list(trainer.model.parameters.values())
     limit = c.group_clip * (accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
     sums = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters]
     for parameter in parameters:
@@ -63,7 +63,7 @@ def limited(trainer: Any, pieces: Sequence[Piece], scale: float) -> tuple[Tensor
         with accelerator.no_sync(module):
             for piece in group:
                 loss = _backward(trainer, piece, log, 1 / max(1, kept))
-                total += loss * kept * scale / trainer.world
+                total += loss * kept * scale / trainer.processes.world
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if kept:
             log.setdefault("group_norm", []).append(norm.detach().reshape(1) * c.group_clip / limit)

@@ -96,7 +96,7 @@ def objective(trainer: Any, rollout: Any, index: int, advantage: Tensor) -> tupl
     reference = trainer.reference(x, time, rollout.batch) if c.kl_beta else None
     same = c.nft_old_max == 0 and c.inner_updates == 1  # the old weights are the present ones
     if not same:  # before the prediction with gradient: the weights are swapped in place
-        with torch.no_grad(), trainer.old.active(trainer.names):
+        with torch.no_grad(), trainer.old.active(trainer.model.parameters):
             old = trainer.task.predict(x, time, rollout.batch, c.rollout_guidance)
     prediction = trainer.task.predict(x, time, rollout.batch, c.rollout_guidance)
     old = prediction.detach() if same else old

@@ -20,8 +20,8 @@ def learn(trainer: Any, rows: Sequence[int]) -> dict[str, list[Tensor]]:
 
     Returns what to log. `trainer` is a `grpo.GRPOTrainer`.
     """
-    c, module = trainer.config, trainer.prepared[trainer.task.denoiser_part]
-    first = (trainer.step * trainer.world + trainer.rank) * len(rows)
+    c, module = trainer.config, trainer.model.prepared[trainer.task.denoiser_part]
+    first = (trainer.step * trainer.processes.world + trainer.processes.rank) * len(rows)
     log = []
     for start in range(0, len(rows), c.micro_batch):
         some = list(rows[start : start + c.micro_batch])

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class GRPOTrainer(Trainer):
 
     def check(self) -> None:
         """Refuse sharded weights, and load the rewards: before data are cached or a model is loaded."""
-        if self.sharded:
+        if self.processes.sharded:
             kind = self.accelerator.distributed_type.value
             raise ValueError(
                 f"reward training under {kind} is not possible, since processes make different numbers of "
@@ -69,8 +70,12 @@ class GRPOTrainer(Trainer):
         self.lora_window = self._lora_window()
         self.task.lora_window = self.lora_window  # of the sample pictures
         if self.config.supervised.count:
-            sampler = self.batches.sampler(
-                self.config.supervised.count, self.config.seed + 1, self.rank, self.world, prior=False
+            sampler = self.data.batches.sampler(
+                self.config.supervised.count,
+                self.config.seed + 1,
+                self.processes.rank,
+                self.processes.world,
+                prior=False,
             )
             self.data_order = iter(sampler.start_at(self.step))
 
@@ -79,36 +84,38 @@ class GRPOTrainer(Trainer):
         return self.judges.setdefault(id(batches), Judge(self.rewards, batches))
 
     def _prepare_model(self) -> None:
-        if self.config.needs_targets and not self.batches.targets:
+        if self.config.needs_targets and not self.data.batches.targets:
             raise ValueError(
                 "data_rows learns target images, but rows of the data have none: set data_rows: 0"
             )
-        for batches in (self.batches, self.sample_batches) if self.config.eval_rows else (self.batches,):
+        for batches in (
+            (self.data.batches, self.data.sample_batches) if self.config.eval_rows else (self.data.batches,)
+        ):
             self.judge_of(batches).check()
         super()._prepare_model()
-        for part in self.parts.values():
+        for part in self.model.parts.values():
             part.eval()  # rollout and replay must be the same function, so no dropout in either
         # What a LoRA begins with belongs to where it comes from, not to what it learns here.
         self.start = None
         if self.config.init_lora:
-            self.start = {name: value.detach().clone() for name, value in self.names.items()}
+            self.start = {name: value.detach().clone() for name, value in self.model.parameters.items()}
         if self.config.algorithm == "nft":
-            self.old = nft.OldPolicy(self.names, self.config.nft_old_max)
+            self.old = nft.OldPolicy(self.model.parameters, self.config.nft_old_max)
 
     # ---------------------------------------------------------------- one step
 
     def train_step(self) -> tuple[Tensor, float]:
         """Collect, score, learn. Returns (mean loss of this process, gradient norm of the last update)."""
         c = self.config
-        optim.set_lr(self.optimizer, self.step, c)
+        optim.set_lr(self.model.optimizer, self.step, c)
         rows = next(self.order)
         data = next(self.data_order) if c.supervised.count else []
-        self.micro += 1
-        first = (self.step * self.world + self.rank) * len(rows)
-        with self.old.active(self.names) if self.old else nullcontext():
+        self.position.micro += 1
+        first = (self.step * self.processes.world + self.processes.rank) * len(rows)
+        with self.old.active(self.model.parameters) if self.old else nullcontext():
             rollouts = collect(
                 self.task,
-                lambda numbers: self.rollout_batch(self.batches, numbers),
+                lambda numbers: self.rollout_batch(self.data.batches, numbers),
                 rows,
                 range(first, first + len(rows)),
                 group_size=c.group_size,
@@ -128,11 +135,11 @@ class GRPOTrainer(Trainer):
         for part in parts:
             partial, norm = self._update(rollouts[part], worth[part], data, len(parts))
             loss += partial / len(parts)
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.names)
+        self.position.step += 1
+        if self.model.average is not None:
+            self.model.average.update(self.model.parameters)
         if self.old is not None:
-            self.old.follow(self.names, self.step)
+            self.old.follow(self.model.parameters, self.step)
         if c.eval_rows and self.step % c.eval_every == 0:
             self._evaluate()
         return loss, norm
@@ -167,7 +174,7 @@ class GRPOTrainer(Trainer):
         numbers = [row for row in rows for _ in range(count)]
         groups = torch.tensor([first + index for index in range(len(rows)) for _ in range(count)])
         pictures = torch.cat([self.task.host.decode(r.latents).float().cpu() for r in rollouts])
-        raw = self.judge_of(self.batches)(pictures, numbers)
+        raw = self.judge_of(self.data.batches)(pictures, numbers)
         names = list(raw)
         # float32 and integers: some devices know no float64
         table = torch.stack([raw[name] for name in names], dim=1).to(self.accelerator.device)
@@ -180,7 +187,7 @@ class GRPOTrainer(Trainer):
         self.measures |= {f"failed/{n}": int(v.isnan().sum()) for n, v in scores.items() if v.isnan().any()}
         self.measures["kept"] = self._kept / len(everyone)
         self._refuse_unjudged(everyone)
-        mine = slice(self.rank * len(numbers), (self.rank + 1) * len(numbers))
+        mine = slice(self.processes.rank * len(numbers), (self.processes.rank + 1) * len(numbers))
         sizes = [len(rollout.latents) for rollout in rollouts]
         return list(zip(worth.values[mine].split(sizes), worth.keep[mine].split(sizes), strict=True))
 
@@ -212,7 +219,7 @@ class GRPOTrainer(Trainer):
         if self.old is not None:
             rollouts, worth = self._compacted(rollouts, worth)
         # The mean over all kept samples of all processes; DDP averages over processes.
-        scale = self.world * updates / max(1, self._kept)
+        scale = self.processes.world * updates / max(1, self._kept)
         pieces = [
             gradients.Piece(rollout, term, advantage.to(device), keep.to(device))
             for rollout, (advantage, keep) in zip(rollouts, worth, strict=True)
@@ -222,11 +229,13 @@ class GRPOTrainer(Trainer):
         supervised = states.learn(self, data) if data else {}
         total, log = (gradients.limited if c.group_clip else gradients.summed)(self, pieces, scale)
         log |= supervised
-        norm = self.accelerator.clip_grad_norm_(list(self.names.values()), c.grad_clip or float("inf"))
+        norm = self.accelerator.clip_grad_norm_(
+            list(self.model.parameters.values()), c.grad_clip or float("inf")
+        )
         norm = self._finite(norm, total)
-        self.updating = True
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.position.updating = True
+        self.model.optimizer.step()
+        self.model.optimizer.zero_grad()
         joined = {name: torch.cat(values).float() for name, values in log.items()}
         self.measures |= {name: float(values.mean()) for name, values in joined.items() if len(values)}
         return total, norm
@@ -285,31 +294,31 @@ class GRPOTrainer(Trainer):
     def untrained(self) -> Iterator[None]:
         """The model as it was before the run: without the adapter, or with the LoRA it began with."""
         if self.start is None:
-            with adapters.switched_off(self.parts[self.task.denoiser_part]):
+            with adapters.switched_off(self.model.parts[self.task.denoiser_part]):
                 yield
             return
-        kept = {name: value.detach().clone() for name, value in self.names.items()}
+        kept = {name: value.detach().clone() for name, value in self.model.parameters.items()}
         with torch.no_grad():
-            torch._foreach_copy_(list(self.names.values()), list(self.start.values()))
+            torch._foreach_copy_(list(self.model.parameters.values()), list(self.start.values()))
             try:
                 yield
             finally:
-                torch._foreach_copy_(list(self.names.values()), list(kept.values()))
+                torch._foreach_copy_(list(self.model.parameters.values()), list(kept.values()))
 
     # ---------------------------------------------------------------- watching
 
     def sample(self) -> None:
         super().sample()
-        for part in self.parts.values():
+        for part in self.model.parts.values():
             part.eval()  # it leaves them training, see `prepare`
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Held-out rows by the plain ODE from fixed noise; keeps the best weights, stops a collapse."""
-        count = min(self.config.eval_rows, len(self.sample_batches.entries))
-        numbers = list(range(count))[self.rank :: self.world]
-        with self.averaged():
-            rows = held_out.try_rows(self, self.sample_batches, numbers, lora_window=self.lora_window)
+        count = min(self.config.eval_rows, len(self.data.sample_batches.entries))
+        numbers = list(range(count))[self.processes.rank :: self.processes.world]
+        with self.model.averaged():
+            rows = held_out.try_rows(self, self.data.sample_batches, numbers, lora_window=self.lora_window)
         scores = judged({n: held_out.gathered(self.accelerator, values) for n, values in rows.items()})
         if not scores:
             self._refuse_blind()
@@ -320,7 +329,7 @@ class GRPOTrainer(Trainer):
         self.measures |= {f"held_out/{name}": score for name, score in scores.items()}
         if self.best_scores is None or self.rewards.better(scores, self.best_scores):
             self.best_scores = scores
-            source = self.average.values if self.average is not None else self.names
+            source = self.model.average.values if self.model.average is not None else self.model.parameters
             self.best = {name: tensor.detach().float().clone() for name, tensor in source.items()}
 
     def _refuse_blind(self) -> None:
@@ -346,13 +355,13 @@ class GRPOTrainer(Trainer):
     def _settled(self) -> bool:
         if not self.config.eval_rows or not self._collapsed():
             return False
-        if self.main:
+        if self.processes.main:
             logger.warning("ended: the held-out reward fell %d times in a row", PATIENCE)
         return True
 
     def _report(self, loss: float, norm: float, pace: float) -> None:
         super()._report(loss, norm, pace)
-        if self.main:
+        if self.processes.main:
             self.accelerator.log(self.measures, step=self.step)
             with open(self.output / "rewards.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **self.measures}) + "\n")
@@ -405,9 +414,10 @@ class GRPOTrainer(Trainer):
         bounds = c.window_bounds
         first = bounds["first"]
         last = first + c.window_size if c.windows.kind == "fixed" else bounds["last"]
-        firsts = {entry.size: number for number, entry in enumerate(self.batches.entries)}
+        firsts = {entry.size: number for number, entry in enumerate(self.data.batches.entries)}
         cells = [
-            dataset.latents_like(self.batches([number], [False])).shape[-2:] for number in firsts.values()
+            dataset.latents_like(self.data.batches([number], [False])).shape[-2:]
+            for number in firsts.values()
         ]
         ranges = [self.task.level_range(c.rollout_steps, (first, last), *size) for size in cells]
         return max(start for start, _ in ranges), min(end for _, end in ranges)
@@ -424,15 +434,15 @@ class GRPOTrainer(Trainer):
         """The best weights by the held-out reward where there was one, else the last (averaged)."""
         if self.best is None:
             return super().export()
-        kept = {name: tensor.detach().clone() for name, tensor in self.names.items()}
-        average, self.average = self.average, None
+        kept = {name: tensor.detach().clone() for name, tensor in self.model.parameters.items()}
+        model, self.model = self.model, replace(self.model, average=None)
         with torch.no_grad():
-            for name, tensor in self.names.items():
+            for name, tensor in self.model.parameters.items():
                 tensor.copy_(self.best[name])
         try:
             return super().export()
         finally:
-            self.average = average
+            self.model = model
             with torch.no_grad():
-                for name, tensor in self.names.items():
+                for name, tensor in self.model.parameters.items():
                     tensor.copy_(kept[name])

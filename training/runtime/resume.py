@@ -6,12 +6,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import changes, checkpoint, disk
+from .optim import MovingAverage
+from .processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -19,149 +24,174 @@ ROOM = 16 << 20  # bytes without which no run is worth beginning
 MOMENTS = {"adamw": 2.0, "prodigy": 4.0, "adamw8bit": 0.5}  # float32 tensors an optimiser keeps per weight
 
 
-def write(trainer: Any) -> Path:
-    """Write a checkpoint of the trainer's present step; all processes call it. Returns its folder."""
-    writer = checkpoint.Writer(trainer.checkpoints, trainer.step, trainer.config.keep_last)
-    together = trainer.accelerator.wait_for_everyone
-    if not trainer.main:
-        together()  # the folder is there
-        _own_part(trainer, writer.folder)
-        together()  # all parts are there
-        together()  # it is in place
+@dataclass(frozen=True)
+class RunState:
+    """All that a run is made of at one step, as a checkpoint keeps it.
+
+    parameters: the trained tensors by name. data: hash of the rows. options_content: `changes.stamps` of the
+    recipe. tensors, values: what one kind of training keeps beside, {file name: tensors} and JSON values.
+    """
+
+    config: Any
+    processes: Processes
+    parameters: dict[str, Tensor]
+    optimizer: Any
+    average: MovingAverage | None
+    step: int
+    micro: int
+    data: str
+    options_content: dict[str, str]
+    tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(state: RunState, root: Path) -> Path:
+    """Write a checkpoint into the folder of checkpoints `root`; all processes call it. Returns its folder.
+
+    Raises TrainingError where it cannot be written.
+    """
+    writer = checkpoint.Writer(root, state.step, state.config.keep_last)
+    wait = state.processes.wait
+    if not state.processes.main:
+        wait()  # the folder is there
+        _own_part(state, writer.folder)
+        wait()  # all parts are there
+        wait()  # it is in place
         return writer.final
     with writer:
-        together()
-        _own_part(trainer, writer.folder)
-        _common_parts(trainer, writer)
-        together()
-    together()
+        wait()
+        _own_part(state, writer.folder)
+        _common_parts(state, writer)
+        wait()
+    wait()
     return writer.final
 
 
-def write_alone(trainer: Any, root: Path) -> Path:
-    """As `write`, of a run in one process, into any folder of checkpoints."""
-    with checkpoint.Writer(root, trainer.step, trainer.config.keep_last) as writer:
-        _own_part(trainer, writer.folder)
-        _common_parts(trainer, writer)
+def write_alone(state: RunState, root: Path) -> Path:
+    """As `write`, of a run in one process, which need not wait for others."""
+    with checkpoint.Writer(root, state.step, state.config.keep_last) as writer:
+        _own_part(state, writer.folder)
+        _common_parts(state, writer)
     return writer.final
 
 
-def _common_parts(trainer: Any, writer: checkpoint.Writer) -> None:
-    if not trainer.sharded:
-        writer.tensors("trained.safetensors", trainer.names)
-        torch.save(trainer.optimizer.state_dict(), writer.folder / "optimizer.pt")
-        if trainer.average is not None:
-            writer.tensors("ema.safetensors", trainer.average.values)
-        for name, tensors in trainer.extra_tensors().items():
+def _own_part(state: RunState, folder: Path) -> None:
+    """What every process writes: its generators, and its shards if the engine shards."""
+    torch.save(checkpoint.rng_state(), folder / f"rng_{state.processes.rank:03d}.pt")
+    if state.processes.sharded:
+        state.processes.accelerator.save_state(str(folder / "engine"))
+
+
+def _common_parts(state: RunState, writer: checkpoint.Writer) -> None:
+    """What the main process writes for all."""
+    if not state.processes.sharded:
+        writer.tensors("trained.safetensors", state.parameters)
+        torch.save(state.optimizer.state_dict(), writer.folder / "optimizer.pt")
+        if state.average is not None:
+            writer.tensors("ema.safetensors", state.average.values)
+        for name, tensors in state.tensors.items():
             writer.tensors(name, tensors)
     writer.state(
         {
-            **trainer.extra_state(),
-            "step": trainer.step,
-            "micro": trainer.micro,
-            "ema_updates": trainer.average.updates if trainer.average is not None else 0,
-            "data": trainer.batches.fingerprint(),
-            "world": trainer.world,
-            "config": dataclasses.asdict(trainer.config),
-            "files_of_config": trainer.stamps,
+            **state.values,
+            "step": state.step,
+            "micro": state.micro,
+            "ema_updates": state.average.updates if state.average is not None else 0,
+            "data": state.data,
+            "world": state.processes.world,
+            "config": dataclasses.asdict(state.config),
+            "files_of_config": state.options_content,
         }
     )
 
 
-def check_room(trainer: Any) -> None:
-    """Raise ValueError, before the first step, where the checkpoints to come and the result have no room."""
-    if trainer.sharded or not trainer.main:
+def check_room(state: RunState, root: Path) -> None:
+    """Raise ValueError, before the first step, where the checkpoints to come in `root` and the result beside
+    it have no room.
+    """
+    if state.processes.sharded or not state.processes.main:
         return
-    c, weights = trainer.config, 4 * sum(tensor.numel() for tensor in trainer.names.values())
-    more = len(trainer.extra_tensors()) + (trainer.average is not None)
+    c, weights = state.config, 4 * sum(tensor.numel() for tensor in state.parameters.values())
+    more = len(state.tensors) + (state.average is not None)
     one = weights * (1 + MOMENTS[c.optimizer] + more)
-    coming = -(-max(0, c.max_steps - trainer.step) // c.save_every)
+    coming = -(-max(0, c.max_steps - state.step) // c.save_every)
     # The oldest goes when the newest is in place, so there is one more than are kept.
-    new = min(coming, c.keep_last + 1 - min(c.keep_last, len(checkpoint.folders(trainer.checkpoints))))
-    disk.check_room(trainer.output, int(new * one + weights), f"output_dir {trainer.output}")
+    new = min(coming, c.keep_last + 1 - min(c.keep_last, len(checkpoint.folders(root))))
+    disk.check_room(root.parent, int(new * one + weights), f"output_dir {root.parent}")
 
 
-def _own_part(trainer: Any, folder: Path) -> None:
-    """What every process writes: its generators, and its shards if the engine shards."""
-    torch.save(checkpoint.rng_state(), folder / f"rng_{trainer.rank:03d}.pt")
-    if trainer.sharded:
-        trainer.accelerator.save_state(str(folder / "engine"))
-
-
-def find(trainer: Any) -> checkpoint.Found | None:
-    """The checkpoint that `resume` asks for, verified, of a recipe that can go on; no model is loaded for it.
+def find(
+    config: Any, processes: Processes, options_content: dict[str, str], root: Path
+) -> checkpoint.Found | None:
+    """The checkpoint that `config.resume` asks for, verified, of a recipe that can go on; loads no model.
 
     Raises ValueError in every process where it cannot.
     """
     from accelerate.utils import broadcast_object_list
 
     answer: list[Any] = [None, None]
-    if trainer.main:
+    if processes.main:
         try:
-            checkpoint.sweep(trainer.checkpoints)
-            answer[0] = found = checkpoint.find(trainer.checkpoints, trainer.config.resume)
+            checkpoint.sweep(root)
+            answer[0] = found = checkpoint.find(root, config.resume)
             if found is not None:
-                state = checkpoint.read_state(found.folder)
-                named = changes.check(state, trainer.config, trainer.world, trainer.stamps, found.folder)
+                values = checkpoint.read_state(found.folder)
+                named = changes.check(values, config, processes.world, options_content, found.folder)
                 for sentence in named:
                     logger.warning("%s", sentence)
         except ValueError as error:
             answer = [None, str(error)]
-    if trainer.world > 1:
+    if processes.world > 1:
         broadcast_object_list(answer)
     if answer[1]:
         raise ValueError(answer[1])
     return answer[0]
 
 
-def read(trainer: Any, found: checkpoint.Found | None) -> None:
-    """Go on from this checkpoint, if any. Raises ValueError if it does not fit the model."""
-    if found is None:
-        return
-    folder = found.folder
-    state = checkpoint.read_state(folder)
-    if trainer.sharded:
-        trainer.accelerator.load_state(str(folder / "engine"))
+def read(found: checkpoint.Found, state: RunState) -> dict[str, Any]:
+    """Put a checkpoint's weights, moments, average and generators into those of a run that is to go on.
+
+    Returns the values of its state.json. Raises ValueError if it does not fit the model.
+    """
+    folder, processes = found.folder, state.processes
+    values = checkpoint.read_state(folder)
+    if processes.sharded:
+        processes.accelerator.load_state(str(folder / "engine"))
     else:
-        values = checkpoint.read_tensors(folder, "trained.safetensors")
-        checkpoint.copy_into(trainer.names, values, str(folder))
-        _read_optimizer(trainer, found)
-        _read_average(trainer, found, state)
-    rng = f"rng_{trainer.rank:03d}.pt"
+        tensors = checkpoint.read_tensors(folder, "trained.safetensors")
+        checkpoint.copy_into(state.parameters, tensors, str(folder))
+        _read_optimizer(found, state.optimizer)
+        if state.average is not None:
+            _read_average(found, state, values["ema_updates"])
+    rng = f"rng_{processes.rank:03d}.pt"
     if found.has(rng):
         checkpoint.set_rng_state(torch.load(folder / rng, weights_only=True))
     else:
-        logger.warning("%s has no %s: the dropout of process %d begins anew", folder, rng, trainer.rank)
-    if state["data"] != trainer.batches.fingerprint():
+        logger.warning("%s has no %s: the dropout of process %d begins anew", folder, rng, processes.rank)
+    if values["data"] != state.data:
         logger.warning("the data changed since %s was written: the rows come in another order", folder)
-    trainer.step, trainer.micro = state["step"], state["micro"]
-    trainer.load_extra(found, state)
-    if trainer.main:
-        logger.info("resumed at step %d from %s", trainer.step, folder)
+    if processes.main:
+        logger.info("resumed at step %d from %s", values["step"], folder)
+    return values
 
 
-def _read_optimizer(trainer: Any, found: checkpoint.Found) -> None:
+def _read_optimizer(found: checkpoint.Found, optimizer: Any) -> None:
     if not found.has("optimizer.pt"):
         logger.warning("%s has no optimizer.pt: the optimiser's moments begin anew", found.folder)
         return
     moments = torch.load(found.folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    wanted = [{name: group[name] for name in ("betas", "weight_decay")} for group in _groups(trainer)]
-    trainer.optimizer.load_state_dict(moments)
-    for group, values in zip(_groups(trainer), wanted, strict=True):
+    wanted = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(moments)
+    for group, values in zip(optimizer.param_groups, wanted, strict=True):
         group.update(values)  # the recipe's, where it was changed since; the moments stay
 
 
-def _groups(trainer: Any) -> list[dict[str, Any]]:
-    return trainer.optimizer.param_groups
-
-
-def _read_average(trainer: Any, found: checkpoint.Found, state: dict[str, Any]) -> None:
-    if trainer.average is None:
-        return
+def _read_average(found: checkpoint.Found, state: RunState, updates: int) -> None:
+    average, device = state.average, state.processes.device
     if found.has("ema.safetensors"):
         averages = checkpoint.read_tensors(found.folder, "ema.safetensors")
-        trainer.average.values = {k: v.to(trainer.accelerator.device) for k, v in averages.items()}
-        trainer.average.updates = state["ema_updates"]
+        average.values = {k: v.to(device) for k, v in averages.items()}
+        average.updates = updates
         return
     logger.warning("%s has no ema.safetensors: the average begins at the present weights", found.folder)
-    trainer.average.restart(trainer.names)
+    average.restart(state.parameters)

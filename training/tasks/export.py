@@ -170,12 +170,14 @@ def write_run(trainer: Any) -> Path:
     path = trainer.output / f"{c.output_name or c.recipe or c.task}.safetensors"
     if c.method == "full":
         path = trainer.output / "model"
-    states: dict[str, Any] = dict.fromkeys(trainer.parts)
-    if trainer.sharded:  # gathering is a collective
-        states = {n: trainer.accelerator.get_state_dict(m) for n, m in trainer.prepared.items()}
-    if not trainer.main:
+    states: dict[str, Any] = dict.fromkeys(trainer.model.parts)
+    if trainer.processes.sharded:  # gathering is a collective
+        states = {n: trainer.accelerator.get_state_dict(m) for n, m in trainer.model.prepared.items()}
+    if not trainer.processes.main:
         return path
     if c.method == "full":
-        return save_pipeline(path, c.model, trainer.parts, states if trainer.sharded else None, dtype)
-    tensors = {name: part_tensors(module, states[name]) for name, module in trainer.parts.items()}
+        return save_pipeline(
+            path, c.model, trainer.model.parts, states if trainer.processes.sharded else None, dtype
+        )
+    tensors = {name: part_tensors(module, states[name]) for name, module in trainer.model.parts.items()}
     return save_lora(path, tensors, c, trainer.header(), dtype)
