@@ -100,7 +100,7 @@ def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
     at_column = columns.clone()
     distance = (rows - at_row) ** 2
     jumps = [1 << bit for bit in reversed(range(max(width - 1, 1).bit_length()))]
-    for jump in (1, *jumps, 2, 1):
+    for jump in (1, 2, 1, *jumps, 2, 1):
         for to, source in ((slice(jump, None), slice(None, -jump)), (slice(None, -jump), slice(jump, None))):
             if jump >= width:
                 continue
