@@ -1,4 +1,4 @@
-"""The options of `diptych edit` that choose among several starts: --best-of, --judge, --judge-steps."""
+"""The options of `diptych edit` that choose among several candidates: --best-of, --judge, --judge-steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import values
 
-MOST = 4096  # starts
+MOST = 4096  # candidates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=values.whole(1, MOST),
         default=1,
         metavar="N",
-        help="starts; seeds SEED to SEED+N-1 (default 1)",
+        help="candidates; seeds SEED to SEED+N-1 (default 1)",
     )
     add(
         "--judge",

@@ -32,9 +32,9 @@ KONTEXT_GUIDANCE = 2.5
 
 @dataclass(frozen=True)
 class BestOf:
-    """Several starts of which the best is finished (`samplers/early_filter.py`); start i has seed + i.
+    """Several candidates of which the best is finished (`samplers/early_filter.py`); number i has seed + i.
 
-    judge: images as the model paints them, [N,H,W,3] in 0..1, to scores [N]. batch: starts per model call
+    judge: images as the model paints them, [N,H,W,3] in 0..1, to scores [N]. batch: candidates per model call
     (0 = all). on_result: told what was chosen and what it cost.
     """
 

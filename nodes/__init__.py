@@ -1,4 +1,4 @@
-"""The ComfyUI face of the pack: thin V1 node classes, one file per menu.
+"""The nodes of the pack in ComfyUI: thin V1 classes, one file per menu.
 
 A node is a schema, its validation, one call into `models/`, `samplers/` or `training/`, and a return.
 A new node goes into the file of its menu, at the end of that file's `NODES` list.

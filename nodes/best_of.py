@@ -1,4 +1,4 @@
-"""Early Filter Sampler: judge several starts after a few steps by a reward, finish only the best."""
+"""Early Filter Sampler: score several candidates after a few steps by a reward, finish only the best."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class DiptychEarlyFilterSampler:
 
     DISPLAY_NAME = "Early Filter Sampler (Best of N)"
     DESCRIPTION = (
-        "Starts several images at once, looks after a few steps where each is heading, and finishes only "
-        "the one that a reward likes best. Much cheaper than making them all: 6 starts judged after 4 of 28 "
+        "Starts several images at once, looks after a few steps where each is heading, and finishes only the "
+        "one that a reward likes best. Much cheaper than making them all: 6 candidates judged after 4 of 28 "
         "steps cost 48 model evaluations instead of 168. One candidate is the plain sampler, exactly."
     )
     CATEGORY = "diptych/sampling"
@@ -24,7 +24,7 @@ class DiptychEarlyFilterSampler:
     RETURN_NAMES = ("sampler",)
     OUTPUT_TOOLTIPS = (
         "For SamplerCustomAdvanced with RandomNoise. Candidates use the noise of seed, seed + 1, ... so the "
-        "winner, whose seed is reported, can be made again without this node.",
+        "best one, whose seed is reported, can be made again without this node.",
     )
     FUNCTION = "build"
     SEARCH_ALIASES = ["best of n", "inference scaling", "icedit early filter", "reward sampling", "judge"]
@@ -37,11 +37,11 @@ class DiptychEarlyFilterSampler:
                 "reward": widgets.reward(),
                 "vae": socket("VAE")("Decodes what the judge looks at: the VAE of the model."),
                 "candidates": integer(6, 1, 64)(
-                    "How many starts compete. ICEdit found 6 a good number; 12 adds little."
+                    "How many samples compete. ICEdit found 6 a good number; 12 adds little."
                 ),
                 "judge_steps": integer(4, 1, 10000)(
-                    "Steps every start makes before it is judged. More steps show the judge a clearer image "
-                    "and cost more; 4 to 10 of 28 work."
+                    "Steps every candidate makes before it is judged. More steps show the judge a clearer "
+                    "image and cost more; 4 to 10 of 28 work."
                 ),
             },
             "optional": {
@@ -69,7 +69,7 @@ class DiptychEarlyFilterSampler:
                     "Noise of the SDE rules. -1: the rule's own value; 0: none."
                 ),
                 "sde_seed": widgets.seed(advanced=True)(
-                    "Picks other paths from the same starts, for the SDE rules."
+                    "Picks other paths from the same starting noise, for the SDE rules."
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},

@@ -22,8 +22,8 @@ class DiptychTrainGRPO:
 
     DISPLAY_NAME = "Train GRPO LoRA"
     DESCRIPTION = (
-        "Improves an edit model by rewards instead of examples: it tries, rewards judge, and what was better "
-        "than average becomes likelier (GRPO, or DiffusionNFT). Needs sources and instructions only. "
+        "Improves an edit model by rewards instead of examples: it samples, rewards score, and what was "
+        "better than average becomes likelier (GRPO, or DiffusionNFT). Needs sources and instructions only. "
         "Interrupting saves a checkpoint; the same settings go on from it. ComfyUI's own models are unloaded "
         "first; a diffusers copy of the base is trained."
     )
@@ -32,8 +32,8 @@ class DiptychTrainGRPO:
     RETURN_NAMES = ("lora_name", "reward_curve", "before_after", "report")
     OUTPUT_TOOLTIPS = (
         "Name of the file in ComfyUI's loras folder, for the GRPO LoRA Loader.",
-        "The mean reward of the tries over the updates.",
-        "The same starts before and after training: given, before, after, wanted if it is known, and the "
+        "The mean reward of the samples over the updates.",
+        "The same noise before and after training: source, before, after, target if it is known, and the "
         "reward of both.",
         "What was trained on what, and how the reward went.",
     )
@@ -64,8 +64,9 @@ class DiptychTrainGRPO:
                     "loaded beside the result. auto: the bundled one, for tiny models."
                 ),
                 "preset": choice(PRESETS, "fast")(
-                    "fast: ours, DiffusionNFT with one noise per group; 6 steps. winner: fast, and the worse "
-                    "tries are shown the way to the best one. flow-grpo, dance, mixgrpo, nft: as published."
+                    "fast: ours, DiffusionNFT with one noise per group; 6 steps. winner: fast, and a "
+                    "contrastive update towards the group's best sample. flow-grpo, dance, mixgrpo, nft: as "
+                    "published."
                 ),
                 "instructions": text("", multiline=True)(
                     "Only with images: one line for all, or one for each image."

@@ -147,7 +147,7 @@ class DiptychRewardScore:
                 "mask": socket("MASK")("1 where the edit may change something."),
                 "target": socket("IMAGE")("The target image, if it is known."),
                 "prompt": text("", multiline=True)(
-                    "The instruction, or for text agreement a description of the wanted image."
+                    "The instruction, or for text agreement a description of the target image."
                 ),
             },
         }

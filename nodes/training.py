@@ -41,8 +41,7 @@ class DiptychTrainLora:
     OUTPUT_TOOLTIPS = (
         "Name of the file in ComfyUI's loras folder, for the LoRA loaders.",
         "The loss over the steps, with its running mean.",
-        "The last sample images: what was given, what was made, what was wanted. The curve if there "
-        "are none.",
+        "The last sample images: source, result and target. The curve if there are none.",
         "What was trained on what, and how the loss went.",
     )
     FUNCTION = "train"

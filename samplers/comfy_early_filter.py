@@ -1,8 +1,8 @@
 """Best of N as a ComfyUI SAMPLER: `early_filter.py` inside ComfyUI's guiders, masks, previews and interrupts.
 
 Imported at run time only, from a node. The graph's own noise is candidate 0, so that one candidate is the
-plain sampler; candidate i is what RandomNoise draws for seed + i, so that the winner can be made again by
-itself. Every sample of the graph's batch has its own candidates and its own winner.
+plain sampler; candidate i is what RandomNoise draws for seed + i, so that the best one can be made again by
+itself. Every sample of the graph's batch has candidates, and a best one, of its own.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def sample_early_filter(
     seed = extra_args.get("seed") or 0
     generators = sde_generators(seed, s.candidates, s.stream)
     run = _Run(model, extra_args, s.together)
-    noise, x = run.starts(x, sigmas[0], seed, s.candidates)
+    noise, x = run.initial(x, sigmas[0], seed, s.candidates)
     members = torch.arange(x.shape[1], device=x.device)
     chosen = torch.arange(s.candidates, device=x.device)[:, None].expand(-1, len(members))
     for i in trange(steps, disable=disable):
@@ -115,7 +115,7 @@ class _Run:
         self.latent_image = model.latent_image
         self.mask = extra_args.get("denoise_mask")
 
-    def starts(self, x: Tensor, sigma: Tensor, seed: int, candidates: int) -> tuple[Tensor, Tensor]:
+    def initial(self, x: Tensor, sigma: Tensor, seed: int, candidates: int) -> tuple[Tensor, Tensor]:
         """(noise, latents at the first sigma) of every candidate, [N,B,...]; the first is what was given.
 
         Raises ValueError for several candidates without noise.
@@ -123,17 +123,17 @@ class _Run:
         given = self.model.noise
         if candidates > 1 and not given.any():
             raise ValueError(
-                "the noise is all zero but the Early Filter Sampler compares starts: connect RandomNoise "
-                "instead of DisableNoise, or set candidates to 1."
+                "the noise is all zero but the Early Filter Sampler compares different noise: connect "
+                "RandomNoise instead of DisableNoise, or set candidates to 1."
             )
         sampling = self.model.inner_model.inner_model.model_sampling
-        noises, starts = [given], [x]
+        noises, noised = [given], [x]
         for index in range(1, candidates):
             generator = torch.Generator().manual_seed(candidate_seed(seed, index))
             noise = torch.randn(given.shape, dtype=given.dtype, generator=generator).to(given.device)
             noises.append(noise)
-            starts.append(sampling.noise_scaling(sigma, noise, self.latent_image).to(x))
-        return torch.stack(noises), torch.stack(starts)
+            noised.append(sampling.noise_scaling(sigma, noise, self.latent_image).to(x))
+        return torch.stack(noises), torch.stack(noised)
 
     def predict(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """The predicted data of latents [n,B,...], `together` candidates to a model call."""

@@ -1,8 +1,8 @@
-"""Best of N: judge several starts after a few steps, and finish only the best.
+"""Best of N: judge several candidates after a few steps, and finish only the best.
 
 N noises advance for m of n steps, the data each is heading for (predicted x0) is judged, and the winners go
 on with their remaining steps of the same schedule: nothing is computed twice. After ICEdit's early filter
-(arXiv 2504.20690), which samples M previews of m steps and then starts the winner anew with n.
+(arXiv 2504.20690), which samples M previews of m steps and then samples the best anew with n.
 What a judge is stands in `training/rewards`; the ComfyUI loop is `comfy_early_filter.py`.
 """
 
@@ -48,9 +48,9 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.evaluations} model evaluations: {self.candidates} starts x {self.judged_after} steps + "
-            f"{self.kept} x {self.steps - self.judged_after} to finish; one plain image takes "
-            f"{self.plain}, finishing all starts {self.exhaustive}"
+            f"{self.evaluations} model evaluations: {self.candidates} candidates x {self.judged_after} steps "
+            f"+ {self.kept} x {self.steps - self.judged_after} to finish; one plain image takes "
+            f"{self.plain}, finishing all candidates {self.exhaustive}"
         )
 
 

@@ -125,7 +125,7 @@ def test_the_best_of_several_starts_is_the_edit_of_its_own_seed(edit, photo, cap
     best = edit(*words, "--best-of", "3", "--judge", "jpeg_size", "--judge-steps", "2", "--seed", "7")
     said = capsys.readouterr().out
     kept = int(said.split("; kept ")[1].split()[0])
-    assert "seeds 7 to 9" in said and "8 model evaluations: 3 starts x 2 steps + 1 x 2" in said
+    assert "seeds 7 to 9" in said and "8 model evaluations: 3 candidates x 2 steps + 1 x 2" in said
     plain = edit(*words, "--seed", str(kept))
     torch.testing.assert_close(best, plain, rtol=0, atol=1.5 / 255)
 
