@@ -82,10 +82,10 @@ def trainer_of(options: argparse.Namespace, folder: Path):
 
 def held_out(trainer) -> float:
     """Mean reward of the held-out rows: 12 ODE steps from fixed noise, as the weights are, not averaged."""
-    from comfyui_diptych.training.reinforce import held_out as rows_of
+    from comfyui_diptych.training.tasks.sampling import RolloutSettings
 
-    rows = list(range(len(trainer.data.sample_batches.entries)))
-    scores = rows_of.try_rows(trainer, trainer.data.sample_batches, rows, steps=12)
+    rows = range(len(trainer.data.sample_batches.entries))
+    scores = trainer.held_out_scores(rows, RolloutSettings(12, trainer.config.rollout_guidance))
     return float(scores["shapes"].nanmean())
 
 

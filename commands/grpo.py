@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _illustrate(trainer: Any) -> None:
     """Draw what the run changed; the LoRA is on disk, so no failure here may look like the training's."""
+    from ..training.choices import is_small
     from ..training.data.sample import to_pil
     from ..training.evaluate import history, plots
-    from ..training.reinforce.before_after import before_after
     from ..training.runtime import disk
 
     images = {
@@ -71,7 +71,7 @@ def _illustrate(trainer: Any) -> None:
         )
     }
     if not trainer.processes.sharded:
-        images["before_after.png"] = lambda: to_pil(before_after(trainer)[0])
+        images["before_after.png"] = lambda: to_pil(trainer.before_after(is_small(trainer.config.model))[0])
     for name, draw in images.items():
         try:
             save = draw().save

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .choices import is_small
 from .config import TrainConfig
 from .evaluate import history, plots
 from .evaluate.history import History
@@ -77,7 +78,6 @@ def train(
     should_stop: asked after every step; a checkpoint is written before the run ends. progress wraps the
     caching loops. cpu: train there even if there is a GPU.
     """
-    from .reinforce.before_after import before_after
     from .reinforce.trainer import GRPOTrainer
     from .trainer import Trainer
 
@@ -104,7 +104,7 @@ def train(
         lora = path if path.suffix == ".safetensors" and path.is_file() else None
         samples = sheets[-1][None] if sheets else None
         if by_reward:
-            samples = before_after(trainer) if lora else None
+            samples = trainer.before_after(is_small(config.model)) if lora else None
         step, notes = trainer.step, trainer.data.notes
         trainer = None  # before its memory is collected
     report = _report(config, step, logged, lora, notes)

@@ -15,6 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -420,9 +421,13 @@ class Trainer:
             "prompt_template": self.data.template,
         }
 
+    def final_weights(self) -> AbstractContextManager:
+        """Inside the block the model has the weights that are exported: averaged, if there is an average."""
+        return self.model.averaged()
+
     def export(self) -> Path:
-        """Write the final weights (averaged if there is an average): a LoRA file or a diffusers folder."""
-        with self.model.averaged():
+        """Write the final weights: a LoRA file or a diffusers folder."""
+        with self.final_weights():
             path = export.write_run(self)
         self.processes.wait()
         return path

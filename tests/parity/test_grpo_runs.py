@@ -18,8 +18,7 @@ from comfyui_diptych.models import editing, lora
 from comfyui_diptych.models.sd_inpaint import SDInpaint
 from comfyui_diptych.samplers import ddim, schedule
 from comfyui_diptych.training.data import given
-from comfyui_diptych.training.reinforce import contrastive, held_out, nft, rollout, scoring
-from comfyui_diptych.training.reinforce import supervised as states
+from comfyui_diptych.training.reinforce import rollout, scoring
 from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.runtime import checkpoint, optim, processes, resume
 from comfyui_diptych.training.runtime.random_streams import row_noise, row_uniform
@@ -58,6 +57,7 @@ def begun(folders, tmp_path_factory):
 def randomise(trainer, std=0.1):
     for index, parameter in enumerate(trainer.model.parameters.values()):
         torch.nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(index))
+    trainer._make_objective()  # DiffusionNFT's old policy begins at these weights
 
 
 def ordered(trainer, **options):
@@ -65,24 +65,14 @@ def ordered(trainer, **options):
     trainer.config = c = dataclasses.replace(trainer.config, **{"grad_clip": 0.0, **options})
     optimizer = trainer.accelerator.prepare(optim.make_optimizer(trainer.model.parameters.values(), c))
     trainer.model = dataclasses.replace(trainer.model, optimizer=optimizer)
-    trainer.old = nft.OldPolicy(trainer.model.parameters, c.nft_old_max) if c.algorithm == "nft" else None
     trainer.position.step = 0
+    trainer._make_objective()
     return trainer
 
 
-def rollouts_of(trainer, rows, window="of the trainer"):
-    c, settings = trainer.config, trainer.rollout_settings
-    return rollout.collect(
-        trainer.task,
-        lambda numbers: trainer.rollout_batch(trainer.data.batches, numbers),
-        rows,
-        range(len(rows)),
-        group_size=c.group_size,
-        micro_batch=c.micro_batch,
-        settings=settings if window == "of the trainer" else dataclasses.replace(settings, window=window),
-        seed=0,
-        states=c.contrastive.count,
-    )
+def scored(trainer, rollouts, advantage, keep):
+    """The rollouts as an update takes them, with these advantages and marks [N]."""
+    return trainer.objective.prepared(rollout.with_advantages(rollouts, advantage, keep))
 
 
 @pytest.mark.parametrize(
@@ -97,13 +87,14 @@ def rollouts_of(trainer, rows, window="of the trainer"):
 def test_ratio_is_one_on_unchanged_weights_and_only_there(begun, task, rule, storage):
     options = {"rule": rule} if rule else {"rollout_guidance": 1.0}
     trainer = ordered(begun(task), storage_dtype=storage, clip=1e-2, **options)
-    (made, *_) = rollouts_of(trainer, [0])
+    made = trainer.roll_out([0], [0])
+    (made, *_) = scored(trainer, made, torch.ones(4), torch.ones(4, dtype=torch.bool))
     assert len(made.transitions) == 2
     for number in range(2):
         with torch.no_grad():
-            _, kept = trainer.objective(made, number, torch.ones(2))
-            with trainer.untrained():
-                _, changed = trainer.objective(made, number, torch.ones(2))
+            _, kept = trainer.objective.loss(made, number)
+            with trainer.reference.active():
+                _, changed = trainer.objective.loss(made, number)
         assert (kept["ratio"] - 1).abs().max() < 1e-6 and not kept["clipped"].any()
         assert (changed["ratio"] - 1).abs().min() > 1e-5
 
@@ -115,23 +106,21 @@ UPDATES = {
     "grpo_kl": {"kl_beta": 1e-3},
     "nft": {"algorithm": "nft"},
     "nft_on_policy": NFT,
-    "winners": {**NFT, "nft_times": 0, "contrastive_states": 3},
+    "contrastive": {**NFT, "nft_times": 0, "contrastive_states": 3},
 }
 
 
 @pytest.mark.parametrize("task", ["fill", "sd_inpaint"])
 @pytest.mark.parametrize("name", UPDATES)
 def test_an_update_makes_what_was_judged_better_likelier(begun, task, name):
-    """By the probability of the recorded steps, or by the error of predicting the try from noise on it."""
+    """By the probability of the recorded steps, or by the error of predicting the sample from noise on it."""
     if task == "sd_inpaint" and name == "grpo_prefix":
         pytest.skip("refused by the configuration")
     trainer = ordered(begun(task), lr=1e-4, rollout_guidance=1.0, **UPDATES[name])
-    rollouts, c = rollouts_of(trainer, [0, 1]), trainer.config
-    worth = trainer._advantages(rollouts, [0, 1], 0)
-    if c.contrastive.count:
-        rollouts = contrastive.aimed(rollouts, worth, c.group_size)
-    advantage = torch.cat([values for values, _ in worth])
-    assert advantage.abs().max() > 0.5 and trainer._kept == 8
+    rollouts, c = trainer.roll_out([0, 1], [0, 1]), trainer.config
+    rollouts, kept = trainer._compared(rollouts, trainer._scores(rollouts, [0, 1]), [0, 1])
+    advantage = torch.cat([made.advantage for made in rollouts])
+    assert advantage.abs().max() > 0.5 and kept == 8
 
     @torch.no_grad()
     def liking():
@@ -155,8 +144,7 @@ def test_an_update_makes_what_was_judged_better_likelier(begun, task, name):
     before = liking()
     whole = len(rollouts) // c.inner_updates
     for start in range(0, len(rollouts), whole):
-        part = slice(start, start + whole)
-        trainer._update(rollouts[part], worth[part], [], c.inner_updates)
+        trainer.update(rollouts[start : start + whole], kept, [], c.inner_updates)
     likelier = liking() - before
     assert (likelier * advantage).mean() > 0.1 * likelier.abs().mean() * advantage.abs().mean() > 0
 
@@ -174,7 +162,7 @@ def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_pat
     options = {"window": "fixed:1", "rollout_guidance": 1.0, "max_steps": 1}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, "sd_inpaint", **options))
     file = lora.read(trainer.run())
-    trained = [step.timestep for step in rollouts_of(trainer, [0])[0].transitions]
+    trained = [step.timestep for step in trainer.roll_out([0], [0])[0].transitions]
     assert trained == [501, 251] and file.info.sigma_window == (0.501, 0.001)
     denoiser = SDInpaint.load(folders / "sd_inpaint", dtype=torch.float32)
     handle = lora.apply_to_diffusers(denoiser.unet, file)
@@ -193,11 +181,11 @@ def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_pat
 
 
 @pytest.mark.parametrize("task", ["fill", "sd_inpaint"])
-def test_held_out_pictures_are_made_as_loaders_use_the_file(begun, task):
+def test_held_out_images_are_made_as_loaders_use_the_file(begun, task):
     """The LoRA is on in the window only: equal to a plain loop that switches it by hand."""
     trainer = begun(task)
     family, plain = trainer.task, RolloutSettings(4, 1.0)
-    batch = trainer.rollout_batch(trainer.data.batches, [0])
+    batch = trainer.sampling_batch(trainer.data.batches, [0])
     noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0))
     window = family.level_range(4, (1, 3), *noise.shape[-2:])
     made, _ = family.rollout(batch, noise, dataclasses.replace(plain, lora_window=window))
@@ -248,16 +236,16 @@ def test_kl_is_the_distance_from_the_model_before_the_run(folders, tmp_path, alg
         options["init_lora"] = str(other.export())
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options))
     trainer.prepare()
-    batch = trainer.rollout_batch(trainer.data.batches, [0])
+    batch = trainer.sampling_batch(trainer.data.batches, [0])
     x, sigma = torch.randn_like(batch["latents"]), torch.tensor([0.5])
     with torch.no_grad():
         start = trainer.task.predict(x, sigma, batch, 3.0)
-        assert torch.equal(trainer.reference(x, sigma, batch), start)
+        assert torch.equal(trainer.reference.predict(x, sigma, batch), start)
         for parameter in trainer.model.parameters.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
         moved = trainer.task.predict(x, sigma, batch, 3.0)
         assert not torch.equal(moved, start)
-        assert torch.equal(trainer.reference(x, sigma, batch), start)
+        assert torch.equal(trainer.reference.predict(x, sigma, batch), start)
         assert torch.equal(trainer.task.predict(x, sigma, batch, 3.0), moved)  # the weights came back
     trainer.train_step()  # the weights that were swapped are those that gradients flow to
     assert trainer.measures["kl"] > 0
@@ -267,17 +255,8 @@ def test_kl_is_the_distance_from_the_model_before_the_run(folders, tmp_path, alg
 def test_kl_enters_the_loss_as_the_mean_squared_distance(folders, tmp_path, kl_beta):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, kl_beta=kl_beta, clip=10.0))
     trainer.prepare()
-    rows = [0, 1]
-    (made, *_) = rollout.collect(
-        trainer.task,
-        lambda numbers: trainer.rollout_batch(trainer.data.batches, numbers),
-        rows,
-        rows,
-        group_size=4,
-        micro_batch=2,
-        settings=trainer.rollout_settings,
-        seed=0,
-    )
+    made = trainer.roll_out([0, 1], [0, 1])
+    (made, *_) = scored(trainer, made, torch.zeros(8), torch.ones(8, dtype=torch.bool))
     step = made.transitions[0]
     with torch.no_grad():
         start = trainer.task.predict(step.x, step.time, made.batch, 3.0)
@@ -285,7 +264,7 @@ def test_kl_enters_the_loss_as_the_mean_squared_distance(folders, tmp_path, kl_b
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
         moved = trainer.task.predict(step.x, step.time, made.batch, 3.0)
-        loss, _ = trainer.objective(made, 0, torch.zeros(2))
+        loss, _ = trainer.objective.loss(made, 0)
     distance = ((moved - start) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(loss, kl_beta * distance, atol=1e-6, rtol=1e-4)
 
@@ -313,7 +292,7 @@ for recipe in sys.argv[1:]:
 TO_KILL = {
     "grpo": {},
     "nft": {"algorithm": "nft", "data_rows": 5},
-    "winners": {"algorithm": "nft", "contrastive_states": 2},
+    "contrastive": {"algorithm": "nft", "contrastive_states": 2},
 }
 TO_KILL = {
     name: {**options, "max_steps": 3, "save_every": 1, "ema": 0.9, "eval_rows": 2, "eval_every": 1}
@@ -367,8 +346,8 @@ SHARED = {"max_steps": 1, "lr": 1e-2, "eval_every": 1}
 IN_TWO = {
     "grpo": {"data_rows": "2@0.1", "eval_rows": 1},
     "nft": {**NFT, "group_clip": 0.02, "data_rows": "2@0.1", "eval_rows": 2},
-    "winners": {**NFT, "group_clip": 0.02, "contrastive_states": 2, "eval_rows": 3},
-    "winners_alone": {**NFT, "nft_times": 0, "contrastive_states": 3, "mixed_precision": "auto"},
+    "contrastive": {**NFT, "group_clip": 0.02, "contrastive_states": 2, "eval_rows": 3},
+    "contrastive_alone": {**NFT, "nft_times": 0, "contrastive_states": 3, "mixed_precision": "auto"},
 }
 
 
@@ -414,33 +393,20 @@ def test_two_processes_make_the_first_update_of_one_with_all_groups(folders, tmp
 def test_as_many_held_out_rows_are_judged_as_were_asked_for(folders, tmp_path):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, eval_rows=2, max_steps=1))
     trainer.prepare()
-    trainer._evaluate()
-    alone = [
-        held_out.try_rows(trainer, trainer.data.sample_batches, [n], lora_window=trainer.lora_window)
-        for n in (0, 1)
-    ]
+    trainer.evaluate()
+    alone = [trainer.held_out_scores([n]) for n in (0, 1)]
     means = torch.cat([scores["toy_judge:brightness"] for scores in alone]).mean().item()
-    assert trainer.history[0]["value"] == pytest.approx(means, abs=1e-6)
+    assert trainer.held_out.history[0]["value"] == pytest.approx(means, abs=1e-6)
 
 
-def test_whole_groups_in_one_pass_make_the_same_pictures(folders, tmp_path):
+def test_whole_groups_in_one_pass_make_the_same_images(folders, tmp_path):
     made = []
     for size in (2, 4, 8):
         options = {"shared_prefix": True, "window": "fixed:1"}
         c = toy(folders, tmp_path / str(size), micro_batch=size, **options)
         trainer = grpo.GRPOTrainer(c)
         trainer.prepare()
-        rollouts = rollout.collect(
-            trainer.task,
-            lambda numbers, trainer=trainer: trainer.rollout_batch(trainer.data.batches, numbers),
-            [3, 5],
-            [0, 1],
-            group_size=4,
-            micro_batch=size,
-            settings=dataclasses.replace(trainer.rollout_settings, window=(1, 3)),
-            seed=0,
-            shared_prefix=True,
-        )
+        rollouts = trainer.roll_out([3, 5], [0, 1])
         assert [len(r.latents) for r in rollouts] == [size] * (8 // size)
         assert [m for r in rollouts for m in r.members] == list(range(8))
         made.append(torch.cat([r.latents for r in rollouts]))
@@ -455,23 +421,10 @@ def update_gradients(trainer, keep, advantage, data=()):
     def step(*_):
         taken.update({name: p.grad.clone() for name, p in trainer.model.parameters.items()})
 
-    rollouts = rollout.collect(
-        trainer.task,
-        lambda numbers: trainer.rollout_batch(trainer.data.batches, numbers),
-        [0, 1, 2],
-        [0, 1, 2],
-        group_size=4,
-        micro_batch=trainer.config.micro_batch,
-        settings=dataclasses.replace(trainer.rollout_settings, window=None),
-        seed=0,
-        states=trainer.config.contrastive.count,
-    )
-    sizes = [len(r.latents) for r in rollouts]
-    trainer._kept, trainer.model.optimizer.step = int(keep.sum()), step
-    worth = list(zip(advantage.flatten().split(sizes), keep.flatten().split(sizes), strict=True))
-    if trainer.config.contrastive.count:
-        rollouts = contrastive.aimed(rollouts, worth, 4)
-    trainer._update(rollouts, worth, list(data))
+    rollouts = trainer.roll_out([0, 1, 2], [0, 1, 2])
+    trainer.model.optimizer.step = step
+    rollouts = scored(trainer, rollouts, advantage.flatten(), keep.flatten())
+    trainer.update(rollouts, int(keep.sum()), list(data))
     return taken
 
 
@@ -489,8 +442,7 @@ def test_no_group_pulls_harder_than_its_limit(folders, tmp_path, micro_batch):
     for limit in (0.0, 1e6, 0.1):
         trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options, group_clip=limit))
         trainer.prepare()
-        for index, parameter in enumerate(trainer.model.parameters.values()):
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
+        randomise(trainer)
         made[limit] = update_gradients(trainer, keep, advantage)
         if limit == 0.0:
             alone = []
@@ -513,15 +465,14 @@ def test_rows_of_the_data_add_their_supervised_gradient(folders, tmp_path, limit
     options = {**NFT, "micro_batch": 4, "grad_clip": 0.0, "group_clip": limit}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options, data_rows="5@3.0"))
     trainer.prepare()
-    for index, parameter in enumerate(trainer.model.parameters.values()):
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
+    randomise(trainer)
     advantage = torch.tensor([[1.0, -1.0, 2.0, -2.0], [0.1, -0.1, 0.1, -0.1], [3.0, 1.0, -4.0, 0.0]])
     keep = torch.ones(3, 4, dtype=torch.bool)
     without = update_gradients(trainer, keep, advantage)
     added = update_gradients(trainer, keep, advantage, data=[7, 1, 4, 0, 9])
     batch = trainer.data.batches([7, 1, 4, 0, 9], [False] * 5)
     places = list(range(5))
-    noise = row_noise(0, [states.DATA + place for place in places], batch["latents"].shape[1:])
+    noise = row_noise(0, [grpo.DATA + place for place in places], batch["latents"].shape[1:])
     loss = 3 * trainer.task.row_losses(batch, noise, row_uniform(0, places, "data")).mean()
     alone = torch.autograd.grad(loss, list(trainer.model.parameters.values()))
     for (name, value), gradient in zip(added.items(), alone, strict=True):
@@ -533,24 +484,23 @@ def test_rows_of_the_data_add_their_supervised_gradient(folders, tmp_path, limit
 
 @pytest.mark.parametrize("task", ["kontext", "sd_inpaint"])
 @pytest.mark.parametrize("micro_batch", [2, 8], ids=["group_in_parts", "groups_together"])
-def test_tries_are_learnt_where_they_came_through_towards_their_groups_best(
+def test_samples_are_learnt_where_they_came_through_towards_their_groups_best(
     folders, tmp_path, task, micro_batch
 ):
     options = {"rollout_guidance": 1.0, "nft_times": 0, "contrastive_states": 2, "grad_clip": 0.0}
     options |= {**NFT, "nft_times": 0, "micro_batch": micro_batch, "rollout_steps": 4}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, task, **options))
     trainer.prepare()
-    for index, parameter in enumerate(trainer.model.parameters.values()):
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
+    randomise(trainer)
     advantage = torch.tensor([[0.2, -1.5, 0.5, 0.1], [0.0, 0.4, -0.4, 0.0], [9.0, 0.0, 0.0, 0.0]])
     keep = torch.tensor([[True] * 4, [True, True, True, False], [False] * 4])
     taken = update_gradients(trainer, keep, advantage)
 
-    # The same by hand: a plain loop for each try, its states, the errors towards the best's end and its own.
+    # By hand: a plain loop for each sample, its states, the errors towards the best's end and its own.
     best, pulls = [2, 1], [[0.3, 1.0, 0.0, 0.4], [0.4, 0.0, 0.8, 0.0]]
     sampling, total = RolloutSettings(4, 1.0), torch.zeros(())
     for row in range(2):
-        batch = trainer.rollout_batch(trainer.data.batches, [row])
+        batch = trainer.sampling_batch(trainer.data.batches, [row])
         paths, ends = [], []
         for member in range(4 * row, 4 * row + 4):
             noise = row_noise(0, [member], tuple(batch["latents"].shape[1:]))
@@ -585,17 +535,21 @@ def test_samples_that_teach_nothing_are_left_out_of_a_pass():
         batch = {"latents": values * 10, "prompts": [str(m) for m in members]}
         return rollout.Rollout(members, batch, values, ())
 
-    made = rollout.kept_only([piece(0, 3), piece(3, 2)], [torch.tensor([0, 2]), torch.tensor([4])])
-    assert [places.tolist() for _, places in made] == [[0, 2], [4]]
-    assert [r.members for r, _ in made] == [[0, 2], [4]]
-    assert made[0][0].batch["prompts"] == ["0", "2"]
-    assert made[1][0].batch["latents"].tolist() == [[40.0]] and made[1][0].latents.tolist() == [[4.0]]
+    keep = torch.tensor([True, False, True, False, True])
+    rollouts = rollout.with_advantages([piece(0, 3), piece(3, 2)], torch.arange(5.0), keep)
+    made = rollout.kept_only(rollouts, micro_batch=2)
+    assert [r.members for r in made] == [[0, 2], [4]]
+    assert [r.advantage.tolist() for r in made] == [[0.0, 2.0], [4.0]] and all(r.keep.all() for r in made)
+    assert made[0].batch["prompts"] == ["0", "2"]
+    assert made[1].batch["latents"].tolist() == [[40.0]] and made[1].latents.tolist() == [[4.0]]
+    none = rollout.with_advantages(rollouts, torch.zeros(5), torch.zeros(5, dtype=torch.bool))
+    assert rollout.kept_only(none, micro_batch=2) == none[-1:]  # every process makes a pass
 
 
 def test_guided_rollouts_of_sd_see_the_empty_prompt(folders, tmp_path):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, "sd_inpaint", rollout_guidance=4.0))
     trainer.prepare()
-    batch = trainer.rollout_batch(trainer.data.batches, [0, 3])
+    batch = trainer.sampling_batch(trainer.data.batches, [0, 3])
     x = torch.randn_like(batch["latents"])
     plain = {**batch, "tokens": batch["empty_tokens"]}
     with torch.no_grad():
@@ -614,14 +568,14 @@ def test_a_failing_reward_is_counted_and_never_zero(folders, tmp_path):
 @pytest.mark.parametrize("options, steps", [({"max_steps": 1}, 1), ({"max_steps": 9}, 3)])
 def test_a_run_that_nobody_can_judge_ends_and_writes_no_lora(folders, tmp_path, options, steps):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, rewards=["toy_judge:nothing"], **options))
-    with pytest.raises(checkpoint.TrainingError, match=f"a picture of the last {steps} updates.*toy_judge"):
+    with pytest.raises(checkpoint.TrainingError, match=f"an image of the last {steps} updates.*toy_judge"):
         trainer.run()
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_held_out_rows_that_nobody_can_judge_end_the_run_before_the_first_update(folders, tmp_path):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, rewards=["toy_judge:nothing"], eval_rows=2))
-    with pytest.raises(checkpoint.TrainingError, match="any of the 2 held-out pictures"):
+    with pytest.raises(checkpoint.TrainingError, match="any of the 2 held-out images"):
         trainer.run()
     assert trainer.step == 0
 
@@ -631,7 +585,7 @@ def test_a_reward_with_nothing_to_judge_neither_hides_the_best_nor_stops_it(fold
     options = {"rewards": ["toy_judge:brightness", "toy_judge:nothing"], "eval_rows": 2, "eval_every": 1}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, **options, max_steps=1))
     trainer.run()
-    assert trainer.best is not None and len(trainer.history) == 2
+    assert trainer.held_out.best is not None and len(trainer.held_out.history) == 2
     text = (tmp_path / "rewards.jsonl").read_text()
     assert "NaN" not in text and json.loads(text)["failed/toy_judge:nothing"] == 8
 
@@ -653,14 +607,14 @@ def test_pairs_without_masks_are_judged_outside_what_changed(folders, tmp_path, 
     options = {"data": data, "rewards": ["keep_l1", "keep_ssim"], "eval_rows": 2, "max_steps": 1}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path / "run", task, **options))
     trainer.run()
-    row = trainer.judge_of(trainer.data.batches).row(1)
+    row = trainer.scorer(trainer.data.batches).row(1)
     assert row.mask[:16].all() and not row.mask[16:].any()
     entry = log(tmp_path / "run")[0]
     assert -1 <= entry["reward/keep_ssim"] <= 1 and 0 < entry["reward/keep_l1"] <= 1
-    assert trainer.best is not None
+    assert trainer.held_out.best is not None
 
 
-def test_what_may_change_is_unknown_without_masks_and_wanted_pictures(folders, tmp_path):
+def test_what_may_change_is_unknown_without_masks_and_target_images(folders, tmp_path):
     folder = tmp_path / "pairs"
     pairs_without_masks(folder)
     for target in folder.glob("*_target.png"):
@@ -672,8 +626,8 @@ def test_what_may_change_is_unknown_without_masks_and_wanted_pictures(folders, t
     assert trainer.task.module is None  # before the model is loaded
 
 
-def test_a_mask_keeps_its_place_where_pictures_are_cropped_to_buckets(folders, tmp_path):
-    """The row's mask at the same crop as its picture: white where the picture is white."""
+def test_a_mask_keeps_its_place_where_images_are_cropped_to_buckets(folders, tmp_path):
+    """The row's mask at the same crop as its image: white where the image is white."""
     folder = tmp_path / "wide"
     folder.mkdir()
     picture = np.zeros((32, 96, 3), np.uint8)
@@ -684,7 +638,7 @@ def test_a_mask_keeps_its_place_where_pictures_are_cropped_to_buckets(folders, t
     options = {"data": [f"pairs:{folder}"], "sizing": "buckets", "bucket_step": 16}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path / "run", **options))
     trainer.prepare()
-    row = trainer.judge_of(trainer.data.batches).row(0)
+    row = trainer.scorer(trainer.data.batches).row(0)
     assert row.mask.any() and ((row.target.mean(-1) > 0.5) == row.mask.bool()).float().mean() > 0.97
     assert torch.equal(row.source, row.target)
 
@@ -693,7 +647,7 @@ def test_text_is_kept_as_the_model_takes_it_and_once_for_a_row(folders, tmp_path
     """In bfloat16 for such a model, with the prediction of float32 text; samples of one row share it."""
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, base_dtype="bfloat16", cache_dtype="bfloat16"))
     trainer.prepare()
-    (made, *_) = rollouts_of(trainer, [0])
+    (made, *_) = trainer.roll_out([0], [0])
     tokens, pooled = made.batch["tokens"], made.batch["pooled"]
     assert tokens.dtype == pooled.dtype == torch.bfloat16 and made.batch["latents"].dtype == torch.float32
     assert len(tokens) == 2 and tokens.untyped_storage().nbytes() == tokens[0].numel() * 2
@@ -703,17 +657,17 @@ def test_text_is_kept_as_the_model_takes_it_and_once_for_a_row(folders, tmp_path
     assert torch.equal(ours, theirs)
 
 
-def test_a_judge_forgets_rows_beyond_its_memory(folders, tmp_path, monkeypatch):
+def test_a_scorer_forgets_rows_beyond_its_memory(folders, tmp_path, monkeypatch):
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path))
     trainer.prepare()
-    judge = scoring.Judge(trainer.rewards, trainer.data.batches)
-    monkeypatch.setattr(scoring, "KEPT_BYTES", 3 * judge.row(0).bytes)
+    scorer = scoring.RowScorer(trainer.rewards, trainer.data.batches)
+    monkeypatch.setattr(scoring, "KEPT_BYTES", 3 * scorer.row(0).bytes)
     reads = []
     real = scoring.read_row
     monkeypatch.setattr(scoring, "read_row", lambda *a: reads.append(a[1]) or real(*a))
     for number in (0, 1, 2, 0, 3, 0, 1):
-        judge.row(number)
-    assert reads == [1, 2, 3, 1] and len(judge._rows) == 3
+        scorer.row(number)
+    assert reads == [1, 2, 3, 1] and len(scorer._rows) == 3
 
 
 def test_scores_travel_in_types_that_every_device_knows(folders, tmp_path, monkeypatch):
@@ -722,7 +676,7 @@ def test_scores_travel_in_types_that_every_device_knows(folders, tmp_path, monke
     trainer.prepare()
     seen, real = [], trainer.accelerator.gather
     monkeypatch.setattr(trainer.accelerator, "gather", lambda t: seen.append(t.dtype) or real(t))
-    trainer._evaluate()
+    trainer.evaluate()
     trainer.train_step()
     assert seen and torch.float64 not in seen
 

@@ -148,7 +148,7 @@ def test_the_model_sees_what_is_stored(write, tmp_path):
 
     spec, (parts, *_) = write(ids=3.0, **WIDE)
     trainer = trainer_of(tmp_path, spec)
-    batch = trainer.rollout_batch(trainer.data.batches, [0])
+    batch = trainer.sampling_batch(trainer.data.batches, [0])
     pack = FluxFillPipeline._pack_latents
     mask = parts["mask_latents"][None].expand(1, 64, 8, 16)  # one cell stands for its 64 pixels
     features = torch.cat([pack(parts["masked_latents"][None], 1, 16, 8, 16), pack(mask, 1, 64, 8, 16)], -1)
@@ -176,10 +176,10 @@ def test_texts_of_any_length_share_a_batch_unchanged(write, tmp_path):
     trainer = trainer_of(tmp_path, spec)
     x = torch.randn(3, 16, 8, 16)
     with torch.no_grad():
-        condition = trainer.task.condition(trainer.rollout_batch(trainer.data.batches, [1, 0, 2]), 30.0)
+        condition = trainer.task.condition(trainer.sampling_batch(trainer.data.batches, [1, 0, 2]), 30.0)
         together = trainer.task.host.velocity(x, 0.5, condition)
         for place, number in enumerate([1, 0, 2]):
-            batch = trainer.rollout_batch(trainer.data.batches, [number])
+            batch = trainer.sampling_batch(trainer.data.batches, [number])
             batch["tokens"] = parts[number]["prompt_embed"][None]
             del batch["text_bias"]
             alone = trainer.task.host.velocity(x[place : place + 1], 0.5, trainer.task.condition(batch, 30.0))
@@ -230,9 +230,9 @@ def test_a_target_that_is_there_is_shown_to_rewards(write, tmp_path):
     with torch.no_grad():
         wanted = trainer.task.host.decode(parts["latents"][None])[0]
     assert torch.allclose(scoring.read_row(trainer.data.batches, 0).target, wanted, atol=1e-5)
-    assert trainer.judge_of(trainer.data.batches).targets
+    assert trainer.scorer(trainer.data.batches).targets
     blind = trainer_of(tmp_path / "blind", write(**WIDE)[0])
-    assert not blind.judge_of(blind.data.batches).targets
+    assert not blind.scorer(blind.data.batches).targets
 
 
 @pytest.mark.parametrize("named", ["by its caption", "by the option"])
@@ -251,7 +251,7 @@ def test_a_diptych_is_judged_by_its_edited_half(write, tmp_path, named):
         decoded = trainer.task.host.decode(parts["masked_latents"][None])[0]
     assert row.prompt == "make it blue" and torch.allclose(row.source, decoded[:, :64], atol=1e-5)
     assert row.diptych and row.mask is None  # the hole is the whole panel: what may change is not known
-    scores = trainer.judge_of(trainer.data.batches)(torch.rand(2, 64, 128, 3), [0, 1])
+    scores = trainer.scorer(trainer.data.batches).score(torch.rand(2, 64, 128, 3), [0, 1])
     assert scores["jpeg_size"].shape == (2,)
 
 
@@ -348,7 +348,9 @@ def test_the_mask_of_an_edit_pair_reaches_the_rewards(pairs, tmp_path):
     row = scoring.read_row(trainer.data.batches, 0)
     assert row.mask.shape == (64, 64) and row.mask[:, :16].all() and not row.mask[:, 16:].any()
     assert trainer.data.batches([0], [False])["mask"][..., 64:].all()  # the panel is repainted all the same
-    assert trainer.judge_of(trainer.data.batches)(torch.rand(1, 64, 128, 3), [0])["keep_l1"].isfinite().all()
+    assert (
+        trainer.scorer(trainer.data.batches).score(torch.rand(1, 64, 128, 3), [0])["keep_l1"].isfinite().all()
+    )
 
 
 def test_pairs_without_masks_say_so_before_the_model_is_loaded(encoded, tmp_path):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_diptych.training.reinforce import nft
-from comfyui_diptych.training.reinforce.nft import OldPolicy, preference
+from comfyui_diptych.training.reinforce import objectives
+from comfyui_diptych.training.reinforce.objectives import preference
+from comfyui_diptych.training.reinforce.weights import OldPolicy
 from comfyui_diptych.training.tasks.flux import FluxTask
 
 # One sample of two elements: data (1, 0), noise (0, 2), half way between them.
@@ -16,7 +17,7 @@ V, V_OLD = torch.tensor([[-2.0, 2.0]]), torch.tensor([[0.0, 1.0]])
 def nft_loss(x, sigma, x0, v, v_old, wanted, beta):
     """The loss of velocities, as the paper writes it."""
     data, data_old = (FluxTask.data_prediction(x, sigma, velocity) for velocity in (v, v_old))
-    return nft.nft_loss(data, data_old, x0, wanted, beta)
+    return objectives.nft_loss(data, data_old, x0, wanted, beta)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_the_old_policy_follows_more_slowly_from_update_to_update():
     seen = []
     for update, value in ((1, 1.0), (2, 2.0), (100, 0.0)):
         parameters["w"].fill_(value)
-        old.follow(parameters, update)
+        old.follow(update)
         seen.append(old.values["w"].item())
     # decay .1, .2 and then the largest, .5
     assert seen == pytest.approx([0.9, 0.2 * 0.9 + 0.8 * 2.0, 0.5 * 1.78])
@@ -87,6 +88,6 @@ def test_the_old_policy_is_in_the_model_only_inside_the_block():
     parameters = {"w": torch.zeros(1)}
     old = OldPolicy(parameters, 0.5, ramp=0.1)
     parameters["w"].fill_(3.0)
-    with old.active(parameters):
+    with old.active():
         assert parameters["w"].item() == 0
     assert parameters["w"].item() == 3 and old.values["w"].item() == 0

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from comfyui_diptych.samplers import flow_match
-from comfyui_diptych.training.reinforce.advantage import advantages, clipped_loss
+from comfyui_diptych.training.reinforce.advantage import advantages
+from comfyui_diptych.training.reinforce.objectives import clipped_loss
 from comfyui_diptych.training.reinforce.windows import window
 
 
@@ -30,7 +31,7 @@ def test_one_group_falls_back_to_its_own_std():
     torch.testing.assert_close(one.values, advantages(scores, alone, {"r": 1.0}, scale="group").values)
 
 
-def test_a_group_without_a_winner_is_filtered_and_changes_nothing_else():
+def test_a_group_without_a_best_sample_is_filtered_and_changes_nothing_else():
     groups = torch.tensor([0, 0, 1, 1])
     got = advantages({"r": torch.tensor([0.0, 1.0, 0.5, 0.5])}, groups, {"r": 1.0}, scale="group")
     alone = advantages({"r": torch.tensor([0.0, 1.0])}, groups[:2], {"r": 1.0}, scale="group")

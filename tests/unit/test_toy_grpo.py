@@ -9,14 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_diptych.samplers import flow_match, schedule
-from comfyui_diptych.training.reinforce.advantage import advantages, clipped_loss
+from comfyui_diptych.training.reinforce.advantage import advantages
+from comfyui_diptych.training.reinforce.objectives import clipped_loss
 from comfyui_diptych.training.reinforce.windows import window as window_of
 from torch import nn
 
 MODES = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
 SPREAD = 0.2
 STEPS, GROUPS, SIZE = 8, 8, 16
-OPTIMUM = 1.0  # of the reward: the sample lies on the wanted mode
+OPTIMUM = 1.0  # of the reward: the sample lies on the chosen mode
 
 
 def mixture_velocity(x, sigma):
@@ -64,10 +65,10 @@ def reinforce(rule, updates):
         x0, steps = flow_match.sample(
             policy, noise, sigmas, rule=rule, window=window, generator=generator, record=True
         )
-        worth = advantages({"near": reward(x0)}, groups, {"near": 1.0})
+        found = advantages({"near": reward(x0)}, groups, {"near": 1.0})
         for step in steps:
             replayed = step.replay(policy(step.x, step.sigma))
-            loss = (clipped_loss(step.log_ratio(replayed.mean), worth.values, 0.2).loss * worth.keep).mean()
+            loss = (clipped_loss(step.log_ratio(replayed.mean), found.values, 0.2).loss * found.keep).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,7 +1,4 @@
-"""The policy-gradient objective on recorded transitions: group-relative advantages and the clipped ratio.
-
-Pure functions on tensors; the loop that calls them is `grpo.py`.
-"""
+"""Group-relative advantages: from raw scores to how much better than its group's others a sample is."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from torch import Tensor
 
 from ..rewards.composite import combine
 
-# Largest advantage: DanceGRPO's clamp. DiffusionNFT divides by it and multiplies its loss by it (`nft.py`),
-# so it sets the scale of that objective too, and every measured figure rests on it.
+# Largest advantage: DanceGRPO's clamp. DiffusionNFT divides by it and multiplies its loss by it
+# (`objectives.py`), so it sets the scale of that objective too, and every measured figure rests on it.
 ADVANTAGE_MAX = 5.0
 
 
@@ -31,8 +28,9 @@ def advantages(
 ) -> Advantages:
     """Group-relative advantages [N]: normalised per reward, weighted, summed, clamped to `ADVANTAGE_MAX`.
 
-    raw: scores [N] by reward; groups: [N]. A group in which no reward tells two samples apart, by the raw
-    scores, is filtered: it has no gradient but would dilute the mean. So is one whose rewards cancel.
+    raw: scores [N] by reward; groups: [N]. scale: "global" or "group", whose standard deviation divides. A
+    group in which no reward tells two samples apart, by the raw scores, is filtered: it has no gradient but
+    would dilute the mean. So is one whose rewards cancel.
     Source: Flow-GRPO's per-prompt statistics with the epoch's std; DanceGRPO's clamp.
     """
     values = combine(raw, weights, groups, scale)
@@ -46,27 +44,6 @@ def advantages(
 
 
 def _differ(scores: Tensor) -> bool:
-    """Whether the judged ones of these scores [n] are not all equal."""
+    """Whether the finite ones of these scores [n] are not all equal."""
     known = scores[scores.isfinite()]
     return len(known) > 1 and bool(known.min() < known.max())
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """loss [B] with gradient; ratio [B] and clipped [B] (bool), detached, for the log."""
-
-    loss: Tensor
-    ratio: Tensor
-    clipped: Tensor
-
-
-def clipped_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> PolicyLoss:
-    """PPO's clipped objective per sample: -min(r A, clip(r, 1-c, 1+c) A), r = exp(log_ratio) [B].
-
-    log_ratio is a mean over latent elements, not a sum, so useful clip ranges are 1e-5 to 1e-3.
-    """
-    ratio = log_ratio.exp()
-    bounded = ratio.clamp(1 - clip, 1 + clip)
-    gain = torch.minimum(ratio * advantage, bounded * advantage)
-    clipped = (ratio.detach() - 1).abs() > clip
-    return PolicyLoss(-gain, ratio.detach(), clipped)

@@ -1,13 +1,14 @@
-"""Rollouts: groups of finished pictures, with the random steps that made them recorded for replay.
+"""Rollouts: groups of finished samples, with the random steps that made them recorded for replay.
 
 One micro-batch is sampled and later replayed as it is: other batch sizes choose other kernels, and then the
-ratio on unchanged weights is not 1. What the pictures are worth and what is learnt stand elsewhere.
+ratio on unchanged weights is not 1. How good the samples are and what is learnt of them stand elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ from ..data.dataset import latents_like
 from ..runtime.random_streams import row_noise, row_uniform
 from ..tasks.base import Task
 from ..tasks.sampling import Recorded, RolloutSettings
+from .config import GRPOConfig
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One micro-batch: the condition's tensors as they were fed, the clean latents, the recorded steps.
+    """One micro-batch of samples as it goes through an update: sampled, then scored, then learnt.
 
-    members: the samples' numbers, unique over processes and updates. visited: x [B,K,C,h,w] and sigma or
-    timestep [B,K] of K states that each try came through. aim [B,C,h,w], pull [B]: of `winners.aimed`.
+    members: the samples' numbers, unique over processes and updates; batch: the condition's tensors that
+    they were made from; latents [B,C,h,w]: the clean ones; transitions: the recorded random steps. visited: x
+    [B,K,C,h,w] and sigma or timestep [B,K] of K states that each sample came through.
+    advantage [B], keep [B] (bool, False for what teaches nothing): of `with_advantages`. best, gap: of
+    `contrastive.with_best`.
     """
 
     members: Sequence[int]
@@ -33,8 +38,10 @@ class Rollout:
     latents: Tensor
     transitions: Sequence[Recorded] = ()
     visited: tuple[Tensor, Tensor] | None = None
-    aim: Tensor | None = None
-    pull: Tensor | None = None
+    advantage: Tensor | None = None
+    keep: Tensor | None = None
+    best: Tensor | None = None
+    gap: Tensor | None = None
 
 
 @torch.no_grad()
@@ -43,58 +50,81 @@ def collect(
     make_batch: Callable[[list[int]], dict[str, Any]],
     rows: Sequence[int],
     groups: Sequence[int],
-    *,
-    group_size: int,
-    micro_batch: int,
+    config: GRPOConfig,
     settings: RolloutSettings,
-    seed: int,
-    shared_noise: bool = False,
-    shared_prefix: bool = False,
-    states: int = 0,
 ) -> list[Rollout]:
     """`group_size` samples of each row, in micro-batches of part of a row's group or of several whole groups.
 
-    rows: entry numbers; groups: a number per row, unique over processes and updates, that alone fixes its
-    noise (so any split over processes makes the same images). settings.window None records nothing
-    (DiffusionNFT). shared_noise: a group begins at one noise; shared_prefix: it also shares the steps before
-    the window. states: of each sample to keep, at random steps (but the first, which is noise).
+    make_batch: entry numbers to the tensors that sampling needs; rows: entry numbers; groups: a number per
+    row, unique over processes and updates, that alone fixes its noise (so any split over processes makes the
+    same images). settings.window None records no step (DiffusionNFT).
     """
-    rollouts = []
-    together = max(1, micro_batch // group_size)  # rows; an update's rows are all of one size
-    for first in range(0, len(rows), together):
-        some = list(rows[first : first + together])
-        starts = [group * group_size for group in groups[first : first + together]]
-        prefix = _prefix(task, make_batch(some), starts, settings, seed) if shared_prefix else None
-        for start in range(0, group_size, micro_batch):
-            numbers = range(start, min(start + micro_batch, group_size))
-            part = [member + number for member in starts for number in numbers]
+    c, rollouts = config, []
+    together = max(1, c.micro_batch // c.group_size)  # rows; an update's rows are all of one size
+    for at in range(0, len(rows), together):
+        some = list(rows[at : at + together])
+        firsts = [group * c.group_size for group in groups[at : at + together]]
+        prefix = _prefix(task, make_batch(some), firsts, settings, c.seed) if c.shared_prefix else None
+        for start in range(0, c.group_size, c.micro_batch):
+            numbers = range(start, min(start + c.micro_batch, c.group_size))
             batch = repeated(make_batch(some), len(numbers))
-            like = latents_like(batch)
-            device = like.device
-            firsts = [member for member in starts for _ in numbers]
-            shape = tuple(like.shape[1:])
-            steps = (0, settings.steps)
-            if prefix is None:
-                shared = shared_noise or shared_prefix
-                noise = row_noise(seed, firsts if shared else part, shape).to(device)
-            else:
-                noise = prefix.repeat_interleave(len(numbers), 0)
-                steps = (settings.window[0], settings.steps)
-            notes = Visited(states, settings.steps, seed, part) if states else None
-            generators = [torch.Generator().manual_seed(sde_seed(seed, member)) for member in part]
-            latents, transitions = task.rollout(
-                batch, noise, settings, generators, steps=steps, callback=notes
-            )
-            rollouts.append(Rollout(part, batch, latents, transitions, notes and notes.joined()))
+            rollouts.append(_sampled(task, batch, firsts, numbers, prefix, c, settings))
     return rollouts
 
 
+def _sampled(
+    task: Task,
+    batch: dict[str, Any],
+    firsts: Sequence[int],
+    numbers: Sequence[int],
+    prefix: Tensor | None,
+    config: GRPOConfig,
+    settings: RolloutSettings,
+) -> Rollout:
+    """One micro-batch: of the groups whose first samples are numbered `firsts`, each the samples `numbers`.
+
+    prefix [groups,C,h,w]: the latents at the window's start that a group shares, if it does.
+    """
+    c, steps = config, (0, settings.steps)
+    members = [first + number for first in firsts for number in numbers]
+    if prefix is not None:
+        noise, steps = prefix.repeat_interleave(len(numbers), 0), (settings.window[0], settings.steps)
+    elif c.shared_noise or c.shared_prefix:
+        noise = noise_for(batch, c.seed, [first for first in firsts for _ in numbers])
+    else:
+        noise = noise_for(batch, c.seed, members)
+    states = c.contrastive.count
+    visited = Visited(states, settings.steps, c.seed, members) if states else None
+    generators = [torch.Generator().manual_seed(sde_seed(c.seed, member)) for member in members]
+    latents, transitions = task.rollout(batch, noise, settings, generators, steps=steps, callback=visited)
+    return Rollout(members, batch, latents, transitions, visited and visited.joined())
+
+
+def _prefix(
+    task: Task, batch: dict[str, Any], firsts: Sequence[int], settings: RolloutSettings, seed: int
+) -> Tensor | None:
+    """The groups' common latents [rows,C,h,w] at the window's start; None where nothing comes before it."""
+    if settings.window is None or settings.window[0] == 0:
+        return None
+    noise = noise_for(batch, seed, firsts)
+    return task.rollout(batch, noise, replace(settings, window=None), steps=(0, settings.window[0]))[0]
+
+
+def noise_for(batch: dict[str, Any], seed: int, positions: Sequence[int]) -> Tensor:
+    """Noise [B,C,h,w] for a batch's latents, on its device; row n's is that of positions[n] in the stream."""
+    like = latents_like(batch)
+    return row_noise(seed, list(positions), tuple(like.shape[1:])).to(like.device)
+
+
 class Visited:
-    """Keeps `count` states of every sample of a micro-batch; used as a sampler's callback."""
+    """Keeps `count` states of every sample of a micro-batch, at random steps but the first, which is noise.
+
+    Used as a sampler's callback.
+    """
 
     def __init__(self, count: int, steps: int, seed: int, members: Sequence[int]):
         draws = [row_uniform(seed, list(members), f"visited {number}") for number in range(count)]
-        self.steps = 1 + (torch.stack(draws, 1) * (steps - 1)).long()  # [B,K]: noise is where all begin
+        self.steps = 1 + (torch.stack(draws, 1) * (steps - 1)).long()  # [B,K]
         self.found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -110,38 +140,47 @@ class Visited:
         return x.unflatten(0, (rows, count)), time.to(x.device).unflatten(0, (rows, count))
 
 
-def _prefix(
-    task: Task, batch: dict[str, Any], members: Sequence[int], settings: RolloutSettings, seed: int
-) -> Tensor | None:
-    """The groups' common latents [rows,C,h,w] at the window's start; None where nothing comes before it."""
-    if settings.window is None or settings.window[0] == 0:
-        return None
-    like = latents_like(batch)
-    noise = row_noise(seed, members, tuple(like.shape[1:])).to(like.device)
-    return task.rollout(batch, noise, replace(settings, window=None), steps=(0, settings.window[0]))[0]
+def with_advantages(rollouts: Sequence[Rollout], advantage: Tensor, keep: Tensor) -> list[Rollout]:
+    """The rollouts with the advantages [N] and the marks [N] (bool) of all their samples in order."""
+    sizes = [len(rollout.members) for rollout in rollouts]
+    parts = zip(rollouts, advantage.split(sizes), keep.split(sizes), strict=True)
+    return [
+        replace(rollout, advantage=a.to(rollout.latents.device), keep=k.to(rollout.latents.device))
+        for rollout, a, k in parts
+    ]
 
 
-def kept_only(rollouts: Sequence[Rollout], parts: Sequence[Tensor]) -> list[tuple[Rollout, Tensor]]:
-    """The samples at these places ([n] indices over all micro-batches together), a micro-batch per part.
+def kept_only(rollouts: Sequence[Rollout], micro_batch: int, group_size: int = 0) -> list[Rollout]:
+    """The kept samples alone, in micro-batches anew; the last one as it is where nothing is kept.
 
-    Returns them with their places. For objectives that replay no recorded step, which may leave samples out.
+    For objectives that replay no recorded step. group_size: no micro-batch joins samples of two groups, of
+    which each has so many; 0 = any.
     """
-    owners = [(rollout, row) for rollout in rollouts for row in range(len(rollout.members))]
+    rows = [(rollout, row) for rollout in rollouts for row in rollout.keep.nonzero()[:, 0].tolist()]
+    if not rows:
+        return list(rollouts[-1:])
+    sets = [rows]
+    if group_size:  # a group's samples follow one another
+        sets = [list(s) for _, s in groupby(rows, key=lambda at: at[0].members[at[1]] // group_size)]
+    return [_joined(s[start : start + micro_batch]) for s in sets for start in range(0, len(s), micro_batch)]
 
-    def rows(places: Tensor, values: Callable[[Rollout], Any]) -> Any:
-        """These rows alone of every rollout's values; nothing is copied that is not kept."""
-        some = [values(rollout)[row] for rollout, row in (owners[place] for place in places.tolist())]
+
+def _joined(rows: Sequence[tuple[Rollout, int]]) -> Rollout:
+    """One micro-batch of these rows; nothing is copied that is not among them."""
+    first = rows[0][0]
+
+    def join(values: Callable[[Rollout], Any]) -> Any:
+        some = [values(rollout)[row] for rollout, row in rows]
         return torch.stack(some) if isinstance(some[0], Tensor) else some
 
-    out = []
-    for places in parts:
-        batch = {name: rows(places, lambda r, name=name: r.batch[name]) for name in rollouts[0].batch}
-        beside = {"latents": rows(places, lambda r: r.latents)}
-        if rollouts[0].visited is not None:
-            beside["visited"] = tuple(rows(places, lambda r, i=i: r.visited[i]) for i in (0, 1))
-            beside["aim"], beside["pull"] = rows(places, lambda r: r.aim), rows(places, lambda r: r.pull)
-        out.append((Rollout(rows(places, lambda r: r.members), batch, **beside), places))
-    return out
+    visited = first.visited and tuple(join(lambda r, i=i: r.visited[i]) for i in (0, 1))
+    scored = {
+        name: join(lambda r, name=name: getattr(r, name))
+        for name in ("advantage", "keep", "best", "gap")
+        if getattr(first, name) is not None
+    }
+    batch = {name: join(lambda r, name=name: r.batch[name]) for name in first.batch}
+    return Rollout(join(lambda r: r.members), batch, join(lambda r: r.latents), (), visited, **scored)
 
 
 def repeated(batch: dict[str, Any], times: int) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""From finished pictures to scores: what rewards see of a data row."""
+"""From finished samples to scores: what rewards see of a data row.
+
+Images that a person has at hand are scored by `evaluate/judge.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from ..rewards import Composite, Context, Reward, metrics
 
 logger = logging.getLogger(__name__)
 
-KEPT_BYTES = 256 << 20  # of rows that a judge remembers: their pictures are float32, 7 MB each at 512 pixels
-LOOKED_AT = 64  # rows that `Judge.check` reads at most
+KEPT_BYTES = 256 << 20  # of rows that a scorer remembers: their images are float32, 7 MB each at 512 pixels
+LOOKED_AT = 64  # rows that `RowScorer.check` reads at most
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a reward may see of one data row; pictures [H,W,3] in 0..1, mask [H,W], 1 = edited.
+    """What a reward may see of one data row; images [H,W,3] in 0..1, mask [H,W], 1 = edited.
 
     source, mask: None where the row has none. diptych: the model paints [source | edit].
     """
@@ -48,10 +51,10 @@ class Row:
 
 
 def read_row(batches: Batches, number: int, targets: bool = True) -> Row:
-    """Row `number` as its pictures were arranged for the model: one panel of a diptych, not both.
+    """Row `number` preprocessed as for the model: one panel of a diptych, not both.
 
-    Where a picture is filled instead of edited, source and target are the picture itself and the mask is
-    the hole. An edit's mask is the row's own or, if the wanted picture may be seen (`targets`), where that
+    Where an image is filled instead of edited, source and target are the image itself and the mask is
+    the hole. An edit's mask is the row's own or, if the target image may be seen (`targets`), where that
     differs from the source.
     """
     entry = batches.entries[number]
@@ -76,7 +79,7 @@ def read_row(batches: Batches, number: int, targets: bool = True) -> Row:
 
 @torch.no_grad()
 def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) -> Row:
-    """A precomputed row: the source is what the VAE makes of the masked picture, grey where its hole is."""
+    """A precomputed row: the source is what the VAE makes of the masked image, grey where its hole is."""
     tensors, host = batches.latents.picture(entry.key), batches.task.host
     pictures = {
         name: host.decode(tensors[name][None].float())[0].float().cpu()
@@ -93,7 +96,7 @@ def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) 
 
 
 def _stored_mask(entry: Entry, sample: Sample) -> Tensor | None:
-    """The mask [H,W] of a precomputed row's picture or edited panel; None where it does not say what an edit
+    """The mask [H,W] of a precomputed row's image or edited panel; None where it does not say what an edit
     touches, being of the whole panel.
     """
     if not entry.diptych:
@@ -103,8 +106,8 @@ def _stored_mask(entry: Entry, sample: Sample) -> Tensor | None:
     return None if edited is None and panel.min() >= 0.5 else panel
 
 
-class Judge:
-    """Scores finished pictures of data rows with a composite; remembers the last rows it has read."""
+class RowScorer:
+    """Scores finished images of data rows by rewards; remembers the last rows it has read."""
 
     def __init__(self, rewards: Composite, batches: Batches):
         """Rewards see the target images where all rows have one (`targets`)."""
@@ -128,13 +131,7 @@ class Judge:
         """Raise ValueError for a reward that can judge none of the first rows, for lack of what it needs."""
         lacking = {reward.name: "" for reward in self.rewards.rewards}
         for number in range(min(LOOKED_AT, len(self.batches.entries))):
-            sample = self.batches.corpus.source[self.batches.entries[number].index]
-            if sample.encoded is not None:  # not to be decoded before the model is there
-                entry, given = self.batches.entries[number], {"prompts", "sources"}
-                given |= {"targets", "masks"} if self.targets else set()
-                given |= set() if _stored_mask(entry, sample) is None else {"masks"}
-            else:
-                given = self._given(self.row(number))
+            given = self._given(number)
             lacking = {r.name: r.missing(given) for r in self.rewards.rewards if r.name in lacking}
             lacking = {name: what for name, what in lacking.items() if what}
             if not lacking:
@@ -145,47 +142,51 @@ class Judge:
             "of a folder of pairs are NAME_mask.png)"
         )
 
-    def __call__(self, pictures: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """pictures [N,H,W,3], both panels of a diptych, and the row of each -> raw scores [N] by reward.
+    def _given(self, number: int) -> set[str]:
+        """What rewards would be given of a row; a precomputed one is not decoded for it."""
+        entry = self.batches.entries[number]
+        sample = self.batches.corpus.source[entry.index]
+        if sample.encoded is None:
+            return self._context([self.row(number)]).given
+        given = {"prompts", "sources"} | ({"targets", "masks"} if self.targets else set())
+        return given | (set() if _stored_mask(entry, sample) is None else {"masks"})
+
+    def _context(self, rows: Sequence[Row]) -> Context:
+        """What rewards see of rows of one kind."""
+
+        def stacked(name: str) -> Tensor | None:
+            values = [getattr(row, name) for row in rows]
+            return None if values[0] is None else torch.stack(values)
+
+        targets = stacked("target") if self.targets else None
+        return Context([row.prompt for row in rows], stacked("source"), stacked("mask"), targets)
+
+    def score(self, images: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Raw scores [N] by reward of images [N,H,W,3] in 0..1, both panels of a diptych, of rows `numbers`.
 
         NaN where a reward lacks what it needs, has nothing to judge or failed.
         """
-        pictures = pictures.float().cpu()
+        images = images.float().cpu()
         rows = [self.row(number) for number in numbers]
         out = {reward.name: torch.full((len(rows),), torch.nan) for reward in self.rewards.rewards}
         for kind in dict.fromkeys(row.kind for row in rows):
             places = [place for place, row in enumerate(rows) if row.kind == kind]
             some = [rows[place] for place in places]
-            shown = pictures[places]
+            shown, context = images[places], self._context(some)
             if some[0].diptych:
                 shown = shown[:, :, shown.shape[2] // 2 :]
             for reward in self.rewards.rewards:
-                out[reward.name][places] = self._scores(reward, shown, some)
+                out[reward.name][places] = self._judged(reward, shown, context)
         return out
 
-    def _scores(self, reward: Reward, shown: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Of pictures of rows of one kind, [n]."""
-        given = self._given(rows[0])
-        if lacking := reward.missing(given):
+    def _judged(self, reward: Reward, shown: Tensor, context: Context) -> Tensor:
+        """The scores [n] of one reward; NaN where it lacks something."""
+        if lacking := reward.missing(context.given):
             self._say(f"reward {reward.name} needs {lacking}: rows without are not judged by it")
-            return torch.full((len(rows),), torch.nan)
-        scores = reward.score(
-            shown,
-            Context(
-                [row.prompt for row in rows],
-                torch.stack([row.source for row in rows]) if "sources" in given else None,
-                torch.stack([row.mask for row in rows]) if "masks" in given else None,
-                torch.stack([row.target for row in rows]) if "targets" in given else None,
-            ),
-        )
-        if "masks" in reward.needs and any(row.mask.min() >= 0.5 for row in rows):
-            self._say(f"reward {reward.name}: rows whose mask covers all of the picture have nothing to keep")
-        return scores
-
-    def _given(self, row: Row) -> set[str]:
-        given = {"prompts"} | ({"targets"} if self.targets else set())
-        given |= {"sources"} if row.source is not None else set()
-        return given | ({"masks"} if row.mask is not None else set())
+            return torch.full((len(shown),), torch.nan)
+        if "masks" in reward.needs and any(mask.min() >= 0.5 for mask in context.masks):
+            self._say(f"reward {reward.name}: rows whose mask covers all of the image have nothing to keep")
+        return reward.score(shown, context)
 
     def _say(self, sentence: str) -> None:
         """Log it once."""
