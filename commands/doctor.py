@@ -87,6 +87,7 @@ def python() -> Finding:
 
 def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
+    # Not packaging.version: the doctor speaks when nothing at all is installed.
     return tuple(int(part) for part in re.match(r"[\d.]*", version).group().split(".") if part)
 
 

@@ -129,28 +129,17 @@ def check(args: argparse.Namespace) -> Request:
             f"mask {args.mask} is empty, nowhere as white as 0.5: paint what to edit white, or leave it out"
         )
     further = tuple(images.load_image(path) for path in args.reference)
-    for option, given, wanted in (
-        ("--mask", mask is not None, "fill"),
-        ("--reference", bool(further), "kontext"),
-        ("--negative", args.negative is not None, "kontext"),
-        ("--cfg", args.cfg != 1.0, "kontext"),
-    ):
-        if given and engine != wanted:
-            raise ValueError(f"{option} works with --engine {wanted} only: leave it out or change the engine")
-    if args.negative is not None and args.cfg == 1.0:
-        raise ValueError("--negative does nothing at --cfg 1: add a scale, such as --cfg 2.5")
+    _check_engine_options(args, engine)
     check_device(args.device)
     panel_width = args.panel_width
     if panel_width is None:
         panel_width = tiny["panel"] if tiny else diptych.PANEL_WIDTH if engine == "fill" else None
     if engine == "fill":
-        layout = diptych.build(
-            image, instruction, edit_mask=mask, panel_width=panel_width, policy=args.policy
-        ).layout
+        sized = diptych.build(image, instruction, edit_mask=mask, panel_width=panel_width, policy=args.policy)
+        layout = sized.layout
     else:
-        layout, *_ = (
-            editing.kontext_reference(view, args.policy, panel_width)[1] for view in (image, *further)
-        )
+        views = [editing.kontext_reference(view, args.policy, panel_width) for view in (image, *further)]
+        layout = views[0][1]
     sampling = replace(
         sampling, best_of=best_of.check(args, sampling.steps, instruction, image, layout, tiny is not None)
     )
@@ -173,6 +162,20 @@ def check(args: argparse.Namespace) -> Request:
         guidance=guidance,
         sampling=sampling,
     )
+
+
+def _check_engine_options(args: argparse.Namespace, engine: str) -> None:
+    """Raise ValueError for an option that does nothing with this engine."""
+    for option, given, needs in (
+        ("--mask", bool(args.mask), "fill"),
+        ("--reference", bool(args.reference), "kontext"),
+        ("--negative", args.negative is not None, "kontext"),
+        ("--cfg", args.cfg != 1.0, "kontext"),
+    ):
+        if given and engine != needs:
+            raise ValueError(f"{option} works with --engine {needs} only: leave it out or change the engine")
+    if args.negative is not None and args.cfg == 1.0:
+        raise ValueError("--negative does nothing at --cfg 1: add a scale, such as --cfg 2.5")
 
 
 def _image_and_instruction(image: str | None, instruction: str | None) -> tuple[Tensor, str]:

@@ -63,7 +63,8 @@ def hub_cache() -> Path:
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """The newest complete-looking snapshot of a diffusers model in the hub cache."""
+    """The newest complete-looking snapshot of a diffusers model in the hub cache, None without one."""
+    # Not huggingface_hub.snapshot_download(local_files_only=True): the doctor speaks when that is missing.
     snapshots = hub_cache() / f"models--{hub_id.replace('/', '--')}" / "snapshots"
     found = sorted(snapshots.glob("*/model_index.json"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None

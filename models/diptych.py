@@ -254,15 +254,20 @@ def split(
     if paste != "panel" and mask is not None:
         weight = pixels.binarise(pixels.resize_mask(mask.to(canvas.device), *layout.source_size))
     if paste == "changed":
-        if layout.side == "none":  # nothing went through the model beside the edit
-            before = _part(pixels.fit_image(source, layout.fit), layout.edit_panel, layout)
-            before = pixels.resize_image(before, *after.shape[1:3])
+        if layout.side == "none":
+            before = _unpainted(source, after, layout)
         weight = _both(_changed(after, before, layout, threshold), weight)
     batch = max(len(part) for part in (canvas, *given))
     return Split(
         _paste(edited, source, _region(weight, layout, grow, feather, edited.device), layout, batch),
         _paste(beside, source, None, layout, len(canvas)),
     )
+
+
+def _unpainted(source: Tensor, after: Tensor, layout: Layout) -> Tensor:
+    """The source as the panel showed it, in the size of `after`, for where no source panel is beside."""
+    before = _part(pixels.fit_image(source, layout.fit), layout.edit_panel, layout)
+    return pixels.resize_image(before, *after.shape[1:3])
 
 
 def _painted(mask: Tensor | None, layout: Layout) -> Tensor | None:

@@ -157,26 +157,26 @@ def best_of(
 
     # Between the two parts the latents stay in float32, as they do between the steps of one.
     noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    everyone = list(range(count))
-    parts = _parts(everyone, batch)
+    parts = _parts(range(count), batch)
     halfway = torch.cat([run(noise[part], 0, judge_steps, part, watched(0)) for part in parts])
-    scores = torch.as_tensor(judge(torch.cat(seen))).detach().float().cpu()
-    if scores.shape != (count,):
-        raise ValueError(
-            f"the judge returned shape {tuple(scores.shape)} for {count} candidates: one score each."
-        )
+    scores = _scores(judge, torch.cat(seen))
     chosen = choose(scores, keep)
     finished = halfway[chosen.to(halfway.device)]
     if judge_steps < steps:
-        who = _parts(chosen.tolist(), batch)
-        starts = finished.split([len(part) for part in who])
-        finished = torch.cat(
-            [
-                run(x, judge_steps, steps, part, watched(judge_steps))
-                for x, part in zip(starts, who, strict=True)
-            ]
-        )
+        parts = _parts(chosen.tolist(), batch)
+        kept = zip(finished.split([len(part) for part in parts]), parts, strict=True)
+        finished = torch.cat([run(x, judge_steps, steps, part, watched(judge_steps)) for x, part in kept])
     return Filtered(finished, chosen, scores, cost)
+
+
+def _scores(judge: Judge, predicted: Tensor) -> Tensor:
+    """float32 [N] on the CPU for predicted data [N,...]. Raises ValueError unless there is one for each."""
+    scores = torch.as_tensor(judge(predicted)).detach().float().cpu()
+    if scores.shape != (len(predicted),):
+        raise ValueError(
+            f"the judge returned shape {tuple(scores.shape)} for {len(predicted)} candidates: one score each."
+        )
+    return scores
 
 
 def _shifted(steps: Collection[int], first: int, last: int) -> frozenset[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import comfy.lora
 import comfy.model_management
@@ -49,63 +49,84 @@ def apply_to_comfy(
     check_applicable(weights, strength)
     window = check_window(weights.info.sigma_window if window == "file" else window)
     layers = Layers(model)
-    loaded: list[str] = []
-    notes, skipped = list(weights.notes), list(weights.skipped)
-    patches: list[tuple[object, object]] = []
-    deltas: dict[str, tuple[str, Delta]] = {}
-    whole: set[int] = set()
+    fitted = _Fitted(layers, window, notes=list(weights.notes), skipped=list(weights.skipped))
     for path, module in weights.modules.items():
-        if (found := layers.find(path)) is None:
-            skipped.append((path, NO_SUCH_LAYER))
-            continue
-        target, layer = found
-        out, width, *kernel = layers.shape(target, layer)
-        mergeable = window is None and not isinstance(module, MoeLowRank)
-        grows = mergeable and layers.is_flux
-        module = fit_module(path, module, out, width, notes, kernel=tuple(kernel), may_grow=grows)
-        loaded.append(path)
-        if isinstance(module, Share):
-            if id(module.inner) in whole:
-                continue
-            whole.add(id(module.inner))
-            module, target = module.inner, layers.fused(module)
-        if mergeable:
-            patches.append((_patch_key(target), _adapter(module, width)))
-        else:
-            deltas[path] = target[0].removesuffix(".weight"), _delta(module, target)
+        fitted.add_module(path, module)
     for path, tensor in weights.full.items():
-        target = layers.parameter(path)
-        if target is None:
-            skipped.append((path, NO_SUCH_LAYER))
-            continue
-        _check_whole(path, tensor, layers, target)
-        loaded.append(path)
-        layer = layers.find(path.rpartition(".")[0])
-        if window is not None and layer is not None and hasattr(layer[1], "in_features"):
-            deltas[path] = target[0].rpartition(".")[0], _whole_delta(tensor, target)
-            continue
-        patches.append((_patch_key(target), _ChangeAdapter.of(tensor)))
-        if window is not None:
-            notes.append(f"{path} is no linear layer's: it stays active outside the sigma window")
-    refuse_if_nothing_fits(weights, len(loaded), layers.model_name)
-    notes.extend(base_notes(weights.info, layers.inputs if layers.is_flux else None))
+        fitted.add_whole(path, tensor)
+    refuse_if_nothing_fits(weights, len(fitted.loaded), layers.model_name)
+    notes = [*fitted.notes, *base_notes(weights.info, layers.inputs if layers.is_flux else None)]
 
     clone = model.clone()
     if strength:
-        _add_patches(clone, patches, strength)
-        if deltas:
-            _attach(clone, list(deltas.values()), strength, window)
+        _add_patches(clone, fitted.patches, strength)
+        if fitted.deltas:
+            _attach(clone, list(fitted.deltas.values()), strength, window)
     report = Report(
         weights.name,
         weights.info,
-        tuple(loaded),
-        tuple(deltas),
-        tuple(skipped),
+        tuple(fitted.loaded),
+        tuple(fitted.deltas),
+        tuple(fitted.skipped),
         tuple(dict.fromkeys(notes)),
         window,
         strength,
     )
     return clone, report
+
+
+@dataclass
+class _Fitted:
+    """A LoRA's changes sorted by how this model takes them: weight patches, or deltas while it runs.
+
+    deltas: path in diffusers' naming -> (layer of the live model, its change).
+    """
+
+    layers: Layers
+    window: tuple[float, float] | None
+    notes: list[str]
+    skipped: list[tuple[str, str]]
+    loaded: list[str] = field(default_factory=list)
+    patches: list[tuple[object, object]] = field(default_factory=list)
+    deltas: dict[str, tuple[str, Delta]] = field(default_factory=dict)
+    _fused: set[int] = field(default_factory=set)
+
+    def add_module(self, path: str, module: Module) -> None:
+        """A layer's change, once for all members of a fused one. Raises LoraError where sizes differ."""
+        if (found := self.layers.find(path)) is None:
+            self.skipped.append((path, NO_SUCH_LAYER))
+            return
+        target, layer = found
+        out, width, *kernel = self.layers.shape(target, layer)
+        mergeable = self.window is None and not isinstance(module, MoeLowRank)
+        grows = mergeable and self.layers.is_flux
+        module = fit_module(path, module, out, width, self.notes, kernel=tuple(kernel), may_grow=grows)
+        self.loaded.append(path)
+        if isinstance(module, Share):
+            if id(module.inner) in self._fused:
+                return
+            self._fused.add(id(module.inner))
+            module, target = module.inner, self.layers.fused(module)
+        if mergeable:
+            self.patches.append((_patch_key(target), _adapter(module, width)))
+        else:
+            self.deltas[path] = target[0].removesuffix(".weight"), _delta(module, target)
+
+    def add_whole(self, path: str, tensor: FullTensor) -> None:
+        """A whole parameter's change. Raises LoraError where sizes differ."""
+        target = self.layers.parameter(path)
+        if target is None:
+            self.skipped.append((path, NO_SUCH_LAYER))
+            return
+        _check_whole(path, tensor, self.layers, target)
+        self.loaded.append(path)
+        layer = self.layers.find(path.rpartition(".")[0])
+        if self.window is not None and layer is not None and hasattr(layer[1], "in_features"):
+            self.deltas[path] = target[0].rpartition(".")[0], _whole_delta(tensor, target)
+            return
+        self.patches.append((_patch_key(target), _ChangeAdapter.of(tensor)))
+        if self.window is not None:
+            self.notes.append(f"{path} is no linear layer's: it stays active outside the sigma window")
 
 
 def _add_patches(model, patches: list[tuple[object, object]], strength: float) -> None:

@@ -76,10 +76,11 @@ def _safetensors_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _map(file: Path, opened) -> dict[str, Tensor]:
-    """All tensors as views of one memory map: a sixth of the time of the library's one by one.
+    """All tensors as views of one memory map; those of other dtypes or odd offsets are the library's copies.
 
     safe_open has by now checked the header: offsets lie inside the file and do not overlap.
     """
+    # Not safetensors.torch.load_file: 26 ms against its 90 for 1,560 tensors, which `lora_load.py` counts.
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         entries = json.loads(stream.read(length))
