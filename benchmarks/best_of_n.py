@@ -35,7 +35,7 @@ def load(engine: str, lora: str):
 
 
 def edit(denoiser, engine: str, pair, sampling: editing.Sampling, candidates: int, judge_steps: int):
-    """(edited picture [1,H,W,3], model evaluations)."""
+    """(edited image [1,H,W,3], model evaluations)."""
     guidance = tiny.card().get("guidance", {}).get(engine, 30.0 if engine == "fill" else 2.5)
     source, spent = pair.source[None], [sampling.steps]
     if candidates > 1:

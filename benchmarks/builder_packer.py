@@ -1,11 +1,11 @@
-"""Claim: building diptychs and packing their masks in float tensors takes as long as through 8-bit pictures.
+"""Claim: building diptychs and packing their masks in float tensors takes as long as through 8-bit images.
 
     python benchmarks/builder_packer.py [--size 1024] [--images 8] [--rounds 7]
 
 Ours: the nodes DiptychBuilder and DiptychMaskPacker, one image at a time, preview included. The peer is a
-route through PIL that does the work of ICEdit's official ComfyUI nodes: the tensor becomes an 8-bit picture,
+route through PIL that does the work of ICEdit's official ComfyUI nodes: the tensor becomes an 8-bit image,
 is resized to 512 wide with PIL's default bicubic filter (height from the aspect), pasted twice into a
-picture of twice the width, and turned back into a float tensor; a mask with a white right half is drawn, and
+image of twice the width, and turned back into a float tensor; a mask with a white right half is drawn, and
 turned into a tensor. That route loses the fractions of 8-bit levels, ours does not; it does not pack the
 mask, which our figure includes. Rounds alternate in one process, on one thread; the best of each is compared.
 """
@@ -30,12 +30,12 @@ def ours(images: torch.Tensor) -> None:
 
 def through_pil(images: torch.Tensor) -> None:
     for image in images:
-        picture = Image.fromarray((image.numpy() * 255).clip(0, 255).astype(np.uint8))
-        width, height = 512, round(512 * picture.height / picture.width)
-        picture = picture.resize((width, height))
+        pil = Image.fromarray((image.numpy() * 255).clip(0, 255).astype(np.uint8))
+        width, height = 512, round(512 * pil.height / pil.width)
+        pil = pil.resize((width, height))
         diptych = Image.new("RGB", (2 * width, height))
-        diptych.paste(picture, (0, 0))
-        diptych.paste(picture, (width, 0))
+        diptych.paste(pil, (0, 0))
+        diptych.paste(pil, (width, 0))
         mask = Image.new("L", diptych.size, 0)
         ImageDraw.Draw(mask).rectangle((width, 0, 2 * width, height), fill=255)
         torch.from_numpy(np.array(diptych).astype(np.float32) / 255)[None]

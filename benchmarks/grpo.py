@@ -4,7 +4,7 @@ Named peer: DanceGRPO's settings (16 steps, 9 of them trained, a group's noise s
 them, on the same tiny model, data, reward, adapter and learning rate. Both start from the bundled editor at
 reduced strength: at full strength dance gains nothing that could be reached. Each preset runs in a process of
 its own, one after the other; the clock runs during updates only, not while the held-out rows are sampled,
-which both do alike (plain ODE, 12 steps, the same noise). Prints pictures and updates per second and peak
+which both do alike (plain ODE, 12 steps, the same noise). Prints samples and updates per second and peak
 memory.
 
     python benchmarks/grpo.py --threads 1
@@ -120,7 +120,7 @@ def one(options: argparse.Namespace) -> None:
                     "seconds": clock,
                     "cpu": processor,
                     "reward": held_out(trainer),
-                    "pictures": update * c.groups_per_update * c.group_size,
+                    "samples": update * c.groups_per_update * c.group_size,
                     "memory": peak_memory(),
                 }
                 results.write(json.dumps(line) + "\n")
@@ -163,8 +163,8 @@ def main() -> None:
         pace = max(end["seconds"], 1e-9)
         print(
             f"{name:6} reward {lines[0]['reward']:.4f} -> {smoothed(lines):.4f} in {end['update']} updates, "
-            f"{end['seconds']:.1f} s ({end['cpu']:.1f} s of CPU): {end['pictures'] / pace:.2f} tried "
-            f"pictures and {end['update'] / pace:.3f} updates a second, peak {end['memory']:.0f} MB"
+            f"{end['seconds']:.1f} s ({end['cpu']:.1f} s of CPU): {end['samples'] / pace:.2f} "
+            f"samples and {end['update'] / pace:.3f} updates a second, peak {end['memory']:.0f} MB"
         )
     gained = target - dance[0]["reward"]
     if gained < LEAST:

@@ -1,7 +1,7 @@
 """Claims: the canvas with its feather takes under a tenth of core's time, a crop and its stitch no more than
 the PIL route, and tiles need the same memory at 4096 pixels as at 1024, but for the canvas itself.
 
-Named peers: ComfyUI's own ImagePadForOutpaint on a 2048 x 2048 picture; for the context crop a route through
+Named peers: ComfyUI's own ImagePadForOutpaint on a 2048 x 2048 image; for the context crop a route through
 PIL (8-bit crop, Lanczos resize and back, paste by the mask), which is what a script without this pack does.
 Tiles: the tiny Fill transformer paints an unknown canvas window by window, one child process for each size;
 its peak memory is counted above that of the process before. Run with ComfyUI's interpreter:
@@ -102,18 +102,18 @@ def crop(rounds: int) -> None:
         rooms.paste_back(part, image, at)
 
     def through_pil() -> None:
-        picture = Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
+        pil = Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8))
         hole = Image.fromarray((mask[0].numpy() * 255).round().astype(np.uint8))
         left, top, right, bottom = hole.getbbox()
         box = (spot.left, spot.top, spot.left + spot.width, spot.top + spot.height)
         assert box[0] <= left and box[1] <= top and box[2] >= right and box[3] >= bottom
-        part = picture.crop(box).resize(size[::-1], Image.Resampling.LANCZOS)
+        part = pil.crop(box).resize(size[::-1], Image.Resampling.LANCZOS)
         hole.crop(box).resize(size[::-1], Image.Resampling.NEAREST)
         seen = torch.from_numpy(np.array(part).astype(np.float32) / 255)[None]
         back = Image.fromarray((seen[0].numpy() * 255).round().astype(np.uint8))
         back = back.resize((spot.width, spot.height), Image.Resampling.LANCZOS)
-        picture.paste(back, box[:2], hole.crop(box))
-        torch.from_numpy(np.array(picture).astype(np.float32) / 255)[None]
+        pil.paste(back, box[:2], hole.crop(box))
+        torch.from_numpy(np.array(pil).astype(np.float32) / 255)[None]
 
     times = best({"ours": ours, "pil": through_pil}, rounds)
     print(f"crop of {spot.width} x {spot.height} from {PIXELS} x {PIXELS} to {size[1]} x {size[0]} and back:")

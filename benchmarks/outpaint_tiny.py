@@ -1,10 +1,10 @@
-"""Figures, not a race: how often the bundled tiny models outpaint a held-out picture right.
+"""Figures, not a race: how often the bundled tiny models outpaint a held-out image right.
 
     python benchmarks/outpaint_tiny.py [--rows 500] [--engine fill sd_inpaint]
 
-From one half of a held-out picture (left, right, upper, lower in turn) and the caption of the whole, the
+From one half of a held-out image (left, right, upper, lower in turn) and the caption of the whole, the
 other half is painted (Outpaint Canvas, fill `edge`, the model at its usual steps, Paste Back); the checker
-then reads the finished picture. Right means: background and all four quadrants are as in the caption, and
+then reads the finished image. Right means: background and all four quadrants are as in the caption, and
 nothing else is there.
 """
 
@@ -50,15 +50,15 @@ def measure(engine: str, rows: int) -> None:
     for number, start in enumerate(range(0, rows, BATCH)):
         side = list(KEPT)[number % len(KEPT)]
         group = pairs[start : start + BATCH]
-        pictures = torch.stack([pair.target for pair in group])
+        images = torch.stack([pair.target for pair in group])
         rows_kept, columns_kept = KEPT[side]
-        halves = pictures[:, rows_kept, columns_kept].contiguous()
+        halves = images[:, rows_kept, columns_kept].contiguous()
         made = painted(engine, denoiser, halves, side, [pair.caption for pair in group], number)
         kept &= torch.equal(made[:, rows_kept, columns_kept], halves)
         right += read(made).matches([pair.edit.target for pair in group]).tolist()
     share = sum(right) / len(right)
     print(f"{engine}: the other half is right in {100 * share:.1f} % of {len(right)};", end=" ")
-    print(f"the known half {'is' if kept else 'is NOT'} the picture's own")
+    print(f"the known half {'is' if kept else 'is NOT'} the image's own")
 
 
 def main() -> None:

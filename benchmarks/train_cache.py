@@ -1,4 +1,4 @@
-"""Claim: with caches, a training step of the icedit recipe costs less than encoding text and pictures every
+"""Claim: with caches, a training step of the icedit recipe costs less than encoding text and images every
 step.
 
     python benchmarks/train_cache.py [--steps 12] [--batch 8]

@@ -1,4 +1,4 @@
-"""python scripts/demo.py: set up .venv and edit a picture with the bundled tiny model.
+"""python scripts/demo.py: set up .venv and edit an image with the bundled tiny model.
 
 Writes output/demo.png and, before | after, output/demo_side_by_side.png. Arguments are those of `diptych
 edit`.
