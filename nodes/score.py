@@ -1,4 +1,4 @@
-"""The Edit Score node: numbers about an edit, computed by `training/edit_report.py`."""
+"""The Edit Score node: numbers about an edit, computed by `training/evaluate/edit_report.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .widgets import socket, text
 
 
 class DiptychEditScore:
-    """`training/evaluate/edit_report.judge`."""
+    """`training/evaluate/edit_report.py`."""
 
     DISPLAY_NAME = "Edit Score"
     DESCRIPTION = (
@@ -59,9 +59,9 @@ class DiptychEditScore:
 
         Raises ValueError for images of different sizes.
         """
-        from ..training.evaluate.edit_report import judge
+        from ..training.evaluate.edit_report import edit_report
 
-        result = judge(edited, source, instruction, mask, expected)
+        result = edit_report(edited, source, instruction, mask, expected)
         return {
             "ui": shown(result.text, result.annotated),
             "result": (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_diptych.models import diptych
 from comfyui_diptych.nodes import rewards as nodes
-from comfyui_diptych.training.evaluate.edit_report import judge
+from comfyui_diptych.training.evaluate.edit_report import edit_report
 from comfyui_diptych.training.evaluate.judge import Judge, rank
 from comfyui_diptych.training.rewards import Context, Selection, Spec, base, create, from_recipe, names, parse
 from comfyui_diptych.training.rewards.base import Reward
@@ -148,7 +148,7 @@ def test_an_empty_mask_is_none():
     empty = {"source": greys(0.2), "mask": torch.zeros(1, 64, 64)}
     with pytest.raises(ValueError, match="keep_l1 needs masks: connect them.*the mask is empty"):
         nodes.DiptychRewardScore().score(greys(0.2), choose("keep_l1"), **empty)
-    reports = [judge(greys(0.2, 0.4), greys(0.2), mask=mask) for mask in (None, torch.zeros(1, 64, 64))]
+    reports = [edit_report(greys(0.2, 0.4), greys(0.2), mask=mask) for mask in (None, torch.zeros(1, 64, 64))]
     assert reports[0].text == reports[1].text
 
 
