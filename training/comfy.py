@@ -36,14 +36,16 @@ class Bar:
     def __init__(self, total: int):
         self.bar, self.stopped = comfy.utils.ProgressBar(total), None
 
-    def update(self, value: int, total: int, picture: Tensor | None = None) -> None:
-        preview = None if picture is None else ("JPEG", to_pil(picture), 768)
+    def update(self, value: int, total: int, image: Tensor | None = None) -> None:
+        """Show that `value` of `total` steps are done, and an image [H,W,3] beside."""
+        preview = None if image is None else ("JPEG", to_pil(image), 768)
         try:
             self.bar.update_absolute(value, total, preview)
         except memory.InterruptProcessingException as stopped:
             self.stopped = stopped
 
     def should_stop(self) -> bool:
+        """Whether the button was pressed."""
         return self.stopped is not None or memory.processing_interrupted()
 
     def wrap(self, items: Any, label: str) -> Iterator:

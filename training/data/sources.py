@@ -166,10 +166,10 @@ class Shapes:
         canvas = base_canvas(f"{self._seed} {self.name(index)}", edit)
         return Sample(
             canvas.prompt,
-            target=self._render(canvas.picture, self._size),
+            target=self._render(canvas.image, self._size),
             source=self._render(canvas.left, self._size) if canvas.left else None,
             mask=self._masks([canvas.holes], self._size)[0],
-            caption=canvas.picture.caption,
+            caption=canvas.image.caption,
             name=self.name(index),
             literal=True,
         )

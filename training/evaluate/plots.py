@@ -1,4 +1,4 @@
-"""Pictures about training: contact sheets and loss curves, drawn with PIL alone. Not for models."""
+"""Images about training: contact sheets and loss curves, drawn with PIL alone. Not for models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ INK, PALE, PAPER = (30, 30, 34), (150, 150, 156), (250, 250, 248)
 LINE, FAINT = (38, 99, 186), (196, 212, 236)
 
 
-def tile(picture: Tensor, side: int) -> Image.Image:
-    """[H,W,3] in 0..1 as a picture whose longer side is `side`; small ones enlarged pixel by pixel."""
-    image = to_pil(picture[..., :3])
+def tile(image: Tensor, side: int) -> Image.Image:
+    """[H,W,3] in 0..1 as an image whose longer side is `side`; small ones enlarged pixel by pixel."""
+    image = to_pil(image[..., :3])
     scale = side / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
@@ -44,26 +44,28 @@ def contact_sheet(
     side: int = 128,
     columns: int = 3,
 ) -> Image.Image:
-    """Rows of pictures [H,W,3] with a text under each row, `columns` rows beside one another; headings on
-    top.
+    """Rows of images [H,W,3] in 0..1 with a text under each row, `columns` rows beside one another.
+
+    side: of an image's longer side, in pixels; headings: over the images. Raises ValueError without rows.
     """
     if not rows:
-        raise ValueError("a contact sheet needs at least one row of pictures")
+        raise ValueError("a contact sheet needs at least one row of images")
     font, gap, text_height, top = ImageFont.load_default(12), 6, 32, 22 if headings else 6
-    count = max(len(pictures) for pictures, _ in rows)
-    width, height = count * (side + 2) + gap, side + text_height + gap
+    count = max(len(images) for images, _ in rows)
+    tall = max(math.ceil(side * min(1, i.shape[0] / i.shape[1])) for images, _ in rows for i in images)
+    width, height = count * (side + 2) + gap, tall + text_height + gap
     columns = min(columns, len(rows))
     sheet = Image.new("RGB", (columns * width + gap, math.ceil(len(rows) / columns) * height + top), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column in range(columns):
         for number, heading in enumerate(headings):
             draw.text((gap + column * width + number * (side + 2), 4), heading, PALE, font)
-    for index, (pictures, text) in enumerate(rows):
+    for index, (images, text) in enumerate(rows):
         x, y = gap + index % columns * width, top + index // columns * height
-        for number, picture in enumerate(pictures):
-            sheet.paste(tile(picture, side), (x + number * (side + 2), y))
+        for number, image in enumerate(images):
+            sheet.paste(tile(image, side), (x + number * (side + 2), y))
         words = _wrapped(text.encode("latin-1", "replace").decode("latin-1"), font, width - gap, 2)
-        draw.multiline_text((x, y + side + 2), words, INK, font, spacing=1)
+        draw.multiline_text((x, y + tall + 2), words, INK, font, spacing=1)
     return sheet
 
 
@@ -112,6 +114,6 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[end] - total[begin]) / (end - begin)
 
 
-def as_image(picture: Image.Image) -> Tensor:
-    """A PIL picture as IMAGE [1,H,W,3] float32 in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+def as_image(image: Image.Image) -> Tensor:
+    """A PIL image as IMAGE [1,H,W,3] float32 in 0..1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]

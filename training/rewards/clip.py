@@ -1,12 +1,13 @@
 """Rewards on CLIP models of transformers: text agreement, PickScore, HPSv2.1, similarity to the source.
 
-Pictures are resized by torch with antialiasing instead of through 8-bit PIL, so scores differ from the
+Images are resized by torch with antialiasing instead of through 8-bit PIL, so scores differ from the
 original scripts by about 1e-3 of a cosine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from .base import Context, Reward, register
 from .hps import load_hps_clip
 from .weights import device_of
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -54,7 +58,14 @@ def letterbox(images: Tensor, size: int) -> Tensor:
 class ClipModel:
     """A CLIP model with its tokenizer: unit-length image and text features [N,D]."""
 
-    def __init__(self, model, tokenizer, device: torch.device | str = "cpu", resize=centre_crop):
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: Callable[..., Mapping[str, Tensor]],
+        device: torch.device | str = "cpu",
+        resize: Callable[[Tensor, int], Tensor] = centre_crop,
+    ):
+        """resize: images [N,H,W,3] and a side in pixels -> [N,3,side,side]."""
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.resize = resize
@@ -69,6 +80,7 @@ class ClipModel:
 
     @property
     def logit_scale(self) -> float:
+        """What cosines are multiplied by before a softmax."""
         return self.model.logit_scale.exp().item()
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -94,7 +106,7 @@ class ClipModel:
 
 
 class ClipText(Reward):
-    """Cosine of picture and prompt, times `scale`."""
+    """Cosine of image and prompt, times `scale`."""
 
     needs = frozenset({"prompts"})
 
@@ -152,7 +164,7 @@ def pickscore(path: str = PICKSCORE, tokenizer: str = CLIP_H, device: str = "") 
 def hpsv2(path: str, tokenizer: str = CLIP_H, device: str = "") -> Reward:
     """HPSv2.1; cosine, usually 0.20 to 0.37. `path`: HPS_v2.1_compressed.pt, or its converted folder.
 
-    Source: Wu et al. 2023; CLIP-H fine-tuned, the whole picture letterboxed instead of cropped.
+    Source: Wu et al. 2023; CLIP-H fine-tuned, the whole image letterboxed instead of cropped.
     """
     from transformers import AutoTokenizer
 

@@ -43,7 +43,7 @@ def combine(
     """Normalise each reward within its groups, then weight and sum -> [N].
 
     Scales differ by orders of magnitude between rewards, so a sum of raw numbers would be the sum of the
-    widest one. A picture for which some rewards failed is judged by the others, by none: NaN.
+    widest one. An image for which some rewards failed is judged by the others, by none: NaN.
     """
     count = len(groups)
     total, used = torch.zeros(count), torch.zeros(count)
@@ -80,7 +80,7 @@ class Composite:
     def weighted_sum(self, raw: Mapping[str, float]) -> float:
         """The weighted sum of raw scores by reward, without those that judged nothing (NaN); NaN if none did.
 
-        For comparing pictures of one run with one another (see `better`): between rewards it does not balance
+        For comparing images of one run with one another (see `better`): between rewards it does not balance
         scales, see `combine`.
         """
         judged = [self.weights[name] * score for name, score in raw.items() if math.isfinite(score)]
@@ -97,10 +97,6 @@ class Composite:
             return bool(judged) and not known
         own, theirs = (self.weighted_sum({n: each[n] for n in common}) for each in (raw, other))
         return own >= theirs
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(reward.needs for reward in self.rewards))
 
     def missing(self, given: Collection[str]) -> str:
         """What some reward still needs beside the images and what is given, in words; "" if nothing."""

@@ -43,7 +43,7 @@ class KeepSSIM(Reward):
 
 @register("jpeg_size")
 class JpegSize(Reward):
-    """Minus the JPEG size in units of 500 kB (quality 95): compressible pictures score high.
+    """Minus the JPEG size in units of 500 kB (quality 95): compressible images score high.
 
     Source: ddpo-pytorch's incompressibility reward and its negative.
     """

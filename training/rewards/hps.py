@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 # ViT-H-14 of open_clip; transformers' CLIPModel has the same architecture.
 VIT_H_14 = {
@@ -88,7 +92,7 @@ def convert_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load_hps_clip(path: str, config: dict | None = None):
+def load_hps_clip(path: str, config: dict | None = None) -> CLIPModel:
     """A CLIPModel from `HPS_v2.1_compressed.pt` (weights_only), or from a converted folder or hub id.
 
     Raises ValueError if the checkpoint does not fill the model exactly.

@@ -1,6 +1,6 @@
-"""Distances between two batches of pictures: PSNR, SSIM, and what changed outside an edit.
+"""Distances between two batches of images: PSNR, SSIM, and what changed outside an edit.
 
-Pictures are [N,H,W,3] in 0..1; every function returns one number (or map) per picture and is differentiable.
+Images are [N,H,W,3] in 0..1; every function returns one number (or map) per image and is differentiable.
 Judgements that need a model are in `rewards/`.
 """
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PSNR_CAP = 100.0  # dB; equal pictures have no finite PSNR, and an average needs one
+PSNR_CAP = 100.0  # dB; equal images have no finite PSNR, and an average needs one
 CHANGED = 0.1  # mean channel difference above which a pixel of a pair counts as edited
 
 
 def _same(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(
-            f"pictures are {tuple(a.shape)} and {tuple(b.shape)}: compare two [N,H,W,C] of one size"
+            f"images are {tuple(a.shape)} and {tuple(b.shape)}: compare two [N,H,W,C] of one size"
         )
 
 
@@ -39,12 +39,12 @@ def ssim_map(a: Tensor, b: Tensor, *, sigma: float = 1.5, window: int = 11) -> T
     """Structural similarity of every pixel, mean over channels, [N,H,W] in -1..1.
 
     Wang et al. 2004, eq. 13: Gaussian window 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1. Raises
-    ValueError for pictures smaller than the window.
+    ValueError for images smaller than the window.
     """
     _same(a, b)
     if min(a.shape[1:3]) < window:
         raise ValueError(
-            f"pictures are {a.shape[2]}x{a.shape[1]}: SSIM needs at least {window}x{window} pixels"
+            f"images are {a.shape[2]}x{a.shape[1]}: SSIM needs at least {window}x{window} pixels"
         )
     n, height, width, channels = a.shape
     x, y = (p.float().movedim(-1, 1).reshape(n * channels, 1, height, width) for p in (a, b))

@@ -14,9 +14,9 @@ from .base import Context, Reward, register
 
 @register("shapes")
 class ShapesEdit(Reward):
-    """Mean of the share of the wanted scene that the checker finds and of full success (0 or 1).
+    """Mean of the share of the target scene that the checker finds and of full success (0 or 1).
 
-    The wanted scene is read off the target picture, or where there is none it follows from the source and
+    The target scene is read off the target image, or where there is none it follows from the source and
     the instruction (NaN for words that are not of the shapes world). The smooth part tells a near miss from a
     failure, so that a group in which nobody succeeded still teaches.
     """
@@ -30,14 +30,14 @@ class ShapesEdit(Reward):
 
     def _score(self, images: Tensor, context: Context) -> Tensor:
         if context.targets is None:
-            wanted = _understood(context.sources, context.prompts)
+            scenes = _understood(context.sources, context.prompts)
         else:
             seen = read(context.targets.float().cpu())
-            wanted = [seen.scene(row) for row in range(len(images))]
-        known = [row for row, scene in enumerate(wanted) if scene is not None]
+            scenes = [seen.scene(row) for row in range(len(images))]
+        known = [row for row, scene in enumerate(scenes) if scene is not None]
         scores = torch.full((len(images),), torch.nan)
         if known:
-            reports = check_many(images[known].float().cpu(), [wanted[row] for row in known])
+            reports = check_many(images[known].float().cpu(), [scenes[row] for row in known])
             scores[known] = torch.tensor([(r.score + float(r.score >= 1.0)) / 2 for r in reports])
         return scores
 

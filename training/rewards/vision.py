@@ -1,4 +1,4 @@
-"""Rewards that look at the picture without a text: DINO similarity to the source, and aesthetics."""
+"""Rewards that look at the image without a text: DINO similarity to the source, and aesthetics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DinoImage(Reward):
 
     name, range, needs = "dino", (0.0, 1.0), frozenset({"sources"})
 
-    def __init__(self, model, size: int = 224, device: str | torch.device = "cpu"):
+    def __init__(self, model: nn.Module, size: int = 224, device: str | torch.device = "cpu"):
         self.model = model.to(device).eval().requires_grad_(False)
         self.size, self.device = size, device
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ...models.image_files import to_pil
 from .base import Context, Reward, register
 from .weights import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 EDIT_QUESTION = (
@@ -26,7 +31,7 @@ class YesNo(Reward):
 
     name, range, needs, batch_size = "vlm_yes", (0.0, 1.0), frozenset({"prompts"}), 1
 
-    def __init__(self, model, processor, template: str | None = None):
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, template: str | None = None):
         if template is not None and "{prompt}" not in template:
             raise ValueError(
                 f"the question {template!r} has no {{prompt}} in it: say where the instruction goes."
@@ -37,7 +42,7 @@ class YesNo(Reward):
         self.no = self._first_tokens(tokenizer, ("no", "No", " no", " No"))
 
     @staticmethod
-    def _first_tokens(tokenizer, words: tuple[str, ...]) -> list[int]:
+    def _first_tokens(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> list[int]:
         return sorted({tokenizer.encode(word, add_special_tokens=False)[0] for word in words})
 
     def _score(self, images: Tensor, context: Context) -> Tensor:
@@ -47,14 +52,14 @@ class YesNo(Reward):
 
     def _answer(self, image: Tensor, prompt: str, source: Tensor | None) -> Tensor:
         """The score, a scalar, of one image [H,W,3]."""
-        pictures = [to_pil(shown) for shown in (source, image) if shown is not None]
+        images = [to_pil(shown) for shown in (source, image) if shown is not None]
         template = self.template or (IMAGE_QUESTION if source is None else EDIT_QUESTION)
-        content = [{"type": "image"} for _ in pictures]
+        content = [{"type": "image"} for _ in images]
         content.append({"type": "text", "text": template.replace("{prompt}", prompt)})
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        inputs = self.processor(text=[text], images=pictures, return_tensors="pt").to(self.model.device)
+        inputs = self.processor(text=[text], images=images, return_tensors="pt").to(self.model.device)
         chances = self.model(**inputs).logits[0, -1].float().softmax(-1)
         yes, no = chances[self.yes].sum(), chances[self.no].sum()
         return yes / (yes + no)

@@ -55,7 +55,7 @@ class TextRecipe:
 
 
 def words() -> list[str]:
-    """Every word of the shapes world, of the diptych prompt, and a few that people use about pictures."""
+    """Every word of the shapes world, of the diptych prompt, and a few that people use about images."""
     extra = "a background with nothing and image picture photo color bigger smaller stacked"
     text = [DIPTYCH_PROMPT, KEEP_REST, extra]
     text += [w for rows in WORDINGS.values() for w in rows]
@@ -67,6 +67,7 @@ def words() -> list[str]:
 
 
 def _edit_slots(edit: Edit) -> list[int]:
+    """The values of an instruction's slots, those after the scene's."""
     old = next((s for s in edit.source.shapes if s not in edit.target.shapes), None)
     new = next((s for s in edit.target.shapes if s not in edit.source.shapes), None)
     kinds, sizes = tuple(shapes.KINDS), tuple(shapes.SIZES)
@@ -86,6 +87,24 @@ def _edit_slots(edit: Edit) -> list[int]:
     ]
 
 
+def _example(rng: random.Random, edit: Edit, scene: list[int]) -> tuple[str, list[int]]:
+    """A caption or an instruction of an edit, bare or as FLUX is prompted with it, and its slots.
+
+    scene: the slots of the edit's target.
+    """
+    if rng.random() < 0.5:
+        prompt = edit.target.caption
+        prompt = DIPTYCH_CAPTION + prompt + "." if rng.random() < 0.3 else prompt
+        row = scene + [-1] * (len(SLOTS) - _SCENE_SLOTS)
+    else:
+        prompt = edit.instruction
+        prompt = DIPTYCH_PROMPT + prompt + "." if rng.random() < 0.7 else prompt
+        row = [-1] * _SCENE_SLOTS + _edit_slots(edit)
+    if rng.random() < 0.3:
+        prompt = prompt[0].upper() + prompt[1:] if rng.random() < 0.5 else prompt.rstrip(".") + "."
+    return prompt, row
+
+
 def examples(seed: int, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
     """Endless (prompts, slots `[B, len(SLOTS)]`); -1 where a slot does not apply."""
     chunk = 0
@@ -95,19 +114,7 @@ def examples(seed: int, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         rng = random.Random(f"{seed} {chunk} wrap")
         background, template, colour = shapes.codes([e.target for e in edits])
         scene = torch.cat([background[:, None], template, torch.where(template > 0, colour + 1, 0)], 1)
-        rows = []
-        for edit, slots in zip(edits, scene.tolist(), strict=True):
-            if rng.random() < 0.5:
-                prompt = edit.target.caption
-                prompt = DIPTYCH_CAPTION + prompt + "." if rng.random() < 0.3 else prompt
-                row = slots + [-1] * (len(SLOTS) - _SCENE_SLOTS)
-            else:
-                prompt = edit.instruction
-                prompt = DIPTYCH_PROMPT + prompt + "." if rng.random() < 0.7 else prompt
-                row = [-1] * _SCENE_SLOTS + _edit_slots(edit)
-            if rng.random() < 0.3:
-                prompt = prompt[0].upper() + prompt[1:] if rng.random() < 0.5 else prompt.rstrip(".") + "."
-            rows.append((prompt, row))
+        rows = [_example(rng, edit, slots) for edit, slots in zip(edits, scene.tolist(), strict=True)]
         for first in range(0, len(rows), batch_size):
             prompts, slots = zip(*rows[first : first + batch_size], strict=True)
             yield list(prompts), torch.tensor(slots)
@@ -123,6 +130,7 @@ class SlotHeads(nn.Module):
         self.names = nn.ModuleList(nn.Linear(width, n) for _, n in SLOTS)
 
     def forward(self, tokens: Tensor, padding: Tensor) -> list[Tensor]:
+        """Tokens [B,L,D], True [B,L] where they are padding -> logits [B,n] of every slot's values."""
         queries = self.queries.expand(len(tokens), -1, -1)
         seen = self.attention(queries, tokens, tokens, key_padding_mask=padding, need_weights=False)[0]
         return [name(seen[:, i]) for i, name in enumerate(self.names)]

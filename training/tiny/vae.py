@@ -1,7 +1,7 @@
 """Trains the small VAEs of the bundled models on the shapes world (recipes with `task: vae`).
 
-Pictures are drawn as they are needed: single panels, diptychs, and both with quadrants or a panel greyed
-out, since a Fill model encodes masked pictures and GroupNorm sees the whole canvas. What is learned is an
+Images are drawn as they are needed: single panels, diptychs, and both with quadrants or a panel greyed
+out, since a Fill model encodes masked images and GroupNorm sees the whole canvas. What is learned is an
 ordinary `AutoencoderKL`; its `scaling_factor` and `shift_factor` are measured on training scenes at the
 end, so that latents in model space have zero mean and unit deviation.
 
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 from ...models.tiny import build
 from ..runtime.precision import bf16_is_fast
 from . import shapes
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class VaeRecipe:
     save_every: int = 1000
 
 
-def pictures(recipe: VaeRecipe, start: int = 0) -> Iterator[Tensor]:
+def images(recipe: VaeRecipe, start: int = 0) -> Iterator[Tensor]:
     """Endless batches `[B,3,64,W]` in -1..1, W 64 or 128; step `start` onwards of one fixed order."""
     bank = [(e.source, e.target) for e in shapes.random_edits(recipe.seed, recipe.scenes // 2, "train")]
     sources, targets = (shapes.codes(side) for side in zip(*bank, strict=True))
@@ -71,13 +75,74 @@ def pictures(recipe: VaeRecipe, start: int = 0) -> Iterator[Tensor]:
 
 
 def _grey(rng: random.Random, n: int, wide: bool) -> Tensor:
-    """1 where a picture is greyed out: one to four quadrants of a panel, or the right panel of a diptych."""
+    """[N,1,64,W], 1 where an image is greyed out: quadrants of a panel, or the right panel of a diptych."""
     rows = [[p for p in shapes.PLACES if rng.random() < 0.5] for _ in range(n)]
     panel = shapes.place_masks(rows)[:, None]
     if not wide:
         return panel
     right = torch.ones_like(panel) if rng.random() < 0.7 else panel
     return torch.cat([torch.zeros_like(right), right], -1)
+
+
+class _Run:
+    """A VAE in training: weights, their moving average, the optimiser, and how far it is."""
+
+    def __init__(self, recipe: VaeRecipe):
+        from diffusers import AutoencoderKL
+
+        fresh = not recipe.start_from
+        vae = build.vae(recipe.architecture) if fresh else AutoencoderKL.from_pretrained(recipe.start_from)
+        self.vae = vae.train().to(memory_format=torch.channels_last)
+        if recipe.decoder_only:
+            vae.encoder.requires_grad_(False)
+        self.recipe = recipe
+        self.trained = {k: p for k, p in vae.named_parameters() if p.requires_grad}
+        self.average = {k: p.detach().clone() for k, p in self.trained.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+        self.done, self.cpu_seconds, self.clock = 0, 0.0, time.process_time()
+
+    def step(self, batch: Tensor) -> float:
+        """Learn from images [B,3,H,W] in -1..1; returns their mean square error."""
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(self.done, recipe)
+        loss, error = _loss(self.vae, batch.contiguous(memory_format=torch.channels_last), recipe)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained.values(), recipe.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(recipe.ema_decay, (1 + self.done) / (10 + self.done))
+        torch._foreach_lerp_(
+            list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - decay
+        )
+        self.done += 1
+        return error
+
+    def load(self, file: Path) -> None:
+        """Go on from what `save` wrote."""
+        saved = torch.load(file, weights_only=True)
+        self.vae.load_state_dict(saved["model"])
+        self.average = saved["ema"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.done, self.cpu_seconds = saved["step"], saved["cpu_seconds"]
+
+    def save(self, file: Path) -> float:
+        """Write all of it; the file is whole or the one before. Returns the CPU seconds spent so far."""
+        cpu = self.cpu_seconds + time.process_time() - self.clock
+        content = {"model": self.vae.state_dict(), "ema": self.average, "step": self.done}
+        content |= {"optimizer": self.optimizer.state_dict(), "cpu_seconds": cpu}
+        torch.save(content, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+        return cpu
+
+    def finished(self) -> AutoencoderKL:
+        """The VAE with its averaged weights, and the shift and scale of its latents measured."""
+        self.vae.load_state_dict(self.average, strict=False)
+        if not self.recipe.decoder_only:
+            measure_latents(self.vae, self.recipe.seed)
+        return self.vae.eval().to(memory_format=torch.contiguous_format)
 
 
 def train(
@@ -91,70 +156,36 @@ def train(
     Stopped before the end, it writes `state.pt` and returns that.
     `progress(step, steps, loss)` is called every 100 steps. Raises ValueError when the loss is not finite.
     """
-    from diffusers import AutoencoderKL
-
     out = Path(recipe.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    vae = (
-        AutoencoderKL.from_pretrained(recipe.start_from)
-        if recipe.start_from
-        else build.vae(recipe.architecture)
-    )
-    vae.train().to(memory_format=torch.channels_last)
-    if recipe.decoder_only:
-        vae.encoder.requires_grad_(False)
-    trained = {k: p for k, p in vae.named_parameters() if p.requires_grad}
-    ema = {k: p.detach().clone() for k, p in trained.items()}
-    optimizer = torch.optim.AdamW(
-        trained.values(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
-    )
-    start, spent, state = 0, 0.0, out / "state.pt"
+    run, state, running = _Run(recipe), out / "state.pt", math.nan
     if resume and state.exists():
-        saved = torch.load(state, weights_only=True)
-        vae.load_state_dict(saved["model"])
-        ema = saved["ema"]
-        optimizer.load_state_dict(saved["optimizer"])
-        start, spent = saved["step"], saved["cpu_seconds"]
-    clock, source = time.process_time(), pictures(recipe, start)
-    running = math.nan
-    for step in range(start, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe)
-        batch = next(source).contiguous(memory_format=torch.channels_last)
-        loss, error = _loss(vae, batch, recipe)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.values(), recipe.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(recipe.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)
+        run.load(state)
+    source = images(recipe, run.done)
+    while run.done < recipe.steps:
+        error = run.step(next(source))
         running = error if math.isnan(running) else 0.99 * running + 0.01 * error
         if not math.isfinite(error):
             raise ValueError(
-                f"the loss is {error} at step {step}: lower learning_rate ({recipe.learning_rate})"
+                f"the loss is {error} at step {run.done - 1}: lower learning_rate ({recipe.learning_rate})"
             )
-        if progress and step % 100 == 99:
-            progress(step + 1, recipe.steps, running)
-        last, stop = step + 1 == recipe.steps, should_stop()
-        if step % recipe.save_every == recipe.save_every - 1 or last or stop:
-            cpu = spent + time.process_time() - clock
-            content = {"model": vae.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-            torch.save({**content, "step": step + 1, "cpu_seconds": cpu}, out / "state.tmp")
-            (out / "state.tmp").replace(state)
-            log.info("step %d: %.2f dB, %.0f CPU s", step + 1, -10 * math.log10(running / 4), cpu)
+        if progress and run.done % 100 == 0:
+            progress(run.done, recipe.steps, running)
+        last, stop = run.done == recipe.steps, should_stop()
+        if run.done % recipe.save_every == 0 or last or stop:
+            cpu = run.save(state)
+            log.info("step %d: %.2f dB, %.0f CPU s", run.done, -10 * math.log10(running / 4), cpu)
         if stop and not last:
             return state
-    vae.load_state_dict(ema, strict=False)
-    if not recipe.decoder_only:
-        measure_latents(vae, recipe.seed)
-    vae.eval().to(memory_format=torch.contiguous_format).save_pretrained(out / "vae")
+    vae = run.finished()
+    vae.save_pretrained(out / "vae")
     if recipe.text:
         _write_pipelines(out, vae, recipe)
     return out / "vae"
 
 
-def _write_pipelines(out: Path, vae, recipe: VaeRecipe) -> None:
+def _write_pipelines(out: Path, vae: AutoencoderKL, recipe: VaeRecipe) -> None:
     """The folders that the denoisers' trainings start from, with untrained denoisers."""
     from ...models.tiny import folders
 
@@ -177,7 +208,7 @@ def _schedule(step: int, recipe: VaeRecipe) -> float:
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
 
 
-def _loss(vae, batch: Tensor, recipe: VaeRecipe) -> tuple[Tensor, float]:
+def _loss(vae: AutoencoderKL, batch: Tensor, recipe: VaeRecipe) -> tuple[Tensor, float]:
     """The training loss and the mean square error in -1..1 units."""
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16 and bf16_is_fast("cpu")):
         with torch.set_grad_enabled(not recipe.decoder_only):
@@ -197,8 +228,11 @@ def _loss(vae, batch: Tensor, recipe: VaeRecipe) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def measure_latents(vae, seed: int = 0, scenes: int = 2000) -> tuple[float, float]:
-    """Writes shift and scale of the latents of training scenes into the VAE's config, and returns them."""
+def measure_latents(vae: AutoencoderKL, seed: int = 0, scenes: int = 2000) -> tuple[float, float]:
+    """Writes shift and scale of the latents of so many training scenes into the VAE's config.
+
+    Returns (shift, scale): model space is (latents - shift) * scale.
+    """
     rng = random.Random(seed)
     drawn = shapes.render_many([shapes.random_scene(rng, "train") for _ in range(scenes)])
     means = [vae.encode(b.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mean for b in drawn.split(100)]
@@ -210,19 +244,3 @@ def measure_latents(vae, seed: int = 0, scenes: int = 2000) -> tuple[float, floa
     else:
         vae.register_to_config(scaling_factor=scale, shift_factor=shift)
     return shift, scale
-
-
-@torch.no_grad()
-def evaluate(vae, n: int = 500, seed: int = 1, split: str = "test") -> dict[str, float]:
-    """Mean PSNR in dB of reconstructions (pictures in 0..1) and the share the checker reads back exactly."""
-    rng = random.Random(seed)
-    scenes = [shapes.random_scene(rng, split) for _ in range(n)]
-    pictures = shapes.render_many(scenes)
-    done = []
-    for batch in pictures.split(100):
-        latents = vae.encode(batch.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mode()
-        done.append((vae.decode(latents).sample.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1))
-    out = torch.cat(done)
-    psnr = -10 * (out - pictures).square().mean((1, 2, 3)).log10()
-    exact = shapes.read(out).matches(scenes)
-    return {"psnr": psnr.mean().item(), "read_back": exact.float().mean().item(), "pictures": n}

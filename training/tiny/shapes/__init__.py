@@ -1,4 +1,4 @@
-"""The shapes world: small pictures with exact ground truth, their edits, and a checker that reads them back.
+"""The shapes world: small images with exact ground truth, their edits, and a checker that reads them back.
 
 Every edit pair comes with the instruction, the caption of the result and the mask of the quadrants it
 touches, so that an editing model can be trained and scored on a CPU without any data set or judge model.

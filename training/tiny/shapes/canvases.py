@@ -1,4 +1,4 @@
-"""What a Fill base knows before any instruction: captioned pictures and diptychs with holes, copies."""
+"""What a Fill base knows before any instruction: captioned images and diptychs with holes, copies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COPY_PROMPTS = (
 
 
 class Canvas(NamedTuple):
-    """A picture with holes in some quadrants, and the one to its left if it is a diptych."""
+    """An image with holes in some quadrants, and the one to its left if it is a diptych."""
 
     prompt: str
-    picture: Scene
+    image: Scene
     holes: tuple[str, ...]
     left: Scene | None = None
 
@@ -30,7 +30,7 @@ class Canvas(NamedTuple):
 def base_canvas(seed: int | str, edit: Edit) -> Canvas:
     """A canvas of the edit's scenes, never its instruction; the same for the same arguments.
 
-    35 % single pictures and 30 % diptychs, described by a caption; 35 % diptychs of one picture twice.
+    35 % single images and 30 % diptychs, described by a caption; 35 % diptychs of one image twice.
     """
     rng = random.Random(seed)
     kind = rng.random()

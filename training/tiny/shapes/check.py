@@ -1,6 +1,6 @@
-"""Reads shapes pictures back and compares them with what they should show.
+"""Reads shapes images back and compares them with what they should show.
 
-Each quadrant is compared with every picture the world can put there (8 shapes and sizes or nothing, 8
+Each quadrant is compared with every image the world can put there (8 shapes and sizes or nothing, 8
 grounds, 8 colours) by least squares in closed form: `|P - R|^2 = |P|^2 - 2 <P, R> + |R|^2` with `R = ground
 (1 - c) + colour c`, so that only inner products with the nine coverages c are needed. A quadrant further
 than `CELL_TOLERANCE` from all of them is unreadable, and counts as wrong whatever it was to show.
@@ -34,7 +34,7 @@ CELL_TOLERANCE = (
 
 
 class Reading(NamedTuple):
-    """What N pictures show, as `codes` has it, and how far each quadrant is from what it was read as."""
+    """What N images show, as `codes` has it, and how far each quadrant is from what it was read as."""
 
     background: Tensor  # [N]
     template: Tensor  # [N,4], 0 = empty, -1 = unreadable
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
         return same & (self.background == background)[:, None]
 
     def scene(self, row: int) -> Scene:
-        """Picture `row` as a scene; unreadable quadrants are left out."""
+        """Image `row` as a scene; unreadable quadrants are left out."""
         shapes = []
         for place, template, colour in zip(PLACES, self.template[row], self.colour[row], strict=True):
             if template > 0:
@@ -73,7 +73,7 @@ class ObjectReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """How a picture compares with a scene."""
+    """How an image compares with a scene."""
 
     objects: tuple[ObjectReport, ...]
     background: bool
@@ -85,14 +85,15 @@ class Report(NamedTuple):
 
     @property
     def exact(self) -> bool:
+        """Whether everything is right."""
         return self.score == 1.0
 
 
 @torch.no_grad()
 def read(images: Tensor) -> Reading:
-    """Reads pictures, float `[N,H,H,3]` in 0..1. Raises ValueError on another shape."""
+    """Reads images, float `[N,H,H,3]` in 0..1. Raises ValueError on another shape."""
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        raise ValueError(f"images are {tuple(images.shape)}: shapes pictures are square, [N,H,H,3]")
+        raise ValueError(f"images are {tuple(images.shape)}: shapes images are square, [N,H,H,3]")
     parts = [_read_chunk(chunk) for chunk in images.float().cpu().split(256)]
     return Reading(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -129,7 +130,7 @@ def _read_chunk(images: Tensor) -> Reading:
 
 
 def check(image: Tensor, scene: Scene, *, source: Tensor | None = None, mask: Tensor | None = None) -> Report:
-    """Compares one picture `[H,H,3]` with the scene it should show; see `check_many`."""
+    """Compares one image `[H,H,3]` with the scene it should show; see `check_many`."""
     return check_many(
         image[None], [scene], None if source is None else source[None], None if mask is None else mask[None]
     )[0]
@@ -138,7 +139,7 @@ def check(image: Tensor, scene: Scene, *, source: Tensor | None = None, mask: Te
 def check_many(
     images: Tensor, scenes: Sequence[Scene], sources: Tensor | None = None, masks: Tensor | None = None
 ) -> list[Report]:
-    """One report per picture `[N,H,H,3]`; `sources` and `masks` `[N,H,H]` give `untouched_error`.
+    """One report per image `[N,H,H,3]`; `sources` and `masks` `[N,H,H]` give `untouched_error`.
 
     The score is the mean of the background (0 or 1), of each wanted shape (share of kind, colour, size and
     place that is right; 0 if nothing was found for it) and of a 0 for everything that should not be there.

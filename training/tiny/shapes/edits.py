@@ -76,7 +76,7 @@ class Edit(NamedTuple):
 
 
 class EditPair(NamedTuple):
-    """A drawn edit: pictures float32 `[H,W,3]` in 0..1, mask float32 `[H,W]` (1 = touched by the edit)."""
+    """A drawn edit: images float32 `[H,W,3]` in 0..1, mask float32 `[H,W]` (1 = touched by the edit)."""
 
     source: Tensor
     target: Tensor

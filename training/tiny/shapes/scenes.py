@@ -2,7 +2,7 @@
 
 A scene is a flat background and one to three flat shapes, each in its own quadrant and of its own colour.
 Drawing is closed form (coverage of a pixel by a signed distance), so that the checker can know every
-picture there is.
+image there is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLOURS = {
     "black": (0.08, 0.08, 0.10),
 }
 KINDS = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.13, "large": 0.21}  # half width, as a fraction of the picture
+SIZES = {"small": 0.13, "large": 0.21}  # half width, as a fraction of the image
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 SPLITS = ("train", "val", "test")
 
@@ -47,6 +47,7 @@ class Shape:
 
     @property
     def name(self) -> str:
+        """As instructions call it: colour and kind."""
         return f"{self.colour} {self.kind}"
 
 
@@ -58,11 +59,12 @@ class Scene:
     shapes: tuple[Shape, ...]
 
     def at(self, place: str) -> Shape | None:
+        """The shape in a quadrant, one of `PLACES`; None if it is empty."""
         return next((shape for shape in self.shapes if shape.place == place), None)
 
     @property
     def caption(self) -> str:
-        """Names everything in the picture, in reading order."""
+        """Names everything in the image, in reading order."""
         parts = [f"a {s.size} {s.colour} {s.kind} at the {s.place}" for s in self.shapes]
         listed = " and ".join(parts) if len(parts) < 3 else f"{parts[0]}, {parts[1]} and {parts[2]}"
         return f"a {self.background} background with {listed or 'nothing'}"
@@ -75,6 +77,7 @@ class Scene:
 
 
 def ordered(background: str, shapes: Sequence[Shape]) -> Scene:
+    """The scene of these shapes, in any order."""
     return Scene(background, tuple(sorted(shapes, key=lambda s: PLACES.index(s.place))))
 
 
@@ -121,6 +124,7 @@ def coverage(cell: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def palette() -> Tensor:
+    """The colours [8,3] in 0..1, in the order of `COLOURS`."""
     return torch.tensor(list(COLOURS.values()), dtype=torch.float32)
 
 
@@ -138,12 +142,12 @@ def codes(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def render_many(scenes: Sequence[Scene], size: int = 64) -> Tensor:
-    """Pictures of scenes, float32 `[N,size,size,3]` in 0..1. Raises ValueError on a size odd or below 16."""
+    """Images of scenes, float32 `[N,size,size,3]` in 0..1. Raises ValueError on a size odd or below 16."""
     return render_codes(*codes(scenes), size)
 
 
 def render_codes(background: Tensor, template: Tensor, colour: Tensor, size: int = 64) -> Tensor:
-    """`render_many` from what `codes` returns: tens of thousands of pictures a second for a training loop."""
+    """`render_many` from what `codes` returns: tens of thousands of images a second for a training loop."""
     cell = cell_size(size)
     cover = coverage(cell)[template].unsqueeze(-1)  # N place y x 1
     ground = palette()[background][:, None, None, None]
@@ -153,17 +157,19 @@ def render_codes(background: Tensor, template: Tensor, colour: Tensor, size: int
 
 
 def render(scene: Scene, size: int = 64) -> Tensor:
-    """The picture of a scene, float32 `[size,size,3]` in 0..1, flat colours with antialiased edges."""
+    """The image of a scene, float32 `[size,size,3]` in 0..1, flat colours with antialiased edges."""
     return render_many([scene], size)[0]
 
 
 def cell_size(size: int) -> int:
+    """The side of a quadrant in pixels. Raises ValueError on a size odd or below 16."""
     if size < 16 or size % 2:
-        raise ValueError(f"size is {size}: shapes pictures need an even size of at least 16 pixels")
+        raise ValueError(f"size is {size}: shapes images need an even size of at least 16 pixels")
     return size // 2
 
 
 def check_split(split: str | None) -> None:
+    """Raise ValueError for a name that is no split; None is any."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
 
