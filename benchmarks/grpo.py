@@ -74,7 +74,11 @@ def trainer_of(options: argparse.Namespace, folder: Path):
     )
     config = configure(choices, folder)
     config.sample_data = [f"shapes:{options.rows}?split=test&seed=1&size=64{kind}"]
-    config.sample_count, config.threads = options.rows, options.threads
+    config.sample_count = options.rows
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
     trainer = GRPOTrainer(config)
     trainer.prepare()
     return trainer

@@ -28,10 +28,10 @@ LIMIT = 1.0
 
 def trainer(cache: bool, folder: Path, batch: int):
     from comfyui_diptych.models import tiny
-    from comfyui_diptych.training import config
+    from comfyui_diptych.training import recipes
     from comfyui_diptych.training import trainer as sft
 
-    values = config.read("icedit")
+    values = recipes.read("icedit")
     values |= {
         "model": str(tiny.folder() / "fill"),
         "data": ["shapes:64"],
@@ -46,9 +46,8 @@ def trainer(cache: bool, folder: Path, batch: int):
         "log_with": ["none"],
         "output_dir": str(folder / f"cache_{cache}"),
         "cache": cache,
-        "threads": 1,
     }
-    made = sft.Trainer(config.from_dict(values))
+    made = sft.Trainer(recipes.from_dict(values))
     made.prepare()
     return made
 

@@ -7,7 +7,8 @@ import logging
 import sys
 from typing import Any
 
-from .train import TrainingBar, add_recipe_arguments, overrides_of, speak, stopped, training_stop
+from .recipe_options import add_recipe_arguments, overrides_of, recipe_help
+from .train import TrainingBar, speak, stopped, training_stop
 
 logger = logging.getLogger(__name__)
 
@@ -16,25 +17,30 @@ def add_parser(subparsers: Any) -> None:
     """Add `diptych grpo` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "grpo",
+        add_help=False,
         help="train a LoRA by reward (GRPO or DiffusionNFT)",
-        description="Improve a model by reward. Presets: grpo_fast, grpo_winner, grpo_flow, grpo_dance, "
-        "grpo_mixgrpo, grpo_nft; a recipe of your own starts with `extends: grpo_fast`. Several GPUs: "
+        description="Improve a model by reward. Several GPUs: "
         "accelerate launch -m comfyui_diptych grpo RECIPE ...",
     )
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, options_of_reward_training)
     parser.set_defaults(run=run)
+
+
+def options_of_reward_training() -> str:
+    """What `diptych grpo --help` adds: the recipes and every option."""
+    from ..training import recipes
+    from ..training.reinforce.config import GRPOConfig
+
+    return recipe_help(recipes.summaries("grpo_"), GRPOConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train by reward; returns 0. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
-    from ..training import config as configs
+    from ..training import recipes
     from ..training.reinforce.config import GRPOConfig
 
-    if args.help_config:
-        sys.stdout.write(configs.describe(GRPOConfig) + "\n")
-        return 0
     speak()
-    config = configs.from_dict(configs.read(args.recipe, overrides_of(args)), GRPOConfig)
+    config = recipes.from_dict(recipes.read(args.recipe, overrides_of(args)), GRPOConfig)
     with training_stop() as stop:
         from ..training.reinforce.trainer import GRPOTrainer
 

@@ -42,11 +42,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode the rows and print where the index is; returns 0. Raises `Stopped` after a signal."""
-    from ..training import config as configs
+    from ..training import recipes
 
     speak()
-    values = configs.overridden({"task": "fill"}, args.set)
-    config = configs.from_dict({**values, "model": args.model, "data": args.data})
+    values = recipes.overridden({"task": "fill"}, args.set)
+    config = recipes.from_dict({**values, "model": args.model, "data": args.data})
     from ..training.precompute import precompute
 
     more = "the same command goes on from here"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .recipe_options import add_recipe_arguments, overrides_of, recipe_help
 from .stopping import Stop, Stopped
 
 WORLD_TASKS = {"vae": ("tiny.vae", "VaeRecipe"), "text": ("tiny.text", "TextRecipe")}
@@ -19,44 +20,34 @@ def add_parser(subparsers: Any) -> None:
     """Add `diptych train` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "train",
+        add_help=False,
         help="train a LoRA, MoE-LoRA or full model from a recipe",
         description="Train from a YAML recipe (a file or a bundled name). Several GPUs or machines: "
         "accelerate launch -m comfyui_diptych train RECIPE ...",
     )
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, options_of_training)
     parser.set_defaults(run=run)
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command with a recipe takes."""
-    parser.add_argument("recipe", nargs="?", help="YAML file or bundled recipe, for example icedit")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe option"
-    )
-    parser.add_argument("--resume", default=None, help="auto, or a checkpoint folder")
-    parser.add_argument("--help-config", action="store_true", help="list every recipe option and leave")
+def options_of_training() -> str:
+    """What `diptych train --help` adds: the recipes and every option."""
+    from ..training import recipes
+    from ..training.config import TrainConfig
 
-
-def overrides_of(args: argparse.Namespace) -> list[str]:
-    """`--set` and `--resume` as KEY=VALUE. Raises ValueError without a recipe."""
-    if not args.recipe:
-        raise ValueError("recipe is missing: name a YAML file or a bundled recipe, or use --help-config")
-    return list(args.set) + ([f"resume={args.resume}"] if args.resume is not None else [])
+    names = recipes.summaries()
+    return recipe_help({n: text for n, text in names.items() if not n.startswith("grpo_")}, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train by a recipe; returns 0. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
-    from ..training import config as configs
+    from ..training import recipes
 
-    if args.help_config:
-        sys.stdout.write(configs.describe() + "\n")
-        return 0
     overrides = overrides_of(args)
     speak()
-    values = configs.read(args.recipe, overrides)
+    values = recipes.read(args.recipe, overrides)
     if values.get("task") in WORLD_TASKS:
         return _train_world(values)
-    config = configs.from_dict(values)
+    config = recipes.from_dict(values)
     with training_stop() as stop:
         from ..training.trainer import Trainer
 
@@ -122,13 +113,13 @@ def _train_world(values: dict[str, Any]) -> int:
     """The parts of the bundled tiny models have trainers of their own; they go on from their last state."""
     import importlib
 
-    from ..training import config as configs
+    from ..training import recipes
     from ..training.runtime import disk, lock
 
     module_name, class_name = WORLD_TASKS[values.pop("task")]
     module = importlib.import_module(f"..training.{module_name}", __package__)
     values.pop("resume", None)
-    recipe = configs.from_dict(values, getattr(module, class_name))
+    recipe = recipes.from_dict(values, getattr(module, class_name))
     output = disk.check_folder(recipe.output_dir, "output_dir")
     stop = Stop("stopped: nothing was kept", "stopping after this step, with its state")
     with stop, lock.held(output), TrainingBar(recipe.steps) as bar:

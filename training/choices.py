@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..models.flux import default_device, read_config
-from .config import TrainConfig, from_dict, read
+from .config import TrainConfig
+from .recipes import from_dict, read
 from .reinforce.config import GRPOConfig
 from .rewards import from_recipe
 from .runtime import disk

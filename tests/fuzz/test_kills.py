@@ -17,7 +17,7 @@ LONG = os.environ.get("DIPTYCH_FUZZ") == "long"
 COMMON = {
     "task": "fill", "model": "tiny:fill", "resolution": 64, "rank": 4, "optimizer": "adamw", "lr": 1e-3,
     "mixed_precision": "no", "base_dtype": "float32", "cache_dtype": "float32", "ema": 0.9, "resume": "auto",
-    "gradient_checkpointing": False, "log_with": ["none"], "log_every": 1, "threads": 1,
+    "gradient_checkpointing": False, "log_with": ["none"], "log_every": 1,
     "max_sequence_length": 64,
 }  # fmt: skip
 TRAIN = {
@@ -37,7 +37,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from comfyui_diptych.training import config
+from comfyui_diptych.training import config, recipes
 from comfyui_diptych.training import trainer as sft
 from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.runtime import checkpoint
@@ -53,7 +53,7 @@ def start(folder):
         torch.set_num_threads(1)
         kinds = {"grpo": (GRPOConfig, grpo.GRPOTrainer), "train": (config.TrainConfig, sft.Trainer)}
         kind, trainer = kinds[name]
-        c = config.from_dict({**values, "output_dir": str(folder), "output_name": "lora"}, kind)
+        c = recipes.from_dict({**values, "output_dir": str(folder), "output_name": "lora"}, kind)
         trainer(c).run()
         os._exit(0)
     return child

@@ -275,7 +275,7 @@ import json, os, signal, sys
 import accelerate, peft  # here and not in every fork
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.reinforce.config import GRPOConfig
 def die(report):
@@ -285,7 +285,7 @@ for recipe in sys.argv[1:]:
     child = os.fork()
     if not child:
         values = json.load(open(recipe))
-        grpo.GRPOTrainer(config.from_dict(values, GRPOConfig), on_report=die).run()
+        grpo.GRPOTrainer(recipes.from_dict(values, GRPOConfig), on_report=die).run()
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, recipe
 """

@@ -12,7 +12,7 @@ import torch
 from comfyui_diptych import cli
 from comfyui_diptych.models import lora, tiny
 from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
-from comfyui_diptych.training import config
+from comfyui_diptych.training import config, recipes
 from comfyui_diptych.training import trainer as sft
 from comfyui_diptych.training.data import given
 from comfyui_diptych.training.data.sample import read_image, to_pil
@@ -94,7 +94,7 @@ def trainer_of(tmp_path, data, kind=GRPOConfig, **options):
         "output_dir": str(tmp_path / "out"),
     }
     trainer = (grpo.GRPOTrainer if kind is GRPOConfig else sft.Trainer)(
-        config.from_dict({**values, **options}, kind)
+        recipes.from_dict({**values, **options}, kind)
     )
     trainer.prepare()
     return trainer

@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 from comfyui_diptych.models import lora
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training.tasks import adapters, export, initial
 from comfyui_diptych.training.tasks.families import FAMILIES, make_task
 from safetensors import safe_open
@@ -23,7 +23,7 @@ HEADER = {"base": "toy", "recipe": "test", "step": 7, "data": "abc", "prompt_tem
 
 def trained(module: nn.Module, task: str, method: str = "lora", patterns: list[str] | None = None, **options):
     """A copy of the module with non-zero adapters, and its configuration (alpha is not the rank)."""
-    c = config.from_dict({"task": task, "method": method, "rank": 4, "lora_alpha": 6.0, **options})
+    c = recipes.from_dict({"task": task, "method": method, "rank": 4, "lora_alpha": 6.0, **options})
     module = copy.deepcopy(module)
     adapters.add_lora(module, patterns or FAMILIES[task].target_modules, c)
     generator = torch.Generator().manual_seed(0)
@@ -160,7 +160,7 @@ def test_a_lora_is_merged_before_training_at_the_strength_beside_its_name(fill_p
     base = merged(fill_pipeline.transformer)
     fill_pipeline.save_pretrained(tmp_path / "model")
     options = {"task": "fill", "model": str(tmp_path / "model"), "base_dtype": "float32"}
-    given = config.from_dict({**options, "fuse_loras": [f"{path}:0.5"], "gradient_checkpointing": False})
+    given = recipes.from_dict({**options, "fuse_loras": [f"{path}:0.5"], "gradient_checkpointing": False})
     half = merged(make_task(given).load_denoiser())
     for name, change in changes(module).items():
         wanted = base[f"{name}.weight"] + change / 2
@@ -180,7 +180,7 @@ def test_a_small_change_survives_a_float8_base(fill_pipeline, tmp_path):
     options |= {"gradient_checkpointing": False}
 
     def weight(**fused):
-        loaded = make_task(config.from_dict(options | fused)).load_denoiser()
+        loaded = make_task(recipes.from_dict(options | fused)).load_denoiser()
         assert loaded.get_submodule(name).weight.dtype == torch.float8_e4m3fn
         return loaded.get_submodule(name).weight.float()
 
@@ -194,9 +194,9 @@ def test_what_a_merge_cannot_keep_is_said_before_the_work_or_in_the_log(fill_pip
     options = {"task": "fill", "model": "x"}
     path = str(write(module, c, tmp_path / "moe.safetensors"))
     with pytest.raises(ValueError, match="has experts, chosen by token"):
-        initial.check_loras(config.from_dict({**options, "fuse_loras": [path]}))
+        initial.check_loras(recipes.from_dict({**options, "fuse_loras": [path]}))
     with pytest.raises(ValueError, match="more than plain LoRA factors"):
-        initial.check_loras(config.from_dict({**options, "init_lora": path}))
+        initial.check_loras(recipes.from_dict({**options, "init_lora": path}))
     module, c = trained(fill_pipeline.transformer, "fill")
     parts = {"transformer": adapters.trained_state(module)}
     path = export.save_lora(tmp_path / "w.safetensors", parts, c, HEADER | {"sigma_window": [0.9, 0.4]})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_diptych.models import lora
 from comfyui_diptych.models.packing import image_ids
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training.tasks import adapters, export, initial
 from comfyui_diptych.training.tasks.families import FAMILIES
 
@@ -61,7 +61,7 @@ def test_fresh_weights_with_zero_modulation_predict_zero(fill_pipeline):
 @pytest.fixture
 def saved(fill_pipeline, tmp_path):
     """(the module with a LoRA of rank 4 and alpha 6, its file)."""
-    c = config.from_dict({"task": "fill", "rank": 4, "lora_alpha": 6.0})
+    c = recipes.from_dict({"task": "fill", "rank": 4, "lora_alpha": 6.0})
     module = copy.deepcopy(fill_pipeline.transformer).eval()
     adapters.add_lora(module, FILL, c)
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def saved(fill_pipeline, tmp_path):
 @pytest.mark.parametrize("rank", [4, 7])
 def test_adapters_that_have_room_begin_as_the_lora(fill_pipeline, saved, rank):
     module, path = saved
-    c = config.from_dict({"task": "fill", "rank": rank, "lora_alpha": 5.0})
+    c = recipes.from_dict({"task": "fill", "rank": rank, "lora_alpha": 5.0})
     fresh = copy.deepcopy(fill_pipeline.transformer).eval()
     adapters.add_lora(fresh, FILL, c)
     initial.from_lora(fresh, str(path), c)
@@ -85,7 +85,7 @@ def test_adapters_that_have_room_begin_as_the_lora(fill_pipeline, saved, rank):
 
 def test_adapters_of_a_lower_rank_begin_as_the_best_approximation(fill_pipeline, saved):
     _, path = saved
-    c = config.from_dict({"task": "fill", "rank": 2, "lora_alpha": 2.0})
+    c = recipes.from_dict({"task": "fill", "rank": 2, "lora_alpha": 2.0})
     fresh = copy.deepcopy(fill_pipeline.transformer)
     adapters.add_lora(fresh, FILL, c)
     initial.from_lora(fresh, str(path), c)
@@ -106,7 +106,7 @@ def test_experts_begin_near_their_modules_lora(fill_pipeline, saved):
 
     def distance(start):
         torch.manual_seed(0)
-        c = config.from_dict(options)
+        c = recipes.from_dict(options)
         fresh = copy.deepcopy(base)
         adapters.add_lora(fresh, FILL, c)
         if start:
@@ -117,7 +117,7 @@ def test_experts_begin_near_their_modules_lora(fill_pipeline, saved):
 
 
 def test_a_lora_of_another_model_is_refused(fill_pipeline, sd_inpaint_pipeline, saved):
-    c = config.from_dict({"task": "sd_inpaint", "rank": 4})
+    c = recipes.from_dict({"task": "sd_inpaint", "rank": 4})
     unet = copy.deepcopy(sd_inpaint_pipeline.unet)
     adapters.add_lora(unet, FAMILIES["sd_inpaint"].target_modules, c)
     with pytest.raises(ValueError, match="fits none of target_modules"):
@@ -143,7 +143,7 @@ def test_a_lora_of_which_a_part_would_be_lost_is_refused(entry, words, fill_pipe
     else:
         tensors[entry] = torch.ones(48)
     save_file(tensors, tmp_path / "more.safetensors")
-    c = config.from_dict({"task": "fill", "rank": 4})
+    c = recipes.from_dict({"task": "fill", "rank": 4})
     fresh = copy.deepcopy(fill_pipeline.transformer)
     adapters.add_lora(fresh, FILL, c)
     with pytest.raises(ValueError, match=words):

@@ -34,12 +34,12 @@ def run(c, **callbacks):
 
 KILLED = """
 import os, signal, sys
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training import trainer as sft
 def die(report):
     if report.step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
-c = config.load(sys.argv[1])
+c = recipes.load(sys.argv[1])
 sft.Trainer(c, on_report=die).run()
 """
 

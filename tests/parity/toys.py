@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training.reinforce.config import GRPOConfig
 
 TRAIN = {
@@ -26,7 +26,6 @@ TRAIN = {
     "log_with": ["none"],
     "log_every": 1,
     "sample_every": 0,
-    "threads": 1,
 }
 REWARD = {
     **{key: value for key, value in TRAIN.items() if key != "batch_size"},
@@ -46,14 +45,14 @@ INPAINT = ["shapes:12?size=32&task=inpaint"]
 def train_config(folders, output, task="fill", **options):
     """Of supervised training; `folders` holds a pipeline's folder per task."""
     values = {**TRAIN, "data": ["shapes:24?size=32"], "task": task, "model": str(folders / task)}
-    return config.from_dict({**values, "output_dir": str(output), **options})
+    return recipes.from_dict({**values, "output_dir": str(output), **options})
 
 
 def reward_config(folders, output, task="fill", **options):
     """Of reward training, the same."""
     data = INPAINT if task == "sd_inpaint" else ["shapes:12?size=32"]
     values = {**REWARD, "data": data, "task": task, "model": str(folders / task)}
-    return config.from_dict({**values, "output_dir": str(output), **options}, GRPOConfig)
+    return recipes.from_dict({**values, "output_dir": str(output), **options}, GRPOConfig)
 
 
 def write_recipe(c, path: Path) -> Path:

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from comfyui_diptych.models import tiny
 from comfyui_diptych.models.denoiser import Condition, TextEmbedding
 from comfyui_diptych.models.flux_fill import FluxFill
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training.tasks import padding
 from comfyui_diptych.training.tasks.families import make_task
 from hypothesis import given, settings
@@ -65,7 +65,7 @@ def test_pads_that_depend_on_their_place_are_refused():
 
 def test_the_tiny_encoders_words_are_counted_and_lengths_are_drawn_by_place():
     options = {"task": "fill", "model": str(tiny.folder() / "fill"), "base_dtype": "float32"}
-    c = config.from_dict({**options, "text_lengths": [64, 512], "guidance": 1.0, "guidance_max": 60.0})
+    c = recipes.from_dict({**options, "text_lengths": [64, 512], "guidance": 1.0, "guidance_max": 60.0})
     task = make_task(c)
     task.load_encoders()
     task.load_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training.runtime import processes
 from comfyui_diptych.training.runtime.precision import bf16_is_fast
 
@@ -33,5 +33,5 @@ def test_a_torch_that_cannot_say_is_not_trusted(monkeypatch):
 def test_a_run_computes_in_what_auto_finds(monkeypatch, tmp_path, choice, units, wanted):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
-    c = config.from_dict({"task": "fill", "model": "m", "mixed_precision": choice, "log_with": ["none"]})
+    c = recipes.from_dict({"task": "fill", "model": "m", "mixed_precision": choice, "log_with": ["none"]})
     assert processes.start(c, tmp_path).accelerator.mixed_precision == wanted

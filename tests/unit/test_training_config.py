@@ -5,47 +5,96 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("yaml")
+from comfyui_diptych import cli
 from comfyui_diptych.commands.train import WORLD_TASKS
-from comfyui_diptych.training import config
-from comfyui_diptych.training.reinforce.config import GRPOConfig
+from comfyui_diptych.training import config, recipes
+from comfyui_diptych.training.reinforce.config import GRPOConfig, TinyGRPOConfig
+from comfyui_diptych.training.tiny.options import TinyOptions
 
 
 def test_every_option_is_documented():
-    assert all(f.metadata.get("help") for f in dataclasses.fields(config.TrainConfig))
-    assert "max_steps" in config.describe()
+    for kind in (config.TinyTrainConfig, TinyGRPOConfig):
+        for field in dataclasses.fields(kind):
+            assert field.metadata["help"].endswith(".") and field.metadata["group"], field.name
 
 
-@pytest.mark.parametrize("path", sorted(config.RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(("command", "kind"), [("train", config.TrainConfig), ("grpo", GRPOConfig)])
+def test_help_lists_the_recipes_and_all_options_in_groups_the_five_that_matter_first(command, kind, capsys):
+    for flag in ("--help", "--help-config"):
+        with pytest.raises(SystemExit) as left:
+            cli.main([command, flag])
+        assert left.value.code == 0
+    text = capsys.readouterr().out
+    named = re.findall(r"^  (\w+) =(?: |$)", text, re.MULTILINE)
+    named = named[: len(named) // 2]  # of one of the two
+    assert tuple(named[:5]) == kind.essentials and "The 5 that matter most:" in text
+    assert sorted([*named, *kind.unused]) == sorted(f.name for f in dataclasses.fields(kind))
+    groups = {f.metadata["group"] for f in dataclasses.fields(kind) if f.name not in kind.unused}
+    assert all(f"\n{title}:\n" in text for title in groups)
+    for path in recipes.RECIPES.glob("*.yaml"):
+        of_reward = path.stem.startswith("grpo_")
+        assert (of_reward == (command == "grpo")) == (f"\n  {path.stem} " in text)
+    assert all(len(line) <= 112 for line in text.splitlines())
+
+
+def test_every_bundled_recipe_says_in_one_line_what_it_is():
+    summaries = recipes.summaries()
+    assert len(summaries) == len(list(recipes.RECIPES.glob("*.yaml")))
+    assert all(20 < len(text) < 120 for text in summaries.values())
+
+
+def test_the_help_of_trainings_loads_no_heavy_library():
+    code = "import sys; from comfyui_diptych import cli\ntry: cli.main(['grpo', '--help'])\nfinally: "
+    code += "assert not {'transformers', 'diffusers', 'peft', 'yaml'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "nft_beta" in done.stdout, done.stderr
+
+
+def test_options_of_the_tiny_models_come_with_a_recipe_that_sets_one():
+    assert type(recipes.load("icedit")) is config.TrainConfig
+    c = recipes.load("icedit", ["text_lengths=[64]"])
+    assert type(c) is config.TinyTrainConfig and c.text_lengths == [64] and c.init == "pretrained"
+    assert type(recipes.from_dict({"noise_offset": 0.1}, GRPOConfig)) is TinyGRPOConfig
+    plain, tiny = config.TrainConfig(), config.TinyTrainConfig()
+    assert tiny.neutral() == {name: getattr(tiny, name) for name in plain.neutral()}
+    assert {f.name for f in dataclasses.fields(TinyOptions)} == plain.neutral().keys()
+    with pytest.raises(ValueError, match="did you mean 'noise_offset'"):
+        recipes.from_dict({"noise_offest": 1})
+
+
+@pytest.mark.parametrize("path", sorted(recipes.RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_bundled_recipe_parses(path):
-    values = config.read(path.stem)
+    values = recipes.read(path.stem)
     kind = GRPOConfig if "algorithm" in values else config.TrainConfig
     task = values.get("task")
     if task in WORLD_TASKS:
         module, name = WORLD_TASKS[values.pop("task")]
         module = importlib.import_module(f"comfyui_diptych.training.{module}")
-        assert config.from_dict(values, getattr(module, name)).output_dir
+        assert recipes.from_dict(values, getattr(module, name)).output_dir
     elif task in config.TASKS:
-        assert config.from_dict(values, kind).recipe == path.stem
+        assert recipes.from_dict(values, kind).recipe == path.stem
 
 
-@pytest.mark.parametrize("path", sorted(config.RECIPES.glob("grpo_tiny_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(recipes.RECIPES.glob("grpo_tiny_*.yaml")), ids=lambda p: p.stem)
 def test_recipes_of_the_bundled_models_find_them_from_any_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = config.from_dict(config.read(path.stem), GRPOConfig)
+    made = recipes.from_dict(recipes.read(path.stem), GRPOConfig)
     assert (Path(made.model) / "model_index.json").is_file()
     assert all(Path(name).is_file() for name in [made.init_lora, *made.fuse_loras] if name)
-    fused = config.from_dict({"fuse_loras": ["tiny:loras/icedit.safetensors:0.5"]}).fuse_loras[0]
+    fused = recipes.from_dict({"fuse_loras": ["tiny:loras/icedit.safetensors:0.5"]}).fuse_loras[0]
     assert fused.endswith("loras/icedit.safetensors:0.5") and Path(fused.rpartition(":")[0]).is_file()
 
 
 def test_icedit_recipe_is_the_papers():
-    c = config.load("icedit")
+    c = recipes.load("icedit")
     assert (c.rank, c.alpha, c.optimizer, c.lr, c.guidance, c.prompt_drop) == (
         32,
         32,
@@ -55,13 +104,13 @@ def test_icedit_recipe_is_the_papers():
         0.1,
     )
     assert (c.loss_on, c.time_sampling, c.resolution, c.sizing) == ("all", "logit_normal", 512, "squash")
-    assert config.load("icedit_moe").moe_experts == 4
+    assert recipes.load("icedit_moe").moe_experts == 4
 
 
 def test_overrides_are_typed_like_the_file(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("extends: icedit\nlr: 1e-4\ndata: [pairs:a, pairs:b]\n", encoding="utf-8")
-    c = config.load(str(recipe), ["rank=8", "cache=false", "data=pairs:c", "mask_kinds=[full, half]"])
+    c = recipes.load(str(recipe), ["rank=8", "cache=false", "data=pairs:c", "mask_kinds=[full, half]"])
     assert (c.lr, c.rank, c.cache, c.data, c.mask_kinds) == (1e-4, 8, False, ["pairs:c"], ["full", "half"])
     assert c.recipe == "mine"
 
@@ -70,7 +119,7 @@ def test_overrides_are_typed_like_the_file(tmp_path):
     ("values", "words"),
     [
         ({"rnak": 4}, "did you mean 'rank'"),
-        ({"rank": "many"}, "invalid int value"),
+        ({"rank": "many"}, "rank is 'many': give a whole number"),
         ({"rank": 0}, "must be 1 or more"),
         ({"task": "upscale"}, "use one of fill"),
         ({"resolution": 500}, "multiple of 16, for example 496"),
@@ -110,7 +159,7 @@ def test_overrides_are_typed_like_the_file(tmp_path):
 )
 def test_mistakes_are_named_with_the_remedy(values, words):
     with pytest.raises(ValueError, match=words):
-        config.from_dict(values)
+        recipes.from_dict(values)
 
 
 @pytest.mark.parametrize("kind", [config.TrainConfig, GRPOConfig])
@@ -119,18 +168,18 @@ def test_an_option_that_is_gone_says_what_to_do_instead(kind):
     assert not kind.gone.keys() & {f.name for f in dataclasses.fields(kind)}
     for name, remedy in kind.gone.items():
         with pytest.raises(ValueError, match=f"option {name} is gone: {re.escape(remedy)}"):
-            config.from_dict({name: 1}, kind)
+            recipes.from_dict({name: 1}, kind)
 
 
 def test_options_of_several_values_are_read_in_one_way():
     assert config.TrainConfig().sigmas == ("logit_normal", 0.0, 1.0)
-    c = config.from_dict({"time_sampling": "logit_normal: 1.5, 1e-1", "loss_on": "weighted:4"})
+    c = recipes.from_dict({"time_sampling": "logit_normal: 1.5, 1e-1", "loss_on": "weighted:4"})
     assert c.sigmas == ("logit_normal", 1.5, 0.1) and c.regions == ("weighted", 4.0)
-    c = config.from_dict({"time_sampling": "uniform", "loss_on": "edited"})
+    c = recipes.from_dict({"time_sampling": "uniform", "loss_on": "edited"})
     assert (c.sigmas.kind, c.regions.kind, c.prior) == ("uniform", "edited", None)
-    c = config.from_dict({"class_images": "a@b/c?prompt=what? a dog & cat@2&count=7@0.5"})
+    c = recipes.from_dict({"class_images": "a@b/c?prompt=what? a dog & cat@2&count=7@0.5"})
     assert c.prior == ("a@b/c", "what? a dog & cat@2", 7, 0.5)
-    assert config.load("sd_inpaint_dreambooth").prior == (
+    assert recipes.load("sd_inpaint_dreambooth").prior == (
         "output/dreambooth/class",
         "a photo of a dog",
         100,
@@ -140,12 +189,12 @@ def test_options_of_several_values_are_read_in_one_way():
 
 def test_options_of_several_values_of_reward_training():
     assert (GRPOConfig().windows, GRPOConfig().window_bounds["last"]) == (("random", 0, 0, 25), 5)
-    c = config.from_dict({"window": "progressive:1-9/30", "data_rows": "4@0.1"}, GRPOConfig)
+    c = recipes.from_dict({"window": "progressive:1-9/30", "data_rows": "4@0.1"}, GRPOConfig)
     assert c.window_bounds == {"first": 1, "last": 9, "every": 30, "seed": 0}
     assert c.supervised == (4, 0.1) and c.needs_targets and not GRPOConfig().needs_targets
-    assert config.from_dict({"window": "fixed:3", "data_rows": 2}, GRPOConfig).windows == ("fixed", 3, 0, 25)
+    assert recipes.from_dict({"window": "fixed:3", "data_rows": 2}, GRPOConfig).windows == ("fixed", 3, 0, 25)
     values = {"algorithm": "nft", "contrastive_states": "2@3", "eta": None}
-    c = config.from_dict(values, GRPOConfig)
+    c = recipes.from_dict(values, GRPOConfig)
     assert c.contrastive == (2, 3.0) and c.eta is None
 
 
@@ -167,16 +216,13 @@ def test_options_of_several_values_of_reward_training():
 )
 def test_numbers_of_reward_training_are_held_to_their_ranges_too(values, words):
     with pytest.raises(ValueError, match=words):
-        config.from_dict(values, GRPOConfig)
+        recipes.from_dict(values, GRPOConfig)
 
 
 def test_numbers_with_a_range_exist_and_are_numbers():
-    from comfyui_diptych.training.reinforce import config as grpo_config
-
-    ranges = [config.LOWEST, config.HIGHEST, grpo_config.LOWEST, grpo_config.HIGHEST]
-    defaults = GRPOConfig()
-    for name in (name for table in ranges for names in table.values() for name in names.split()):
-        assert isinstance(getattr(defaults, name), (int, float)), name
+    for field in dataclasses.fields(TinyGRPOConfig):
+        if field.metadata["low"] is not None or field.metadata["high"] is not None:
+            assert isinstance(field.default, (int, float)) or field.name == "text_lengths", field.name
 
 
 @pytest.mark.parametrize(
@@ -195,33 +241,33 @@ def test_numbers_with_a_range_exist_and_are_numbers():
 def test_files_that_are_no_recipe_are_named(tmp_path, content, words):
     (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=words):
-        config.load(str(tmp_path / "mine.yaml"))
+        recipes.load(str(tmp_path / "mine.yaml"))
 
 
 def test_an_unknown_recipe_says_which_was_probably_meant():
     with pytest.raises(ValueError, match="did you mean icedit_moe"):
-        config.load("icedit-moe")
+        recipes.load("icedit-moe")
     with pytest.raises(ValueError, match="neither a file nor"):
-        config.load("x" * 5000)
+        recipes.load("x" * 5000)
 
 
 def test_unknown_recipe_lists_the_bundled_ones():
     with pytest.raises(ValueError, match="icedit_moe"):
-        config.load("nothing")
+        recipes.load("nothing")
 
 
 def test_a_bare_no_in_yaml_is_the_word(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("task: fill\nmixed_precision: no\n", encoding="utf-8")
-    assert config.load(str(recipe)).mixed_precision == "no"
-    assert config.load("icedit", ["mixed_precision=no"]).mixed_precision == "no"
+    assert recipes.load(str(recipe)).mixed_precision == "no"
+    assert recipes.load("icedit", ["mixed_precision=no"]).mixed_precision == "no"
 
 
 def test_what_is_not_yaml_is_named_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"shapes:256\?task=inpaint\]': the value is not YAML; put quotes"):
-        config.read("icedit", ["data=[shapes:256?task=inpaint]"])
-    assert config.read("icedit", ['data=["shapes:256?task=inpaint"]'])["data"] == ["shapes:256?task=inpaint"]
+        recipes.read("icedit", ["data=[shapes:256?task=inpaint]"])
+    assert recipes.read("icedit", ['data=["shapes:256?task=inpaint"]'])["data"] == ["shapes:256?task=inpaint"]
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("task: fill\ndata: [a: b: c]\n", encoding="utf-8")
     with pytest.raises(ValueError, match="mine.yaml is not YAML in line 2"):
-        config.read(str(recipe))
+        recipes.read(str(recipe))

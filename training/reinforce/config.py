@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from .. import notation
-from ..config import TrainConfig, check_numbers, option
+from ..config import DTYPES, TrainConfig
+from ..runtime.options import group
+from ..tiny.options import TinyOptions
 
-CHOICES = {
-    "algorithm": ("grpo", "nft"),
-    "rule": ("flow", "dance", "cps", "rf_ancestral"),
-    "advantage_scale": ("global", "group"),
-    "storage_dtype": ("float32", "bfloat16", "float16"),
-}
-LOWEST = {
-    1: "groups_per_update inner_updates rollout_steps eval_every window_size",
-    0: "group_clip kl_beta nft_times nft_old_max eval_rows clip",
-}
-HIGHEST = {
-    1: "nft_old_max",
-    10_000: "rollout_steps group_size groups_per_update nft_times",
-}
+MOST = 10_000  # steps, samples or rows
 GONE = {
     **TrainConfig.gone,
     **dict.fromkeys(
@@ -43,116 +31,161 @@ GONE = {
     "patience": "leave it out: a held-out reward that falls 5 times in a row ends the run",
 }
 
+_rewards = group("Rewards")
+_rollouts = group("Rollouts")
+_objective = group("Objective")
+_grpo = group("GRPO: a clipped policy gradient on replayed steps")
+_nft = group("DiffusionNFT: no log-probabilities")
+_held_out = group("Held-out rows")
+
 
 @dataclass
 class GRPOConfig(TrainConfig):
     """What to reinforce and how. `max_steps` counts updates: each collects rollouts and learns from them."""
 
     gone: ClassVar[dict[str, str]] = GONE
+    essentials: ClassVar[tuple[str, ...]] = ("rewards", "task", "model", "data", "output_dir")
+    unused: ClassVar[tuple[str, ...]] = (
+        *("method", "moe_experts", "moe_top_k", "moe_gate", "moe_balance"),
+        *("batch_size", "accumulation", "prompt_drop"),
+    )
 
-    algorithm: str = option("grpo", "grpo: clipped policy gradient; nft: DiffusionNFT, no log-probabilities.")
+    rewards: list[str] = _rewards(
+        [], "What is good, as NAME or NAME=WEIGHT; also module:function or an http address (docs/grpo.md)."
+    )
+    reward_options: list[str] = _rewards(
+        [], "Options of rewards as NAME.KEY=VALUE, for example hpsv2.path=FILE."
+    )
 
-    # rollouts
-    rollout_steps: int = option(10, "Sampling steps of a rollout.")
-    rollout_guidance: float = option(30.0, "Embedded guidance (cfg for sd_inpaint) of rollouts and updates.")
-    rule: str = option("flow", "flow | dance | cps | rf_ancestral: the SDE rule inside the window.")
-    eta: Optional[float] = option(None, "Noise of the rule, 0 or more; the rule's own if empty.")  # noqa: UP045
-    window: str = option(
+    rollout_steps: int = _rollouts(10, "Sampling steps of a rollout.", low=1, high=MOST)
+    rollout_guidance: float = _rollouts(
+        30.0, "Embedded guidance (cfg for sd_inpaint) of rollouts and updates."
+    )
+    group_size: int = _rollouts(12, "Samples per row (source and instruction), 2 or more.", high=MOST)
+    groups_per_update: int = _rollouts(4, "Rows per process and update.", low=1, high=MOST)
+    micro_batch: int = _rollouts(
+        12, "Samples per forward pass, rolling out and learning: part of a group, or several whole groups."
+    )
+    shared_noise: bool = _rollouts(False, "Start all samples of a group from one noise, as DanceGRPO does.")
+
+    algorithm: str = _objective(
+        "grpo", "How samples become an update: one of the two below.", choices=("grpo", "nft")
+    )
+    advantage_scale: str = _objective(
+        "global",
+        "Whose standard deviation divides: of all scores of an update, or of the group's.",
+        choices=("global", "group"),
+    )
+    inner_updates: int = _objective(1, "Optimiser steps per collection of rollouts.", low=1)
+    kl_beta: float = _objective(
+        0.0,
+        "Weight of the velocity-space divergence from the reference model, the one before the run: without "
+        "the adapter, or with the LoRA of init_lora.",
+        low=0,
+    )
+    data_rows: str = _objective(
+        "0",
+        "COUNT[@WEIGHT]: rows of the data per process and update whose supervised loss is added (PPO-ptx, "
+        "arXiv 2203.02155), so that learning on some rows does not harm the others; 0 = none.",
+    )
+
+    rule: str = _grpo(
+        "flow", "The SDE rule of the random steps.", choices=("flow", "dance", "cps", "rf_ancestral")
+    )
+    eta: Optional[float] = _grpo(None, "Noise of the rule, 0 or more; the rule's own if empty.")  # noqa: UP045
+    window: str = _grpo(
         "random",
         "Which steps are random and trained, counted from 0: fixed:FIRST | random:FIRST-LAST, drawn anew at "
         "every update | progressive:FIRST-LAST/EVERY, moving on after so many updates. It stays below LAST; "
         "without numbers in the first half.",
     )
-    window_size: int = option(2, "Random steps per rollout.")
-    group_size: int = option(12, "Samples per row (source and instruction).")
-    groups_per_update: int = option(4, "Rows per process and update.")
-    micro_batch: int = option(
-        12,
-        "Samples per forward pass, rolling out and learning: part of a group, or several whole groups.",
+    window_size: int = _grpo(2, "Random steps per rollout.", low=1)
+    clip: float = _grpo(
+        1e-4, "Clip range of the ratio of mean log-probabilities (a tenth of it for cps).", low=0
     )
-    shared_noise: bool = option(False, "Start all samples of a group from one noise.")
-    shared_prefix: bool = option(
-        False, "Run the steps before the window once per group (implies shared noise)."
+    shared_prefix: bool = _grpo(
+        False, "Run the steps before the window once per group, which saves them (implies shared noise)."
     )
-    storage_dtype: str = option("float32", "Precision of recorded latents: float32 | bfloat16 | float16.")
+    storage_dtype: str = _grpo(
+        "float32",
+        "Precision of recorded latents; in 16 bits, for long windows at large sizes, the ratio of unchanged "
+        "weights is no longer exactly 1.",
+        choices=DTYPES,
+    )
 
-    # objective
-    rewards: list[str] = option(
-        [], "Rewards as NAME or NAME=WEIGHT; also module:function or an http address."
+    nft_beta: float = _nft(1.0, "Strength of the implicit positive and negative policies.")
+    nft_times: int = _nft(2, "Noise levels per rollout and inner update.", low=0, high=MOST)
+    nft_shared_noise: bool = _nft(
+        False, "Noise all samples of a group alike: what they share cancels, the gradient is less noisy."
     )
-    reward_options: list[str] = option(
-        [], "Options of rewards as NAME.KEY=VALUE, for example hpsv2.path=FILE."
-    )
-    inner_updates: int = option(1, "Optimiser steps per rollout collection.")
-    clip: float = option(1e-4, "Clip range of the ratio of mean log-probabilities (a tenth of it for cps).")
-    advantage_scale: str = option("global", "global | group: whose standard deviation divides.")
-    group_clip: float = option(
-        0.0,
-        "nft: largest gradient norm of one group (see group_norm in rewards.jsonl), so that a few rows do "
-        "not outweigh all others; 0 = unlimited.",
-    )
-    kl_beta: float = option(
-        0.0,
-        "Weight of the velocity-space divergence from the model before the run: without the adapter, or with "
-        "the LoRA of init_lora.",
-    )
-    data_rows: str = option(
-        "0",
-        "COUNT[@WEIGHT]: rows of the data per process and update whose supervised loss is added (PPO-ptx, "
-        "arXiv 2203.02155), so that learning on some rows does not harm the others; 0 = none.",
-    )
-    nft_beta: float = option(1.0, "nft: strength of the implicit positive and negative policies.")
-    nft_times: int = option(2, "nft: noise levels per rollout and inner update.")
-    nft_shared_noise: bool = option(False, "nft: noise all samples of a group alike: less noisy gradients.")
-    contrastive_states: str = option(
-        "0",
-        "COUNT[@WEIGHT], nft: a contrastive update towards the group's best sample: every other sample is "
-        "learnt at so many states of its trajectory, away from its own end and towards the best one's image; "
-        "0 = none.",
-    )
-    nft_old_max: float = option(
+    nft_old_max: float = _nft(
         0.5,
-        "nft: largest decay of the old policy, which makes the rollouts; it grows by 0.001 an update. 0 = "
-        "always the present one.",
+        "Largest decay of the old policy, which makes the rollouts; it grows by 0.001 an update. 0 = always "
+        "the present one.",
+        low=0,
+        high=1,
+    )
+    group_clip: float = _nft(
+        0.0,
+        "Largest gradient norm of one group (see group_norm in rewards.jsonl), so that a few rows do not "
+        "outweigh all others; 0 = unlimited.",
+        low=0,
+    )
+    contrastive_states: str = _nft(
+        "0",
+        "COUNT[@WEIGHT]: a contrastive update towards the group's best sample: every other sample is learnt "
+        "at so many states of its trajectory, away from its own end and towards the best one's image; 0 = "
+        "none.",
     )
 
-    # stopping
-    eval_rows: int = option(0, "Rows of `sample_data` sampled (plain ODE) at every evaluation; 0 = none.")
-    eval_every: int = option(10, "Updates between evaluations.")
+    eval_rows: int = _held_out(
+        0,
+        "Rows of `sample_data` sampled (plain ODE) at every evaluation; the best weights are kept, and a "
+        "reward that falls 5 times in a row ends the run. 0 = none.",
+        low=0,
+    )
+    eval_every: int = _held_out(10, "Updates between evaluations.", low=1)
 
     def __post_init__(self) -> None:
-        check_numbers(self, LOWEST, HIGHEST)
+        """As of `TrainConfig`, and the options of reward training."""
         super().__post_init__()
-        self.windows, self.supervised, self.contrastive  # raise ValueError where written wrongly  # noqa: B018
         self._own_batch()
+        self._check_groups()
+        self._check_algorithm()
+
+    def check_notations(self) -> None:
+        """As of `TrainConfig`."""
+        super().check_notations()
+        for read in (lambda: self.windows, lambda: self.supervised, lambda: self.contrastive):
+            read()
+
+    def _check_groups(self) -> None:
         if self.method != "lora":
             raise ValueError(f"method is {self.method!r}: reward training trains a LoRA")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
         for name in ("group_size", "micro_batch"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: a group needs two samples or more")
-        if self.nft_times < 1 and not self.contrastive.count:
-            raise ValueError(f"nft_times is {self.nft_times}: it may be 0 with contrastive_states only")
-        if self.contrastive.count and (self.algorithm != "nft" or self.rollout_steps < 2):
-            raise ValueError(
-                "contrastive_states is for algorithm nft with rollout_steps above 1: set both or leave it out"
-            )
+        if self.shared_prefix and self.task == "sd_inpaint":
+            raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
+
+    def _check_algorithm(self) -> None:
+        if self.eta is not None and self.eta < 0:
+            raise ValueError(f"eta is {self.eta:g}: it must be 0 or more; leave it empty for the rule's own")
         if self.algorithm == "grpo":
             from .windows import window
 
             window(self.windows.kind, 0, self.rollout_steps, size=self.window_size, **self.window_bounds)
         if self.group_clip and self.algorithm != "nft":
             raise ValueError("group_clip is for algorithm nft: set it to 0, grpo replays whole micro-batches")
-        if self.eta is not None and self.eta < 0:
-            raise ValueError(f"eta is {self.eta:g}: it must be 0 or more; leave it empty for the rule's own")
-        if self.shared_prefix and self.task == "sd_inpaint":
-            raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
+        if self.nft_times < 1 and not self.contrastive.count:
+            raise ValueError(f"nft_times is {self.nft_times}: it may be 0 with contrastive_states only")
+        if self.contrastive.count and (self.algorithm != "nft" or self.rollout_steps < 2):
+            raise ValueError(
+                "contrastive_states is for algorithm nft with rollout_steps above 1: set both or leave it out"
+            )
 
     def _own_batch(self) -> None:
         """The trainer's words for an update's rows. Raises ValueError where a recipe says otherwise."""
-        defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
         instead = {
             "batch_size": (self.groups_per_update, "rows of an update are groups_per_update"),
             "accumulation": (1, "more rows before a step are a larger groups_per_update"),
@@ -160,7 +193,7 @@ class GRPOConfig(TrainConfig):
         }
         for name, (value, why) in instead.items():
             given = getattr(self, name)
-            if given not in (value, defaults[name]):
+            if given not in (value, getattr(TrainConfig, name)):
                 raise ValueError(
                     f"{name} is {given:g}, which reward training does not use ({why}): leave it out"
                 )
@@ -168,7 +201,7 @@ class GRPOConfig(TrainConfig):
 
     @property
     def held_out_rows(self) -> int:
-        """Rows of `sample_data` that are prepared: those of evaluations, or of sample pictures if more."""
+        """Rows of `sample_data` that are prepared: those of evaluations, or of sample images if more."""
         return max(self.sample_count, self.eval_rows)
 
     @property
@@ -197,3 +230,11 @@ class GRPOConfig(TrainConfig):
     def contrastive(self) -> notation.Counted:
         """What `contrastive_states` says."""
         return notation.Counted.read("contrastive_states", self.contrastive_states)
+
+
+@dataclass
+class TinyGRPOConfig(TinyOptions, GRPOConfig):
+    """Reward training with the options that only the tiny models have."""
+
+
+GRPOConfig.tiny = TinyGRPOConfig

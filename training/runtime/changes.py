@@ -58,7 +58,8 @@ def check(state: dict[str, Any], config: Any, world: int, content: dict[str, str
 
     content: `stamps` of the present recipe. Raises ValueError naming every option that cannot change.
     """
-    before, now = dict(state["config"]), dataclasses.asdict(config)
+    neutral = config.neutral()  # of options that only one of the two may have
+    before, now = neutral | state["config"], neutral | dataclasses.asdict(config)
     for values in (before, now):
         if values.get("lora_alpha") is None:
             values["lora_alpha"] = float(values["rank"])
@@ -83,6 +84,11 @@ def check(state: dict[str, Any], config: Any, world: int, content: dict[str, str
     sentences = []
     if told:
         sentences.append(f"the recipe changed since {folder}: {'; '.join(told.values())}")
+    if old := sorted(before.keys() - now.keys()):
+        sentences.append(
+            f"{folder} is of an earlier version, whose {', '.join(old)} are gone or written otherwise: they "
+            "are not compared"
+        )
     if state["world"] != world:
         sentences.append(f"{folder} is of {state['world']} processes, now there are {world}")
     if state["step"] > config.max_steps:
