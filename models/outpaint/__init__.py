@@ -9,15 +9,20 @@ from ..glid import glid_canvas
 from .canvas import CanvasLayout, expand
 from .crop import crop_context
 from .fills import FILLS, LATENT_FILLS, fill
+from .methods import METHODS, Options, Piece, outpaint
 from .paste import paste_back
 
 __all__ = [
     "FILLS",
     "LATENT_FILLS",
+    "METHODS",
     "CanvasLayout",
+    "Options",
+    "Piece",
     "crop_context",
     "expand",
     "fill",
     "glid_canvas",
+    "outpaint",
     "paste_back",
 ]
