@@ -6,10 +6,22 @@ import argparse
 import math
 from pathlib import Path
 
+from torch import Tensor
+
 from . import images, painting
 from .values import LARGEST_SIDE, number, whole
 
-METHODS = ("direct", "tiles")
+METHODS = ("direct", "tiles", "mk2", "poor-man", "mosaic")
+USERS = {  # option -> the methods that it is for
+    "window": ("tiles", "mk2", "poor-man"),
+    "stride": ("tiles",),
+    "mask_blur": ("mk2", "poor-man"),
+    "overlap": ("direct", "tiles", "mosaic"),
+    "feather": ("direct", "tiles", "mosaic"),
+    "fill": ("direct", "tiles", "poor-man"),
+    "denoise": ("direct", "mk2", "poor-man", "mosaic"),
+}
+DENOISE = {"mk2": 0.8, "mosaic": 0.9}  # as their authors advise
 SIDES = ("left", "top", "right", "bottom")
 
 
@@ -58,16 +70,27 @@ def add_parser(subparsers) -> None:
     add("--overlap", type=whole(0, 4096), default=0, help="px of the image's edge to repaint as well")
     add(
         "--fill",
-        default="edge",
-        help="what stands in the hole first: edge (default), mirror, blur, noise, ...",
+        help="what stands in the hole first: edge (default), mirror, blur (default of poor-man), noise, ...",
     )
-    add("--method", default="direct", choices=METHODS, help="the canvas at once (default), or by windows")
+    add(
+        "--method",
+        default="direct",
+        choices=METHODS,
+        help="the canvas at once (default), by windows, or as webui's Outpainting mk2, Poor man's "
+        "outpainting and Mosaic outpaint",
+    )
     add(
         "--window",
         type=whole(16, LARGEST_SIDE),
-        help="for tiles: px a side (default: as the model was trained)",
+        help="for tiles, mk2 and poor-man: px a side (default: as the model was trained)",
     )
     add("--stride", type=whole(8, LARGEST_SIDE), help="for tiles: px from one to the next (default half)")
+    add(
+        "--denoise",
+        type=number(0.01, 1),
+        help="below 1 the model starts from the fill (default 1, mk2 0.8, mosaic 0.9)",
+    )
+    add("--mask-blur", type=whole(0, 256), help="for mk2 and poor-man: px (default theirs, 8 and 4)")
     add("--lama", type=Path, metavar="FILE", help="for --fill lama: its file, such as big-lama.pt")
     add("--noise-q", type=number(0, 4), help="for --fill noise: 0 rough to 2 smooth (default 1)")
     painting.add_arguments(parser, "outpainted.png")
@@ -82,32 +105,70 @@ def run(args: argparse.Namespace) -> int:
     prompt = painting.check_prompt(args.prompt)
     image = images.load_image(args.image)
     images.check_writable(args.output, image)
-    canvas, mask, layout = outpaint.expand(
-        image,
-        **_sides(args, image.shape[1:3]),
-        unit="aspect" if args.aspect else "px",
-        multiple=engine.multiple,
-        overlap=args.overlap,
-    )
-    if not bool(layout.mask.any()):
-        raise ValueError("nothing is to be painted: add with --left, --top, --right, --bottom or --aspect")
-    windows = _windows(args, engine, layout.canvas_size)
-    canvas = outpaint.fill(canvas, mask, args.fill, **_fill_options(args))
-    result = painting.paint(engine, canvas, mask, prompt, args, windows)
-    finished = outpaint.paste_back(
-        result, image, layout, feather=args.feather, match_colour=not args.keep_colours
-    )
+    method, options = args.method.replace("-", " "), _options(args, engine)
+    sides = _sides(args, image.shape[1:3])
+
+    def enlarge(paint) -> Tensor:
+        return outpaint.outpaint(paint, image, sides, method, options)
+
+    enlarge(_rehearse(args))
+    finished = painting.work(engine, prompt, args, enlarge, args.denoise or DENOISE.get(method, 1.0))
     painting.save(image, finished, prompt, args.output)
     return 0
 
 
-def _sides(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, float]:
-    """The four amounts: pixels, or the aspect to reach on every side."""
+def _rehearse(args: argparse.Namespace):
+    """A painter that paints nothing: whatever is wrong with the image or the amounts is said before the
+    model is loaded."""
+
+    def paint(piece) -> Tensor:
+        height, width = piece.image.shape[1:3]
+        if piece.window is not None and piece.window > max(height, width):
+            raise ValueError(
+                f"--window is {piece.window} but the canvas is {width} x {height}: give at most"
+                f" {max(height, width)}, or --method direct"
+            )
+        return piece.image
+
+    return paint
+
+
+def _options(args: argparse.Namespace, engine):
+    """The method's options. Raises ValueError for one that it does not have."""
+    from ..models.outpaint import AUTO, Options
+
+    for name, methods in USERS.items():
+        if getattr(args, name) not in (None, 0) and args.method not in methods:
+            raise ValueError(f"--{name.replace('_', '-')} is for --method {', '.join(methods)}: leave it out")
+    window = args.window or engine.size
+    for name, value in (("window", window), ("stride", args.stride or 0)):
+        if value % 16:
+            raise ValueError(f"--{name} is {value}: give a multiple of 16")
+    if args.stride is not None and args.stride > window:
+        raise ValueError(f"--stride is {args.stride} and the window {window}: give at most the window")
+    return Options(
+        window=window,
+        stride=args.stride,
+        fill=args.fill or AUTO,
+        mask_blur=args.mask_blur,
+        overlap=args.overlap,
+        feather=args.feather,
+        match_colour=not args.keep_colours,
+        multiple=engine.multiple,
+        seed=args.seed,
+        **_fill_options(args),
+    )
+
+
+def _sides(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, int]:
+    """The four amounts in pixels."""
+    from ..models.outpaint.amounts import in_pixels
+
     given = {side: getattr(args, side) for side in SIDES if getattr(args, side) is not None}
     if args.aspect:
         if given:
             raise ValueError(f"--{next(iter(given))} and --aspect are two ways to say it: give one")
-        return dict.fromkeys(SIDES, args.aspect)
+        return in_pixels(dict.fromkeys(SIDES, args.aspect), "aspect", size)
     lengths = dict(zip(SIDES, (size[1], size[0]) * 2, strict=True))
     pixels = dict.fromkeys(SIDES, 0)
     for side, (value, unit) in given.items():
@@ -115,35 +176,10 @@ def _sides(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, float]:
     return pixels
 
 
-def _windows(args: argparse.Namespace, engine, canvas: tuple[int, int]) -> painting.Windows | None:
-    """Checked before the model is loaded; None for the direct way."""
-    for name in ("window", "stride"):
-        value = getattr(args, name)
-        if value is not None and args.method != "tiles":
-            raise ValueError(f"--{name} is for --method tiles: leave it out")
-        if value is not None and value % 16:
-            raise ValueError(f"--{name} is {value}: give a multiple of 16")
-    if args.method != "tiles":
-        return None
-    window = args.window or engine.size
-    if window > max(canvas):
-        raise ValueError(
-            f"--window is {window} but the canvas is {canvas[1]} x {canvas[0]}: give at most {max(canvas)},"
-            " or --method direct"
-        )
-    if args.stride is not None and args.stride > window:
-        raise ValueError(f"--stride is {args.stride} and the window {window}: give at most the window")
-    return painting.Windows(window, args.stride)
-
-
 def _fill_options(args: argparse.Namespace) -> dict:
-    options = {}
-    for name, fill, option in (("lama", "lama", "model"), ("noise_q", "noise", "noise_q")):
-        value = getattr(args, name)
-        if value is not None:
-            if args.fill != fill:
-                raise ValueError(f"--{name.replace('_', '-')} is for --fill {fill}: leave it out")
-            options[option] = value
-    if args.fill in ("noise", "gaussian", "perlin"):
-        options["seed"] = args.seed
-    return options
+    if args.lama is not None and args.fill != "lama":
+        raise ValueError("--lama is for --fill lama: leave it out")
+    if args.noise_q is not None and args.fill != "noise" and args.method != "mk2":
+        raise ValueError("--noise-q is for --fill noise and --method mk2: leave it out")
+    options = {} if args.noise_q is None else {"noise_q": args.noise_q}
+    return options | ({} if args.lama is None else {"fill_options": {"model": args.lama}})

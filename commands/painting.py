@@ -7,9 +7,10 @@ Everything that can be wrong with the input is found before a model is loaded. T
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from . import images
 from .edit import quiet
 from .stopping import Stop
 from .values import check_device, finite, seed, steps, whole
+
+if TYPE_CHECKING:
+    from ..models.outpaint import Paint, Piece
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = {"fill": 16, "sd_inpaint": 8}  # and what the sides of its images divide by
@@ -100,51 +104,75 @@ def check_prompt(prompt: str) -> str:
     return prompt.strip()
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Paint window by window, sizes in pixels (`models/tiled.py`)."""
-
-    size: int
-    stride: int | None = None
-
-
 def paint(
     engine: Engine,
     canvas: Tensor,
     mask: Tensor,
     prompt: str,
     args: argparse.Namespace,
-    windows: Windows | None = None,
 ) -> Tensor:
     """The canvas [1,H,W,3] with its hole [1,H,W] painted; loads the model and shows its progress."""
     from tqdm import tqdm
 
-    from ..models import editing, tiled
+    from ..models import editing
 
-    if engine.tiny is not None:
-        print("bundled tiny model: it knows small images of coloured shapes; --model names a real one")
+    announce(engine)
     print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
-    quiet()
     with Stop("stopped before the image was made: nothing was written"):
         denoiser = _load(engine, args)
-        count = args.steps or (engine.tiny or {}).get("steps") or STEPS[engine.name]
-        with tqdm(total=None if windows else count, desc=f"painting ({engine.name})", unit="step") as bar:
+        count = steps_of(engine, args)
+        with tqdm(total=count, desc=f"painting ({engine.name})", unit="step") as bar:
             sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
             how = _guidance(engine, args) | {"sampling": sampling}
-            if windows is not None:
-                return tiled.paint(
-                    denoiser,
-                    canvas,
-                    mask,
-                    prompt,
-                    window=windows.size,
-                    stride=windows.stride,
-                    on_tile=lambda index, tiles: bar.reset(total=tiles * count) if index == 0 else None,
-                    **how,
-                )
             if engine.name == "fill":
                 return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
             return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)
+
+
+def work(
+    engine: Engine,
+    prompt: str,
+    args: argparse.Namespace,
+    enlarge: Callable[[Paint], Tensor],
+    denoise: float = 1.0,
+) -> Tensor:
+    """What `enlarge` makes with a painter of pieces; loads the model and shows the progress of each piece."""
+    from tqdm import tqdm
+
+    from ..models import editing
+    from ..models.repaint import Painter
+
+    announce(engine)
+    with Stop("stopped before the image was made: nothing was written"):
+        denoiser = _load(engine, args)
+        count = steps_of(engine, args)
+        with tqdm(total=0, desc=f"painting ({engine.name})", unit="step") as bar:
+
+            def more(*_: int) -> None:
+                bar.total += count
+                bar.refresh()
+
+            def paint(piece: Piece) -> Tensor:
+                if piece.window is None:
+                    more()
+                return painter(piece)
+
+            sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
+            how = _guidance(engine, args)
+            painter = Painter(denoiser, prompt, sampling, denoise, on_tile=more, **how)
+            return enlarge(paint)
+
+
+def announce(engine: Engine) -> None:
+    """Say what paints, if it is only a tiny model, and silence the libraries."""
+    if engine.tiny is not None:
+        print("bundled tiny model: it knows small images of coloured shapes; --model names a real one")
+    quiet()
+
+
+def steps_of(engine: Engine, args: argparse.Namespace) -> int:
+    """How many steps a piece takes."""
+    return args.steps or (engine.tiny or {}).get("steps") or STEPS[engine.name]
 
 
 def _guidance(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:

@@ -9,15 +9,17 @@ from ..glid import glid_canvas
 from .canvas import CanvasLayout, expand
 from .crop import crop_context
 from .fills import FILLS, LATENT_FILLS, fill
-from .methods import METHODS, Options, Piece, outpaint
+from .methods import AUTO, METHODS, Options, Paint, Piece, outpaint
 from .paste import paste_back
 
 __all__ = [
+    "AUTO",
     "FILLS",
     "LATENT_FILLS",
     "METHODS",
     "CanvasLayout",
     "Options",
+    "Paint",
     "Piece",
     "crop_context",
     "expand",

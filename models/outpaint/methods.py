@@ -1,7 +1,7 @@
 """Whole methods of outpainting: canvas, fill, windows, blurs and paste-back, around any model that paints.
 
 A model is a callable that paints one `Piece`; the shell's is `models/repaint.py`, ComfyUI's
-`samplers/comfy_repaint.py`. The geometry of webui's scripts is `passes.py`'s.
+`comfy_repaint.py`. The geometry of webui's scripts is `passes.py`'s.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Piece:
     - `cells`: bool [1,h/8,w/8], the latents that change while sampling, the others are put back at every
       step; None leaves that to the model, if it knows masks.
     - `seed`: added to the run's own.
-    - `window`: px of the windows to paint it in; None is all at once.
+    - `window`, `stride`: px of the windows to paint it in, and from one to the next (half a window by
+      default); None is all at once.
     """
 
     image: Tensor
@@ -46,6 +47,7 @@ class Piece:
     cells: Tensor | None = None
     seed: int = 0
     window: int | None = None
+    stride: int | None = None
 
 
 Paint = Callable[[Piece], Tensor]
@@ -56,6 +58,7 @@ class Options:
     """How a method works; see `outpaint`."""
 
     window: int = 512
+    stride: int | None = None
     fill: str = AUTO
     mask_blur: int | None = None
     overlap: float = 0
@@ -77,9 +80,9 @@ def outpaint(paint: Paint, image: Tensor, sides: Sides, method: str, options: Op
 
     `sides`: px for left, top, right and bottom. `method`:
 
-    - `direct`: the canvas at once. `tiles`: by windows of `window` px, outwards. Both give exactly the size
-      asked for; negative amounts crop, `overlap` px of the edge are repainted, `match_colour` and `feather`
-      are those of `paste_back`, `multiple` is what the model's sides divide by.
+    - `direct`: the canvas at once. `tiles`: by windows of `window` px, `stride` px apart, outwards. Both give
+      exactly the size asked for; negative amounts crop, `overlap` px of the edge are repainted,
+      `match_colour` and `feather` are those of `paste_back`, `multiple` is what the model's sides divide by.
     - `mk2`, `poor man`: webui's scripts. Axes that grow become multiples of 64. `mask_blur`: px, theirs by
       default (8 and 4). `noise_q` and `color_variation`: of mk2's noise.
     - `mosaic`: sd-webui-mosaic-outpaint; tiles of the mirror image, and 15 % of each side repainted.
@@ -108,7 +111,8 @@ def _on_a_canvas(paint: Paint, image: Tensor, sides: Sides, method: str, options
     canvas, mask, layout = expand(image, **sides, overlap=overlap, multiple=options.multiple)
     filled = _filled(canvas, mask, method, options)
     cells = F.max_pool2d((mask >= 0.5).float()[:, None], CELL)[:, 0] > 0 if mosaic else None
-    painted = paint(Piece(filled, mask, cells, window=options.window if method == "tiles" else None))
+    windows = (options.window, options.stride) if method == "tiles" else (None, None)
+    painted = paint(Piece(filled, mask, cells, 0, *windows))
     match = options.match_colour and not mosaic
     return paste_back(painted, image, layout, feather=options.feather, match_colour=match)
 

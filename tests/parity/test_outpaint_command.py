@@ -8,7 +8,10 @@ from comfyui_diptych import cli
 from comfyui_diptych.commands import images, outpaint
 from comfyui_diptych.models import editing
 from comfyui_diptych.models.flux_fill import FluxFill
-from comfyui_diptych.models.outpaint import expand, fill, paste_back
+from comfyui_diptych.models.outpaint import Options, expand, fill, paste_back
+from comfyui_diptych.models.outpaint import outpaint as outpaint_by
+from comfyui_diptych.models.repaint import Painter
+from comfyui_diptych.models.sd_inpaint import SDInpaint
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +76,23 @@ def test_a_panorama_by_windows_keeps_the_image(command, photo, engine):
     assert torch.equal(made[:, :, :64], images.load_image(photo))
 
 
+@pytest.mark.parametrize("engine", ["fill", "sd_inpaint"])
+@pytest.mark.parametrize("method", ["mk2", "poor-man", "mosaic"])
+def test_webuis_methods_are_those_of_the_room_on_the_same_model(command, photo, models, engine, method):
+    words = [] if method == "mosaic" else ["--window", 64, "--mask-blur", 1]
+    made = command("outpaint", photo, "a red circle", "--right=16", "--method", method, *words, engine=engine)
+    loader = FluxFill if engine == "fill" else SDInpaint
+    denoiser = loader.load(models / engine, torch.float32, "cpu")
+    denoise = {"mk2": 0.8, "poor-man": 1.0, "mosaic": 0.9}[method]
+    paint = Painter(denoiser, "a red circle", editing.Sampling(steps=2), denoise)
+    options = Options(window=64, mask_blur=1 if words else None, multiple=16 if engine == "fill" else 8)
+    sides = {"left": 0, "right": 16, "top": 0, "bottom": 0}
+    expected = outpaint_by(paint, images.load_image(photo), sides, method.replace("-", " "), options)
+    assert made.shape == (1, 48, 80 if method == "mosaic" else 128, 3)
+    assert float((made - seen(expected)).abs().max()) <= 1 / 255 + 1e-6
+    assert torch.equal(made[:, :, :40], images.load_image(photo)[:, :, :40])
+
+
 @pytest.mark.parametrize("size", [[], ["--size", "32"]], ids=["whole", "cropped"])
 def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, size):
     mask = torch.zeros(48, 64, 3)
@@ -90,13 +110,16 @@ def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, s
     [
         (["outpaint", "{photo}", "x"], "nothing is to be painted"),
         (["outpaint", "{photo}", " ", "--left", "8"], "the prompt is empty"),
-        (["outpaint", "{photo}", "x", "--left=-70"], "left is -70 and right is 0 px but the image has 64"),
+        (["outpaint", "{photo}", "x", "--left=-70"], "nothing is to be painted"),
+        (["outpaint", "{photo}", "x", "--left=-70", "--right=3"], "left is -70 and right is 3 px but"),
         (["outpaint", "{photo}", "x", "--left", "8", "--aspect", "2:1"], "--left and --aspect"),
         (["outpaint", "{photo}", "x", "--left", "8", "--fill", "magic"], "how is 'magic'"),
         (["outpaint", "{photo}", "x", "--left", "8", "--lama", "a.pt"], "--lama is for --fill lama"),
         (["outpaint", "{photo}", "x", "--left", "8", "--fill", "lama"], "fill 'lama' needs a LaMa file"),
         (["outpaint", "{photo}", "x", "--left", "8", "--cfg", "3"], "--cfg does nothing with --engine fill"),
         (["outpaint", "{photo}", "x", "--left", "8", "--window", "64"], "--window is for --method tiles"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--mask-blur", "2"], "--mask-blur is for --method mk2"),
+        (["outpaint", "{photo}", "x", "--left=-8", "--top=8", "--method=mk2"], "left is -8: mk2 does not"),
         (["outpaint", "{photo}", "x", "--left", "8", "--method", "tiles"], "--window is 1024 but the canvas"),
         (["outpaint", "{tmp}/none.png", "x", "--left", "8"], "none.png does not exist"),
         (["inpaint", "{photo}", "x", "--mask", "{tmp}/small.png"], "mask is 8x8 but the image is 64x48"),
