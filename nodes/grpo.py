@@ -120,7 +120,7 @@ class DiptychTrainGRPO:
 
         model = model_folder(base_model)
         task = task_of(model)
-        data, sources_only = _data(dataset, task, images, instructions, comfy.root())
+        data = _data(dataset, task, images, instructions, comfy.root())
         recipe = reward.recipe()
         choices = RewardChoices(
             data=data,
@@ -141,7 +141,6 @@ class DiptychTrainGRPO:
             start=_start(start_from, base_model, task),
             group_size=group_size,
             groups=groups,
-            sources_only=sources_only,
         )
         lora, outcome = comfy.run(choices)
         report = f"{outcome.report}\nLoRA: {lora}"
@@ -149,18 +148,18 @@ class DiptychTrainGRPO:
         return {"ui": ui, "result": (lora.name, outcome.curve, outcome.samples, report)}
 
 
-def _data(dataset: str, task: str, images: Tensor | None, instructions: str, root: Path) -> tuple[str, bool]:
-    """(spec of the data, whether it has no target images)."""
+def _data(dataset: str, task: str, images: Tensor | None, instructions: str, root: Path) -> str:
+    """The spec of the data: of the images, or of the dataset."""
     from ..training.data import given
 
     if task == "sd_inpaint" and images is not None:
         raise ValueError("images are for edit models: leave them out for SD inpainting, or use a dataset.")
     if images is not None:
-        return given.save_sources(images, instructions, root), True
+        return given.save_sources(images, instructions, root)
     folder = datasets().get(dataset)
     if folder is not None and task != "sd_inpaint" and not given.has_targets(folder):
-        return given.list_sources(folder, root), True
-    return data_spec(dataset, task), False
+        return given.list_sources(folder, root)
+    return data_spec(dataset, task)
 
 
 def _start(start_from: str, base_model: str, task: str) -> str:

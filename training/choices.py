@@ -103,7 +103,7 @@ class RewardChoices(Choices):
     """Of a reward training; of the common ones `recipe`, `batch_size` and `class_prompt` say nothing.
 
     preset: one of `PRESETS`. rewards, reward_options: as a recipe writes them. start: a LoRA merged into the
-    base before training. sources_only: the data has no target images, and rewards see none.
+    base before training.
     """
 
     preset: str = "fast"
@@ -112,7 +112,6 @@ class RewardChoices(Choices):
     start: str = ""
     group_size: int = 0
     groups: int = 0
-    sources_only: bool = False
 
     kind: ClassVar[type[TrainConfig]] = GRPOConfig
 

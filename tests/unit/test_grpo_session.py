@@ -54,7 +54,7 @@ def test_a_model_whose_weights_are_not_in_the_folder_is_no_toy(tmp_path):
 def test_choices_are_laid_over_the_preset(tmp_path):
     model = model_at(tmp_path / "m")
     c = configure(
-        choices(model, rank=5, lr=0.5, group_size=4, groups=3, resolution=48, sources_only=True, start="x"),
+        choices(model, rank=5, lr=0.5, group_size=4, groups=3, resolution=48, start="x"),
         tmp_path,
     )
     assert (c.rank, c.lora_alpha, c.lr, c.group_size, c.groups_per_update) == (5, 10.0, 0.5, 4, 3)

@@ -17,6 +17,7 @@ from comfyui_diptych import cli
 from comfyui_diptych.commands.train import WORLD_TASKS
 from comfyui_diptych.training import config, recipes
 from comfyui_diptych.training.reinforce.config import GRPOConfig, TinyGRPOConfig
+from comfyui_diptych.training.runtime import options
 from comfyui_diptych.training.tiny.options import TinyOptions
 
 
@@ -43,6 +44,11 @@ def test_help_lists_the_recipes_and_all_options_in_groups_the_five_that_matter_f
         of_reward = path.stem.startswith("grpo_")
         assert (of_reward == (command == "grpo")) == (f"\n  {path.stem} " in text)
     assert all(len(line) <= 112 for line in text.splitlines())
+
+
+def test_the_docs_list_the_options_of_the_tiny_models():
+    text = (recipes.RECIPES.parents[1] / "docs" / "tiny-models.md").read_text(encoding="utf-8")
+    assert options.table(TinyOptions) in text, f"write this there:\n{options.table(TinyOptions)}"
 
 
 def test_every_bundled_recipe_says_in_one_line_what_it_is():
@@ -166,7 +172,9 @@ def test_mistakes_are_named_with_the_remedy(values, words):
 def test_an_option_that_is_gone_says_what_to_do_instead(kind):
     assert config.TrainConfig.gone.items() <= GRPOConfig.gone.items()
     assert not kind.gone.keys() & {f.name for f in dataclasses.fields(kind)}
+    known = {f.name for f in dataclasses.fields(TinyGRPOConfig)} | {"logit_normal"}
     for name, remedy in kind.gone.items():
+        assert set(re.findall(r"[a-z]+(?:_[a-z]+)+", remedy)) <= known, name
         with pytest.raises(ValueError, match=f"option {name} is gone: {re.escape(remedy)}"):
             recipes.from_dict({name: 1}, kind)
 

@@ -78,15 +78,25 @@ def listing(kind: type, width: int = WIDTH) -> str:
     )
 
 
+def table(kind: type) -> str:
+    """The options as rows of a Markdown table: name, default, help."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        rows.append(f"| `{field.name}` | {_default(field) or '-'} | {field.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def _default(field: dataclasses.Field) -> str:
+    """As YAML writes it."""
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if isinstance(default, list):
+        return f"[{', '.join(map(str, default))}]"
+    return str(default).lower() if isinstance(default, bool) else "" if default is None else str(default)
+
+
 def _entry(field: dataclasses.Field, width: int) -> str:
     """`name = default` and below it what may be written and what it means."""
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    shown = "" if default is None or default == "" else default
-    if isinstance(default, list):
-        shown = f"[{', '.join(map(str, default))}]"
-    elif isinstance(default, bool):
-        shown = str(default).lower()
     words = " | ".join(field.metadata["choices"])
     text = f"{words}. {field.metadata['help']}" if words else field.metadata["help"]
     wrapped = textwrap.fill(text, width, initial_indent="      ", subsequent_indent="      ")
-    return f"  {field.name} = {shown}".rstrip() + f"\n{wrapped}"
+    return f"  {field.name} = {_default(field)}".rstrip() + f"\n{wrapped}"
