@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from ..models.inpaint_masks import MASK_RESIZE
 from . import images, painting
 from .values import LARGEST_SIDE, number, whole
 
@@ -33,6 +35,17 @@ def add_parser(subparsers) -> None:
         default=8,
         help="px inside the mask over which it fades in (default 8)",
     )
+    add(
+        "--strength",
+        type=number(0.01, 1),
+        help="sd_inpaint: below 1 what is there is changed, not replaced (default 1)",
+    )
+    add(
+        "--mask-resize",
+        choices=MASK_RESIZE,
+        help="sd_inpaint: which cells of 8 x 8 px are repainted: touched at all (max, default), by their "
+        "first pixel (nearest, as diffusers), their middle, their mean",
+    )
     painting.add_arguments(parser, "inpainted.png")
     parser.set_defaults(run=run)
 
@@ -42,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models import outpaint
 
     engine = painting.check_engine(args)
+    how = _sd_options(args, engine)
     prompt = painting.check_prompt(args.prompt)
     image = images.load_image(args.image)
     images.check_writable(args.output, image)
@@ -54,9 +68,22 @@ def run(args: argparse.Namespace) -> int:
         multiple=engine.multiple,
         blend=args.blend,
     )
-    result = painting.paint(engine, crop, mask, prompt, args)
+    result = painting.paint(engine, crop, mask, prompt, args, **how)
     finished = outpaint.paste_back(
         result, image, layout, feather=args.feather, match_colour=not args.keep_colours
     )
     painting.save(image, finished, prompt, args.output)
     return 0
+
+
+def _sd_options(args: argparse.Namespace, engine: painting.Engine) -> dict[str, Any]:
+    """Options of `editing.inpaint_sd` that FLUX Fill has not. Raises ValueError for them with Fill."""
+    from ..models.inpaint_masks import MaskRule
+
+    if engine.name != "sd_inpaint":
+        for option in ("strength", "mask_resize"):
+            if getattr(args, option) is not None:
+                name = option.replace("_", "-")
+                raise ValueError(f"--{name} does nothing with --engine {engine.name}: leave it out")
+        return {}
+    return {"strength": args.strength or 1.0, "rule": MaskRule(args.mask_resize or "max")}

@@ -110,8 +110,12 @@ def paint(
     mask: Tensor,
     prompt: str,
     args: argparse.Namespace,
+    **options: Any,
 ) -> Tensor:
-    """The canvas [1,H,W,3] with its hole [1,H,W] painted; loads the model and shows its progress."""
+    """The canvas [1,H,W,3] with its hole [1,H,W] painted; loads the model and shows its progress.
+
+    options: more of the engine's own function in `models/editing.py`.
+    """
     from tqdm import tqdm
 
     from ..models import editing
@@ -123,7 +127,7 @@ def paint(
         count = steps_of(engine, args)
         with tqdm(total=count, desc=f"painting ({engine.name})", unit="step") as bar:
             sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
-            how = _guidance(engine, args) | {"sampling": sampling}
+            how = _guidance(engine, args) | {"sampling": sampling, **options}
             if engine.name == "fill":
                 return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
             return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)

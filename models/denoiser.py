@@ -156,13 +156,18 @@ def hard_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
     Raises ValueError if its size is not the image's.
     """
+    return binarise(sized_mask(mask, height, width))[:, None]
+
+
+def sized_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """A MASK of any shape as [B,H,W] float32 in 0..1. Raises ValueError if its size is not the image's."""
     mask = as_mask(mask)
     if tuple(mask.shape[1:]) != (height, width):
         raise ValueError(
             f"mask is {mask.shape[2]}x{mask.shape[1]} but the image is {width}x{height}: "
             "resize the mask to the image's size"
         )
-    return binarise(mask)[:, None]
+    return mask
 
 
 def as_sigma(sigma: Tensor | float, x: Tensor) -> Tensor:

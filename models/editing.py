@@ -22,6 +22,7 @@ from .denoiser import Condition
 from .flux import FluxDenoiser
 from .flux_fill import FluxFill
 from .flux_kontext import FluxKontext
+from .inpaint_masks import USUAL, MaskRule
 from .packing import VAE_FACTOR
 from .sd_inpaint import SDInpaint
 
@@ -293,17 +294,23 @@ def inpaint_sd(
     *,
     negative: str = "",
     cfg: float = 7.5,
-    mask_resize: str = "max",
+    rule: MaskRule = USUAL,
+    strength: float = 1.0,
     sampling: Sampling = Sampling(steps=50),
 ) -> Tensor:
     """Stable Diffusion inpainting with DDIM: IMAGE [B,H,W,3] and MASK [B,H,W] to an IMAGE of that size.
 
-    Sides must divide by 8; eta is that of `sampling`, by default 0. The draw order is
-    StableDiffusionInpaintPipeline's. Raises ValueError for sizes or batches that do not fit.
+    Sides must divide by 8; eta is that of `sampling`, by default 0. rule: how the model is told of the mask.
+    strength: 1 starts from noise alone, less from the image with noise, in as many steps fewer. The draw
+    order is StableDiffusionInpaintPipeline's. Raises ValueError for sizes or batches that do not fit.
     """
+    schedule = ddim.late(ddim.schedule(sampling.steps, denoiser.scheduler_config), strength)
     generator = sampling.generator()
     text = denoiser.encode_text(prompts)
     batch = max(len(text), pixels.as_image(image).shape[0], pixels.as_mask(mask).shape[0])
+    start = None
+    if strength < 1:
+        start = denoiser.encode(image, generator=sampling.encoder_generator(generator)).cpu()
     noise = _noise(batch, 4, image, generator)
     condition = denoiser.condition(
         text,
@@ -311,7 +318,7 @@ def inpaint_sd(
         mask,
         negative=denoiser.encode_text(negative),
         cfg=cfg,
-        mask_resize=mask_resize,
+        rule=rule,
         generator=sampling.encoder_generator(generator),
     )
 
@@ -322,8 +329,8 @@ def inpaint_sd(
 
     latents = ddim.sample(
         epsilon,
-        noise.to(denoiser.device),
-        ddim.schedule(sampling.steps, denoiser.scheduler_config),
+        (noise if start is None else ddim.add_noise(start, noise, schedule)).to(denoiser.device),
+        schedule,
         eta=sampling.eta or 0.0,
         window=sampling.window,
         generator=generator,

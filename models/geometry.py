@@ -123,11 +123,11 @@ def check_panel(source: tuple[int, int], fit: Fit) -> Fit:
     return fit
 
 
-def snap(length: float, rounding: str = "nearest") -> int:
-    """The multiple of 16 that is `nearest`, not above (`down`) or not below (`up`); at least 16."""
-    units = length / MULTIPLE
+def snap(length: float, rounding: str = "nearest", multiple: int = MULTIPLE) -> int:
+    """The multiple that is `nearest`, not above (`down`) or not below (`up`); at least the first."""
+    units = length / multiple
     whole = {"nearest": round(units), "down": int(units), "up": -int(-units // 1)}[rounding]
-    return max(whole, 1) * MULTIPLE
+    return max(whole, 1) * multiple
 
 
 def _inside(outer: tuple[int, int], inner: tuple[int, int]) -> Box:
@@ -155,16 +155,16 @@ def place(source: tuple[int, int], panel: tuple[int, int], policy: str, masked: 
     return Fit(panel, whole_source, whole_panel, policy)
 
 
-def keep_scale(source: tuple[int, int], policy: str, masked: bool = False) -> Fit:
-    """Fit without resampling where the policy allows it.
+def keep_scale(source: tuple[int, int], policy: str, masked: bool = False, multiple: int = MULTIPLE) -> Fit:
+    """Fit without resampling where the policy allows it; `multiple` is 16 for FLUX, 8 for Stable Diffusion.
 
-    `crop` takes the largest multiple of 16 inside the source and `pad` the smallest around it, both at scale
-    1; `stretch` resizes to the nearest, which is no resampling only if the source already divides by 16. A
-    side shorter than 16 cannot be cropped and is padded.
+    `crop` takes the largest multiple of it inside the source and `pad` the smallest around it, both at scale
+    1; `stretch` resizes to the nearest, which is no resampling only if the source already divides by it. A
+    shorter side cannot be cropped and is padded.
     """
-    policy = resolve(policy, source, tuple(map(snap, source)), masked)
+    policy = resolve(policy, source, tuple(snap(side, multiple=multiple) for side in source), masked)
     rounding = {"stretch": "nearest", "crop": "down", "pad": "up"}[policy]
-    panel = tuple(snap(side, rounding) for side in source)
+    panel = tuple(snap(side, rounding, multiple) for side in source)
     if policy == "stretch":
         return place(source, panel, policy)
     size = tuple(min(pair) for pair in zip(source, panel, strict=True))

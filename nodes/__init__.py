@@ -16,6 +16,7 @@ from . import (
     rewards,
     sampling,
     score,
+    sd_inpaint,
     tiny,
     training,
 )
@@ -27,6 +28,7 @@ NODE_CLASSES = [
     *conditioning.NODES,
     *outpaint.NODES,
     *outpaint_methods.NODES,
+    *sd_inpaint.NODES,
     *lora.NODES,
     *sampling.NODES,
     *best_of.NODES,

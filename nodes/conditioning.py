@@ -93,7 +93,7 @@ class DiptychFluxFillConditioner:
         latent = {"samples": _encode_repeated(vae, given.image, len(given.mask))}
         if noise_mask:
             latent["noise_mask"] = given.mask
-        return _with_values(positive, values), _with_values(negative, values), latent
+        return with_values(positive, values), with_values(negative, values), latent
 
 
 class DiptychKontextConditioner:
@@ -190,13 +190,13 @@ class DiptychKontextConditioner:
         latent = {"samples": pixels.repeat_batch(references[0], count).clone()}
         if first.mask is not None:
             latent["noise_mask"] = first.mask
-        conditioning = _with_values(conditioning, {"reference_latents": references}, append=True)
+        conditioning = with_values(conditioning, {"reference_latents": references}, append=True)
         if reference_method != "auto":
-            conditioning = _with_values(conditioning, {"reference_latents_method": reference_method})
+            conditioning = with_values(conditioning, {"reference_latents_method": reference_method})
         return conditioning, latent, first.layout
 
 
-def _with_values(conditioning: list, values: dict, append: bool = False) -> list:
+def with_values(conditioning: list, values: dict, append: bool = False) -> list:
     """Set (or append to) values in a copy of a conditioning, leaving the original and its lists alone."""
     copies = []
     for embedding, options in conditioning:

@@ -39,8 +39,8 @@ class DiptychTinyModelLoader:
                 "which": choice(["fill", "kontext", "sd_inpaint"], "fill")(
                     "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill "
                     "Conditioner). kontext: FLUX Kontext in small, edits a reference image (with the Kontext "
-                    "Conditioner). sd_inpaint: Stable Diffusion inpainting in small (with core's "
-                    "InpaintModelConditioning)."
+                    "Conditioner). sd_inpaint: Stable Diffusion inpainting in small (with the "
+                    "SD Inpaint Conditioner)."
                 )
             }
         }

@@ -31,6 +31,8 @@ __all__ = [
     "Schedule",
     "Step",
     "Transition",
+    "add_noise",
+    "late",
     "level_of_noise",
     "log_prob",
     "noise_level",
@@ -90,6 +92,30 @@ def schedule(steps: int, config: Mapping[str, Any] | None = None) -> Schedule:
     timesteps = timesteps.clamp(max=train_steps - 1)
     final = torch.ones(1) if config["set_alpha_to_one"] else alphas[:1]
     return Schedule(timesteps, torch.cat([alphas[timesteps], final]), config["prediction_type"])
+
+
+def late(schedule: Schedule, strength: float) -> Schedule:
+    """The last int(steps * strength) steps of a schedule, as diffusers' `strength` counts them; 1 is all.
+
+    Sampling then starts from an image with noise: sqrt(alphas[0]) data + sqrt(1 - alphas[0]) noise. Raises
+    ValueError for a strength outside 0..1, or one that leaves no step.
+    """
+    steps = len(schedule)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}: give a number above 0, up to 1.")
+    left = min(int(steps * strength), steps)
+    if left < 1:
+        raise ValueError(
+            f"strength is {strength}, which of {steps} steps leaves none: give at least {1 / steps:.2g}."
+        )
+    start = steps - left
+    return Schedule(schedule.timesteps[start:], schedule.alphas[start:], schedule.prediction_type)
+
+
+def add_noise(data: Tensor, noise: Tensor, schedule: Schedule, index: int = 0) -> Tensor:
+    """Data with as much noise as step `index` of a schedule starts from; its length: what the last leaves."""
+    alpha = schedule.alphas[index].to(noise)
+    return alpha.sqrt() * data + (1 - alpha).sqrt() * noise
 
 
 def noise_level(timestep: int, config: Mapping[str, Any] | None = None) -> float:

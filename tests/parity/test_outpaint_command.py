@@ -11,7 +11,7 @@ from comfyui_diptych.models.flux_fill import FluxFill
 from comfyui_diptych.models.outpaint import Options, expand, fill, paste_back
 from comfyui_diptych.models.outpaint import outpaint as outpaint_by
 from comfyui_diptych.models.repaint import Painter
-from comfyui_diptych.models.sd_inpaint import SDInpaint
+from comfyui_diptych.models.sd_inpaint import MaskRule, SDInpaint
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +105,28 @@ def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, s
     assert float((made - image)[:, 20:30, 30:45].abs().mean()) > 0.01
 
 
+def test_strength_and_the_way_of_the_mask_reach_sd_inpainting(command, photo, tmp_path, models):
+    mask = torch.zeros(48, 64, 3)
+    mask[20:30, 30:45] = 1
+    images.to_pil(mask).save(tmp_path / "mask.png")
+    words = ["--mask", tmp_path / "mask.png", "--blend", 0, "--keep-colours"]
+    how = ["--strength", 0.5, "--mask-resize", "area"]
+    made = command("inpaint", photo, "a red circle", *words, *how, engine="sd_inpaint")
+    image = images.load_image(photo)
+    denoiser = SDInpaint.load(models / "sd_inpaint", torch.float32, "cpu")
+    expected = editing.inpaint_sd(
+        denoiser,
+        image,
+        mask[None, ..., 0],
+        "a red circle",
+        strength=0.5,
+        rule=MaskRule("area"),
+        sampling=editing.Sampling(steps=2),
+    )
+    expected = torch.where(mask > 0, seen(expected), image)
+    assert float((made - expected).abs().max()) <= 1 / 255 + 1e-6
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -124,6 +146,10 @@ def test_inpainting_changes_nothing_outside_the_mask(command, photo, tmp_path, s
         (["outpaint", "{tmp}/none.png", "x", "--left", "8"], "none.png does not exist"),
         (["inpaint", "{photo}", "x", "--mask", "{tmp}/small.png"], "mask is 8x8 but the image is 64x48"),
         (["inpaint", "{photo}", "x", "--mask", "{tmp}/black.png"], "mask is empty"),
+        (
+            ["inpaint", "{photo}", "x", "--mask", "{tmp}/small.png", "--strength", "0.5"],
+            "--strength does nothing with --engine fill",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence_before_a_model_is_loaded(

@@ -11,7 +11,14 @@ import pytest
 
 ROOT = Path(comfyui_diptych.__file__).parent
 TEMPLATES = {path.stem: path for path in (ROOT / "example_workflows").glob("*.json")}
-FOLDERS = {"UNETLoader": "diffusion_models", "DualCLIPLoader": "text_encoders", "VAELoader": "vae"}
+FOLDERS = {
+    "UNETLoader": "diffusion_models",
+    "DualCLIPLoader": "text_encoders",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+    "CheckpointLoaderSimple": "checkpoints",
+    "ControlNetLoader": "controlnet",
+}
 OWN = "grpo_lora.safetensors"  # the user's own: nowhere to be downloaded
 
 

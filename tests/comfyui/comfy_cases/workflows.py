@@ -14,9 +14,11 @@ from . import ROOT, SkipCase, case, workflow, workflow_names
 LOADERS = {
     "UNETLoader": {"unet_name": "diffusion_models"},
     "DualCLIPLoader": {"clip_name1": "text_encoders", "clip_name2": "text_encoders"},
+    "CLIPLoader": {"clip_name": "text_encoders"},
     "VAELoader": {"vae_name": "vae"},
+    "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
 }
-SLOTS = {"UNETLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
+SLOTS = {"UNETLoader": 0, "DualCLIPLoader": 1, "CLIPLoader": 1, "VAELoader": 2, "CheckpointLoaderSimple": 0}
 LORAS = {"DiptychGRPOLoraLoader": "lora", "LoraLoaderModelOnly": "lora_name"}
 BUNDLED = "diptych tiny demo/"
 SIDE = 64
@@ -79,21 +81,24 @@ def tiny_lora(host, *, moe: bool) -> Path:
 
 def swapped(prompt: dict) -> dict:
     """The same prompt on the tiny model, on small images, in two steps."""
-    kontext = any(node["class_type"] == "DiptychKontextConditioner" for node in prompt.values())
+    used = {node["class_type"] for node in prompt.values()}
     slots = {key: SLOTS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SLOTS}
     small = {key: node for key, node in prompt.items() if key not in slots}
     for node in small.values():
         inputs = node["inputs"]
         for key, value in inputs.items():
             if isinstance(value, list) and value[0] in slots:
-                inputs[key] = ["tiny", slots[value[0]]]
+                inputs[key] = ["tiny", slots[value[0]] + value[1]]
         inputs.update({key: few for key, few in FEW.items() if key in inputs})
         if inputs.get("panel_width", 0) > SIDE:
             inputs["panel_width"] = SIDE
+        if node["class_type"] == "DiptychContextCrop":
+            inputs["size"] = min(inputs["size"], SIDE)
         if "size_policy" in inputs:
             inputs["size_policy"] = "keep"
     if slots:
-        which = "kontext" if kontext else "fill"
+        which = "kontext" if "DiptychKontextConditioner" in used else "fill"
+        which = "sd_inpaint" if "DiptychSDInpaintConditioner" in used else which
         small["tiny"] = {"class_type": "DiptychTinyModelLoader", "inputs": {"which": which}}
     return small
 
