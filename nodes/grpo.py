@@ -55,7 +55,7 @@ class DiptychTrainGRPO:
                 "updates": integer(40, 1, 1_000_000)(
                     "Rounds of sampling, scoring and learning. More later go on."
                 ),
-                "output_name": text("my_grpo_lora")("File name in the loras folder, without extension."),
+                "output_name": widgets.output_name("my_grpo_lora"),
             },
             "optional": {
                 "images": socket("IMAGE")("Sources to learn on instead of the dataset."),

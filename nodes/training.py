@@ -66,7 +66,7 @@ class DiptychTrainLora:
                 ),
                 "base_model": base_model_menu(),
                 "steps": integer(500, 1, 1_000_000)("Optimiser steps. More of them later go on from here."),
-                "output_name": text("my_edit_lora")("File name in the loras folder, without extension."),
+                "output_name": widgets.output_name("my_edit_lora"),
             },
             "optional": {
                 "recipe": choice(RECIPES, "auto", advanced=True)(

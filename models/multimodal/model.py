@@ -113,7 +113,9 @@ class GenerativeMultimodalModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Writes a folder with safetensors weights (in `dtype`, by default as they are); returns it."""
-        return storage.save(self, folder, dtype)
+        return storage.save(
+            folder, self.state_dict(), self.architecture, self.tokenizer, self.caption_tokenizer, dtype
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any):
         """As in torch, after refusing the keys of the old design with a ValueError."""

@@ -1,20 +1,20 @@
-"""The folder of a multimodal model: config.json, model.safetensors, tokenizer/ and, if it differs,
-caption_tokenizer/. safetensors only; checkpoints of the system's first design are told apart and refused.
+"""The folder of a multimodal model: config.json, model.safetensors, its tokenizers.
+
+tokenizer/ is the text encoder's, caption_tokenizer/ the text decoder's if it differs. safetensors only;
+checkpoints of the system's first design are told apart and refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .presets import Architecture
-
-if TYPE_CHECKING:
-    from .model import GenerativeMultimodalModel
 
 FORMAT = "diptych-multimodal"
 VERSION = 1
@@ -31,20 +31,27 @@ def refuse_old_design(keys: Iterable[str], name: str) -> None:
         )
 
 
-def save(model: GenerativeMultimodalModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    architecture: Architecture,
+    tokenizer: Any,
+    caption_tokenizer: Any,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Writes the folder (weights in `dtype`, by default as they are) and returns it."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.to(dtype or value.dtype) for key, value in model.state_dict().items() if key != TIED}
-    content = {"format": FORMAT, "version": VERSION, "architecture": model.architecture.to_dict()}
+    weights = {key: value.to(dtype or value.dtype) for key, value in state.items() if key != TIED}
+    content = {"format": FORMAT, "version": VERSION, "architecture": architecture.to_dict()}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _save_tokenizer(model.tokenizer, folder / "tokenizer")
-    if model.caption_tokenizer is not model.tokenizer:
-        _save_tokenizer(model.caption_tokenizer, folder / "caption_tokenizer")
-    state = {key: value.contiguous() for key, value in state.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    _save_tokenizer(tokenizer, folder / "tokenizer")
+    if caption_tokenizer is not tokenizer:
+        _save_tokenizer(caption_tokenizer, folder / "caption_tokenizer")
+    weights = {key: value.contiguous() for key, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -103,7 +110,7 @@ def _keys(file: Path) -> list[str]:
     return [key for key in (*content, *nested) if isinstance(key, str)]
 
 
-def load_weights(model: GenerativeMultimodalModel, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path) -> None:
     """Fills every parameter and buffer from the folder. Raises ValueError if some are missing or left."""
     from safetensors.torch import load_file
 
