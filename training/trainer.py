@@ -398,13 +398,18 @@ class Trainer:
         """Sample images, with the averaged weights if there are any, as `samples/step_*.png`."""
         if not self.processes.main and not self.processes.sharded:
             return
-        with self.model.averaged(), preview.for_sampling(self):
-            sheet = preview.contact_sheet(
-                self.task, self.data.sample_batches, self.config.seed, self._to_device
-            )
+        c, task, batches = self.config, self.task, self.data.sample_batches
+
+        def make_batch(numbers: list[int]) -> dict[str, Any]:
+            batch = self._to_device(batches(numbers, [False] * len(numbers)))
+            return task.guided(batch, batches.text, c.sample_guidance)
+
+        modules = (self.model.parts, self.model.prepared)
+        with self.model.averaged(), preview.for_sampling(task, *modules, self.processes.sharded):
+            sheet = preview.sample_sheet(task, batches, make_batch, seed=c.seed, count=c.sample_count)
         if self.processes.main:
             preview.write(sheet, self.output / "samples" / f"step_{self.step:08d}.png")
-            preview.track(self.accelerator, sheet, self.step)
+            preview.track(self.accelerator.trackers, sheet, self.step)
             if self.callbacks.on_sample is not None:
                 self.callbacks.on_sample(self.step, sheet)
 

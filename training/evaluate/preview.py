@@ -1,67 +1,88 @@
-"""Sample pictures during training: one row per sample, given | made | wanted (if the data has it)."""
+"""Sample images during training: one row per sample, source | sample | target (if the data has it)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.image_files import to_pil
-from ..data.dataset import latents_like
-from ..runtime.random_streams import row_noise
+from ..data.dataset import Batches
+from ..tasks.base import Task
+from ..tasks.sampling import noise_for
+from .plots import as_image, contact_sheet
 
 
 @torch.no_grad()
-def contact_sheet(task: Any, batches: Any, seed: int, to_device: Callable) -> Tensor:
-    """[H,W,3] float32 in 0..1 on the CPU; the same noise at every call. Samples are made one by one."""
+def sample_sheet(
+    task: Task,
+    batches: Batches,
+    make_batch: Callable[[list[int]], dict[str, Any]],
+    *,
+    seed: int,
+    count: int,
+) -> Tensor:
+    """Samples of the first `count` rows as an image [H,W,3] in 0..1 on the CPU; the same noise at every call.
+
+    make_batch: row numbers to the tensors that sampling needs. Samples are made one by one, and shown at
+    their own size.
+    """
+    before, _, after = batches.corpus.arranger.template.partition("{instruction}")
     rows = []
-    for position in range(min(task.config.sample_count, len(batches.entries))):
-        batch = to_device(batches([position], [False]))
-        batch = task.guided(batch, batches.text, task.config.sample_guidance)
-        like = latents_like(batch)
-        noise = row_noise(seed, [position], tuple(like.shape[1:])).to(like.device)
-        given = batch.get("masked_latents", batch.get("references"))
-        pictures = [task.host.decode(given)] if given is not None else []
-        pictures.append(task.sample(batch, noise))
-        if batches.targets:
-            pictures.append(task.host.decode(batch["latents"]))
-        rows.append(torch.cat([p.float().cpu() for p in pictures], dim=2)[0])
-    width = max(row.shape[1] for row in rows)
-    rows = [torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows]
-    return torch.cat(rows, dim=0)
+    for number in range(min(count, len(batches.entries))):
+        batch = make_batch([number])
+        shown = {"source": source_of(task, batch)}
+        shown["sample"] = task.sample(batch, noise_for(batch, seed, [number]))
+        shown["target"] = task.host.decode(batch["latents"]) if batches.targets else None
+        images = {name: image[0].float().cpu() for name, image in shown.items() if image is not None}
+        prompt = batches.entries[number].prompt.removeprefix(before).removesuffix(after)
+        rows.append((list(images.values()), prompt))
+    side = max(max(image.shape[:2]) for row, _ in rows for image in row)
+    return as_image(contact_sheet(rows, tuple(images), side=side, columns=1))[0]
+
+
+def source_of(task: Task, batch: dict[str, Any]) -> Tensor | None:
+    """The images [B,H,W,3] that a batch is sampled from, masked or references; None where all is painted."""
+    latents = batch.get("masked_latents", batch.get("references"))
+    return None if latents is None else task.host.decode(latents)
 
 
 @contextmanager
-def for_sampling(trainer: Any) -> Iterator[None]:
-    """Modules in eval mode and, unless they are sharded, without their distributed wrappers."""
-    part = trainer.task.denoiser_part
-    modes = {name: module.training for name, module in trainer.model.parts.items()}
-    for module in trainer.model.parts.values():
+def for_sampling(
+    task: Task, parts: Mapping[str, nn.Module], prepared: Mapping[str, nn.Module], sharded: bool
+) -> Iterator[None]:
+    """The trained modules in eval mode and, unless they are sharded, without their distributed wrappers.
+
+    parts, prepared: the modules as they are and as accelerate wraps them, by name.
+    """
+    part = task.denoiser_part
+    modes = {name: module.training for name, module in parts.items()}
+    for module in parts.values():
         module.eval()
-    if not trainer.processes.sharded:
-        trainer.task.make_host(trainer.model.parts[part])
+    if not sharded:
+        task.make_host(parts[part])
     try:
         yield
     finally:
-        trainer.task.make_host(trainer.model.prepared[part])
-        for name, module in trainer.model.parts.items():
+        task.make_host(prepared[part])
+        for name, module in parts.items():
             module.train(modes[name])
 
 
-def track(accelerator: Any, picture: Tensor, step: int) -> None:
-    """Show an IMAGE [H,W,3] in the trackers that take pictures."""
-    for tracker in accelerator.trackers:
+def track(trackers: Sequence[Any], image: Tensor, step: int) -> None:
+    """Show an image [H,W,3] in those of accelerate's trackers that take images."""
+    for tracker in trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"samples": picture[None].numpy()}, step=step, dataformats="NHWC")
+            tracker.log_images({"samples": image[None].numpy()}, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
-            tracker.log_images({"samples": [picture.numpy()]}, step=step)
+            tracker.log_images({"samples": [image.numpy()]}, step=step)
 
 
-def write(picture: Tensor, path: Path) -> None:
-    """Save an IMAGE [H,W,3] as PNG."""
+def write(image: Tensor, path: Path) -> None:
+    """Save an image [H,W,3] as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(picture).save(path)
+    to_pil(image).save(path)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluate import plots
+from ..evaluate import plots, preview
 from ..tasks.base import Task
-from .rollout import noise_for
+from ..tasks.sampling import noise_for
 from .scoring import RowScorer, judged
 from .weights import ReferenceModel
 
@@ -29,7 +29,7 @@ def sheet(
     seed: int,
     rows: int = SHOWN,
 ) -> Tensor:
-    """IMAGE [1,H,W,3] of `SHOWN` rows: given, before, after and (if the data has it) wanted; under each its
+    """IMAGE [1,H,W,3] of `SHOWN` rows: source, before, after and (if the data has it) target; under each its
     reward before and after.
 
     Of the first `rows` rows those that gained most, and last the one that lost most. The noise before and
@@ -44,9 +44,9 @@ def sheet(
         (panels, f"{_said(before)} -> {_said(after)}: {prompt}")
         for panels, prompt, before, after in (made[place] for place in most_changed(gains, SHOWN))
     ]
-    headings = ["given", "before", "after", "wanted"][: 3 + scorer.targets]
+    headings = ["source", "before", "after", "target"][: 3 + scorer.targets]
     if len(shown[0][0]) < len(headings):
-        headings = headings[1:]  # nothing is given where all is painted
+        headings = headings[1:]  # there is no source where all is painted
     return plots.as_image(plots.contact_sheet(shown, headings, side=128, columns=1))
 
 
@@ -80,9 +80,9 @@ def _row(
     rewards = [scorer.rewards.weighted_sum(judged(scorer.score(image, [number]))) for image in made]
     if scorer.targets:
         made.append(task.host.decode(batch["latents"]))
-    given = batch.get("masked_latents", batch.get("references"))
-    shown = [task.host.decode(given)] if given is not None else []
-    panels = [image.float().cpu()[0] for image in (*shown, *made)]
+    source = preview.source_of(task, batch)
+    shown = made if source is None else [source, *made]
+    panels = [image.float().cpu()[0] for image in shown]
     row = scorer.row(number)
     if row.diptych:
         middle = panels[0].shape[1] // 2

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..rewards import Composite
 from ..runtime.checkpoint import TrainingError
 from ..tasks.base import Task
-from ..tasks.sampling import RolloutSettings
-from .rollout import noise_for
+from ..tasks.sampling import RolloutSettings, noise_for
 from .scoring import RowScorer, judged
 from .weights import Named, copied
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ...samplers.gaussian import sde_seed
-from ..data.dataset import latents_like
-from ..runtime.random_streams import row_noise, row_uniform
+from ..runtime.random_streams import row_uniform
 from ..tasks.base import Task
-from ..tasks.sampling import Recorded, RolloutSettings
+from ..tasks.sampling import Recorded, RolloutSettings, noise_for
 from .config import GRPOConfig
 
 
@@ -108,12 +107,6 @@ def _prefix(
         return None
     noise = noise_for(batch, seed, firsts)
     return task.rollout(batch, noise, replace(settings, window=None), steps=(0, settings.window[0]))[0]
-
-
-def noise_for(batch: dict[str, Any], seed: int, positions: Sequence[int]) -> Tensor:
-    """Noise [B,C,h,w] for a batch's latents, on its device; row n's is that of positions[n] in the stream."""
-    like = latents_like(batch)
-    return row_noise(seed, list(positions), tuple(like.shape[1:])).to(like.device)
 
 
 class Visited:

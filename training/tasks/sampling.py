@@ -5,16 +5,18 @@ The loops themselves are those of `samplers/`; each family calls the one that fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...models.lora.delta import in_window
 from ...samplers.gaussian import Step
+from ..data.dataset import latents_like
+from ..runtime.random_streams import row_noise
 from .adapters import switched_off
 
 
@@ -50,6 +52,12 @@ class RolloutSettings:
     window: tuple[int, int] | None = None
     storage_dtype: torch.dtype = torch.float32
     lora_window: tuple[float, float] | None = None
+
+
+def noise_for(batch: dict[str, Any], seed: int, positions: Sequence[int]) -> Tensor:
+    """Noise [B,C,h,w] for a batch's latents, on its device; row n's is that of positions[n] in the stream."""
+    like = latents_like(batch)
+    return row_noise(seed, list(positions), tuple(like.shape[1:])).to(like.device)
 
 
 @contextmanager
