@@ -343,7 +343,7 @@ class GRPOTrainer(Trainer):
         points = self.held_out.curve
         if not points:
             points = list(history.rewards(self.output).items())
-            points = points[:: -(-len(points) // 200)]
+            points = points[:: max(1, -(-len(points) // 200))]
         return [[step, round(value, 5)] for step, value in points if math.isfinite(value)]
 
     def final_weights(self) -> AbstractContextManager:
