@@ -150,15 +150,15 @@ class DiptychTrainGRPO:
 
 def _data(dataset: str, task: str, images: Tensor | None, instructions: str, root: Path) -> str:
     """The spec of the data: of the images, or of the dataset."""
-    from ..training.data import given
+    from ..training.data import specs
 
     if task == "sd_inpaint" and images is not None:
         raise ValueError("images are for edit models: leave them out for SD inpainting, or use a dataset.")
     if images is not None:
-        return given.save_sources(images, instructions, root)
+        return specs.save_sources(images, instructions, root)
     folder = datasets().get(dataset)
-    if folder is not None and task != "sd_inpaint" and not given.has_targets(folder):
-        return given.list_sources(folder, root)
+    if folder is not None and task != "sd_inpaint" and not specs.has_targets(folder):
+        return specs.edit_sources(folder)
     return data_spec(dataset, task)
 
 

@@ -50,7 +50,7 @@ def datasets() -> dict[str, Path]:
 
 def data_spec(dataset: str, task: str) -> str:
     """The data source of an entry of the dataset menu. Raises ValueError when it is not there any more."""
-    from ..training.data.sources import spec_of
+    from ..training.data.specs import spec_of
 
     if dataset == DEMO:
         return DEMO_SPEC.format(task="inpaint" if task == "sd_inpaint" else "edit")

@@ -21,20 +21,19 @@ from ..models.denoiser import ENCODED_PIXELS
 from ..models.flux import default_device
 from ..models.packing import VAE_FACTOR
 from .config import TrainConfig
-from .data.broken import Broken, BrokenSample
 from .data.cache import fingerprint
-from .data.dataset import Corpus, Progress, silent
 from .data.precomputed import index_row, is_written, read_index, write_index, write_row
-from .data.preprocess import Arranged
-from .data.sample import Sample
+from .data.preprocess import Corpus, Preprocessed
+from .data.sample import Broken, BrokenSample, Sample
 from .runtime.disk import check_folder, check_room, write_whole
 from .runtime.fingerprints import stamp
+from .runtime.processes import Progress, silent
 from .tasks.families import make_task
 
 logger = logging.getLogger(__name__)
 
 NOTE = "precompute.json"  # beside the index: what the folder was made of
-Row = tuple[str, Arranged]  # with its file name
+Row = tuple[str, Preprocessed]  # with its file name
 
 
 def precompute(
@@ -127,7 +126,7 @@ def _groups(
     for index in progress(places, "encoding"):
         try:
             sample = corpus.source[index]
-            rows = corpus.arranged(sample)
+            rows = corpus.preprocess(sample)
         except BrokenSample as error:
             broken.record(error)
             continue
@@ -152,7 +151,7 @@ def _groups(
 
 
 @torch.no_grad()
-def _encode(task: Any, items: list[Arranged], targets: bool) -> list[dict[str, Tensor]]:
+def _encode(task: Any, items: list[Preprocessed], targets: bool) -> list[dict[str, Tensor]]:
     """One dictionary of the format's tensors per item."""
     task.text_to_device()
     pixels = torch.stack([item.pixels for item in items])
@@ -175,7 +174,7 @@ def _encode(task: Any, items: list[Arranged], targets: bool) -> list[dict[str, T
     ]
 
 
-def _edit_mask(item: Arranged) -> Tensor | None:
+def _edit_mask(item: Preprocessed) -> Tensor | None:
     """A diptych row's own mask of what changes, [1,H/8,W/8] over both panels; None where it has none."""
     if not item.diptych or item.edited is None:
         return None

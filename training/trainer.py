@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .data import dataset, encode, prior
+from .data import dataset, prior
 from .data.sources import open_source
 from .evaluate import preview
 from .runtime import changes, checkpoint, disk, lock, optim, processes, resume
@@ -66,7 +66,7 @@ class Callbacks:
     on_step: Callable[[int], None] | None = None
     on_sample: Callable[[int, Tensor], None] | None = None
     should_stop: Callable[[], bool] = lambda: False
-    progress: dataset.Progress = dataset.silent
+    progress: processes.Progress = processes.silent
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Diverged(TrainingError):
 class Trainer:
     """One training run; `run()` does all. `callbacks` are the fields of `Callbacks`.
 
-    `prepare()` sets `processes`, `task`, `data` (an `encode.PreparedData`), `model` (a `TrainedModel`).
+    `prepare()` sets `processes`, `task`, `data` (an `dataset.PreparedData`), `model` (a `TrainedModel`).
     """
 
     def __init__(self, config: TrainConfig, **callbacks: Any):
@@ -120,12 +120,12 @@ class Trainer:
         found = resume.find(c, self.processes, self.options_content, self.checkpoints)
         self.check()
         self.output.mkdir(parents=True, exist_ok=True)
-        bar = self.callbacks.progress if self.processes.main else dataset.silent
+        bar = self.callbacks.progress if self.processes.main else processes.silent
         self.task.load_encoders()
         if c.class_images:  # the data are whole only when the class images are made
             prior.prepare(self.task, c, self.processes, bar)
-            corpora = encode.open_data(c, self.task.default_template)
-        self.data = encode.prepare(corpora, self.task, self.processes, bar)
+            corpora = dataset.open_data(c, self.task.default_template)
+        self.data = dataset.prepare(corpora, self.task, self.processes, bar)
         if not c.train_text_encoder and c.cache:
             self.task.free_text()
         torch.manual_seed(c.seed)  # every process makes the same new weights ...
@@ -140,7 +140,7 @@ class Trainer:
         resume.check_room(self._state(), self.checkpoints)
         self.order = self.data.order(self.position.micro)
 
-    def _open(self) -> encode.Corpora | None:
+    def _open(self) -> dataset.Corpora | None:
         """All that can be looked at before a weight is read: places, options, data (None: not whole yet)."""
         c = self.config
         if c.threads:
@@ -156,7 +156,7 @@ class Trainer:
             self.task.load_device = torch.device("cpu")
         self.options_content = changes.stamps(c, self.task.denoiser_part)
         if not c.class_images:
-            return encode.open_data(c, self.task.default_template)
+            return dataset.open_data(c, self.task.default_template)
         open_source(list(c.data), c.seed)
         return None
 

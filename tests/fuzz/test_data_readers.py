@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_diptych.models.image_files import ImageFileError, image_size, read_image, read_mask
-from comfyui_diptych.training.data.broken import BrokenSample
+from comfyui_diptych.training.data.sample import BrokenSample
 from comfyui_diptych.training.data.sources import open_source
 from hypothesis import given
 from hypothesis import strategies as st

@@ -17,7 +17,7 @@ import torch
 from comfyui_diptych.models import editing, lora
 from comfyui_diptych.models.sd_inpaint import SDInpaint
 from comfyui_diptych.samplers import ddim, schedule
-from comfyui_diptych.training.data import given
+from comfyui_diptych.training.data import specs
 from comfyui_diptych.training.reinforce import rollout, scoring
 from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.runtime import checkpoint, optim, processes, resume
@@ -619,7 +619,7 @@ def test_what_may_change_is_unknown_without_masks_and_target_images(folders, tmp
     pairs_without_masks(folder)
     for target in folder.glob("*_target.png"):
         target.unlink()
-    options = {"data": [given.list_sources(folder, tmp_path)]}
+    options = {"data": [specs.edit_sources(folder)]}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path / "run", rewards=["keep_l1"], **options))
     with pytest.raises(ValueError, match="reward keep_l1 needs masks, which the data has not"):
         trainer.prepare()

@@ -14,9 +14,10 @@ from comfyui_diptych.models import lora, tiny
 from comfyui_diptych.models.prompt import ICEDIT_TEMPLATE
 from comfyui_diptych.training import config, recipes
 from comfyui_diptych.training import trainer as sft
-from comfyui_diptych.training.data import given
+from comfyui_diptych.training.data import specs
 from comfyui_diptych.training.data.sample import read_image, to_pil
-from comfyui_diptych.training.data.sources import open_source, spec_of
+from comfyui_diptych.training.data.sources import open_source
+from comfyui_diptych.training.data.specs import spec_of
 from comfyui_diptych.training.reinforce import scoring
 from comfyui_diptych.training.reinforce import trainer as grpo
 from comfyui_diptych.training.reinforce.config import GRPOConfig
@@ -361,7 +362,7 @@ def test_pairs_without_masks_say_so_before_the_model_is_loaded(encoded, tmp_path
 def test_a_folder_of_such_rows_is_recognised(encoded):
     """So ComfyUI's training nodes offer it; and rows may not reach outside of it there."""
     assert spec_of(encoded, inside=True) == f"precomputed:{encoded / 'index.json'}?inside=true"
-    assert given.has_targets(encoded) and len(open_source(spec_of(encoded))) == 4
+    assert specs.has_targets(encoded) and len(open_source(spec_of(encoded))) == 4
 
 
 def test_precomputed_rows_are_what_training_from_the_images_sees(encoded, pairs, tmp_path):

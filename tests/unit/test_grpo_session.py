@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_diptych.nodes import grpo as nodes
 from comfyui_diptych.training.choices import PRESETS, RewardChoices, configure, is_small
-from comfyui_diptych.training.data import given
+from comfyui_diptych.training.data import specs
 from comfyui_diptych.training.data.sources import open_source
 from comfyui_diptych.training.evaluate import history
 from PIL import Image
@@ -88,27 +88,27 @@ def test_a_folder_of_sources_and_instructions_is_enough(tmp_path):
     for name in ("a", "b_source"):
         Image.new("RGB", (32, 16), (200, 10, 10)).save(folder / f"{name}.png")
         (folder / f"{name.removesuffix('_source')}.txt").write_text(f"make {name} blue\n")
-    assert not given.has_targets(folder)
-    source = open_source(given.list_sources(folder, tmp_path))
+    assert not specs.has_targets(folder)
+    source = open_source(specs.edit_sources(folder))
     samples = [source[i] for i in range(len(source))]
     assert [sample.prompt for sample in samples] == ["make a blue", "make b_source blue"]
     assert torch.equal(samples[0].source, samples[0].target)
     Image.new("RGB", (32, 16)).save(folder / "b_target.png")
-    assert given.has_targets(folder)
+    assert specs.has_targets(folder)
 
 
 def test_a_batch_of_pictures_with_one_or_as_many_instructions(tmp_path):
     images = torch.rand(2, 16, 24, 4, generator=torch.Generator().manual_seed(0))
-    source = open_source(given.save_sources(images, "make it blue\n", tmp_path))
+    source = open_source(specs.save_sources(images, "make it blue\n", tmp_path))
     assert [source[i].prompt for i in range(2)] == ["make it blue"] * 2
     colour, alpha = images[1].split([3, 1], dim=-1)
     on_white = colour * alpha + (1 - alpha)  # what lies under transparent pixels is never seen
     torch.testing.assert_close(source[1].source, on_white, rtol=0, atol=0.5 / 255 + 1e-6)
-    two = given.save_sources(images, "one\n\ntwo", tmp_path)
+    two = specs.save_sources(images, "one\n\ntwo", tmp_path)
     assert [open_source(two)[i].prompt for i in range(2)] == ["one", "two"]
-    assert two == given.save_sources(images, "one\ntwo", tmp_path)
+    assert two == specs.save_sources(images, "one\ntwo", tmp_path)
     with pytest.raises(ValueError, match="3 lines for 2 images"):
-        given.save_sources(images, "a\nb\nc", tmp_path)
+        specs.save_sources(images, "a\nb\nc", tmp_path)
 
 
 def test_the_reward_history_of_a_stopped_run_goes_on(tmp_path):

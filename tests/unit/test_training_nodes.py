@@ -15,7 +15,8 @@ from comfyui_diptych.nodes import training as nodes
 from comfyui_diptych.nodes.score import DiptychEditScore
 from comfyui_diptych.training import session
 from comfyui_diptych.training.choices import Choices, configure, task_of
-from comfyui_diptych.training.data.sources import open_source, spec_of
+from comfyui_diptych.training.data.sources import open_source
+from comfyui_diptych.training.data.specs import spec_of
 from comfyui_diptych.training.tiny import shapes
 from comfyui_diptych.training.tiny.shapes.words import understand
 from PIL import Image

@@ -1,14 +1,12 @@
-"""What the trainer eats: the rows of its data, encoded once (or every step), and the batch of any step.
+"""The dataset of a run: its rows, encoded once (or every step), and the batch of any step.
 
-`Corpus` reads, `Latents` are the caches (`encode.py` fills them), `Batches` gives tensors. Which rows make up
-step n is `data.buckets.BucketBatchSampler`'s business.
+Which rows make up step n is `buckets.BucketBatchSampler`'s business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,156 +15,109 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..runtime.fingerprints import stamp
-from ..runtime.random_streams import row_generator
-from . import prior
+from ..runtime.processes import Processes, Progress
 from .buckets import BucketBatchSampler
-from .cache import ContentCache, fingerprint, text_key
-from .preprocess import Arranged, Arranger
-from .sample import Sample
-from .sources import open_source
+from .encode import Caches, Entry, encode_corpus, encode_prompts, list_corpus
+from .preprocess import Corpus
 
 DROPPED_PROMPT = " "
-Progress = Callable[[Iterable, str], Iterable]
-
-
-def silent(items: Iterable, label: str) -> Iterable:
-    """No progress bar."""
-    return items
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One trainable row: example `index` of the source with its mask `variant`, and where its latents are.
+class Corpora:
+    """The rows to train on, and those of the sample images (the same object where they have none)."""
 
-    diptych: the image is [source | edit]. target: there is a target image, not the source in its place.
-    text, tokens, ids: of rows that bring their prompt encoded, the key of that embedding, its length, and a
-    hash of its positions if they are not the usual zeros.
+    rows: Corpus
+    samples: Corpus
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a run, encoded as far as they are to be.
+
+    sampler, class_sampler: the order of instance and of class rows (None without class rows). template: the
+    text around instructions. notes: what was done to the data, for reports.
     """
 
-    index: int
-    variant: int
-    key: str
-    prompt: str
-    size: tuple[int, int]
-    weight: float = 1.0
-    prior: bool = False
-    diptych: bool = False
-    target: bool = True
-    text: str = ""
-    tokens: int = 0
-    ids: str = ""
+    batches: Batches
+    sample_batches: Batches
+    sampler: BucketBatchSampler
+    class_sampler: BucketBatchSampler | None
+    template: str
+    notes: tuple[str, ...] = ()
 
-    @property
-    def bucket(self) -> tuple[int, int, bool, str]:
-        """What rows must share to be in one batch: the image's size and layout, and the text's positions."""
-        return (*self.size, self.diptych, self.ids)
-
-
-class Corpus:
-    """The rows of a configuration's data, arranged; shared by caching and by training without a cache."""
-
-    def __init__(self, config, template: str, specs: list[str] | None = None, limit: int = 0):
-        """`specs`: other sources than the configuration's (sample pictures), without class pictures."""
-        self.config = config
-        self.source = open_source(list(config.data if specs is None else specs), config.seed, limit)
-        if specs is None:
-            self.source = prior.with_class(self.source, config)
-        self.arranger = Arranger(config, template)
-        c = config
-        options = (
-            c.task,
-            c.layout,
-            c.resolution,
-            c.sizing,
-            c.bucket_step,
-            c.mask_kinds,
-            c.mask_variants,
-            c.seed,
-        )
-        more = ("entries 3", *(("touched",) if c.edit_loss_weight else ()))  # 3: what an entry says
-        self.stamp = stamp(
-            self.source.fingerprint, options, self.arranger.template, c.vae_sample, c.edit_masks, *more
-        )
-
-    def places(self) -> dict[int, int]:
-        """Each index and the first one that is the same example (a mix repeats examples)."""
-        first: dict[str, int] = {}
-        return {i: first.setdefault(self.source.name(i), i) for i in range(len(self.source))}
-
-    def read(self, index: int) -> list[Arranged] | Sample:
-        """All mask variants of a row, or the sample itself where it is precomputed. Raises BrokenSample."""
-        return self.arranged(self.source[index])
-
-    def arranged(self, sample: Sample) -> list[Arranged] | Sample:
-        """The same of a sample that was read already."""
-        if sample.encoded is not None:
-            self._check_precomputed(sample)
-            return sample
-        seeds = [f"mask {sample.name} {variant}" for variant in range(self.arranger.variants(sample))]
-        return [self.arranger(sample, row_generator(self.config.seed, 0, text)) for text in seeds]
-
-    def _check_precomputed(self, sample: Sample) -> None:
-        """Raise ValueError for what a row without pictures cannot do."""
-        c = self.config
-        if c.task != "fill":
-            raise ValueError(f"{sample.name} is encoded for FLUX Fill, the task is {c.task}: set task=fill")
-        if c.edit_loss_weight or c.text_lengths:
-            raise ValueError(
-                "edit_loss_weight and text_lengths need pictures and prompts, which precomputed data has "
-                "not: leave them out"
-            )
-        if c.needs_targets and sample.encoded.latents is None:
-            raise ValueError(
-                f"{sample.name} has no latents_path, the target image that supervised training learns: "
-                "train on it by reward (diptych grpo), or encode it again with diptych precompute --targets"
-            )
+    def order(self, micro: int) -> Iterator[list[int]]:
+        """Row numbers of every micro-batch from number `micro` on: instance rows, then as many class rows if
+        there are any. It never ends.
+        """
+        rows = iter(self.sampler.start_at(micro))
+        if self.class_sampler is None:
+            return rows
+        pairs = zip(rows, self.class_sampler.start_at(micro), strict=True)
+        return (instance + prior for instance, prior in pairs)
 
 
-class Latents:
-    """The picture and text caches of one task's encoders, under `folder`."""
+def open_data(config: Any, template: str) -> Corpora:
+    """Open the data of a configuration. template: the task's own text around instructions.
 
-    def __init__(self, task: Any, folder: Path):
-        config = task.config
-        self.dtype = getattr(torch, config.cache_dtype)
-        how = ("sample" if config.vae_sample else "mode", config.cache_dtype, task.name)
-        self.task = task
-        self.picture_print = fingerprint(task.vae, *how)
-        self.pictures = ContentCache(folder / "pictures")
-        self.texts = ContentCache(folder / "texts")
-        self.memory: dict[str, dict[str, Tensor]] | None = None
+    Raises ValueError or FileNotFoundError if they cannot be opened.
+    """
+    rows = samples = Corpus(config, template)
+    if config.sample_data:
+        samples = Corpus(config, template, config.sample_data, config.held_out_rows)
+    return Corpora(rows, samples)
 
-    @cached_property
-    def text_print(self) -> str:
-        """Of the text encoders; for a hub id they are loaded for it, so not before a prompt is encoded."""
-        return self.task.text_fingerprint()
 
-    def cast(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+def prepare(corpora: Corpora, task: Any, processes: Processes, progress: Progress) -> PreparedData:
+    """Encode the data into the caches, if there are to be caches, and give their batches.
 
-    def text(self, prompt: str) -> dict[str, Tensor]:
-        return self.text_at(text_key(prompt, self.text_print))
+    All processes call it; each encodes its share. Raises ValueError for data that cannot be used.
+    """
+    c, caches, shared = corpora.rows.config, None, corpora.samples is corpora.rows
+    if c.cache:
+        caches = Caches(task, Path(c.cache_dir or Path(c.output_dir) / "cache"))
+        rows = encode_corpus(corpora.rows, caches, processes, progress)
+        samples = rows if shared else encode_corpus(corpora.samples, caches, processes, progress)
+    else:
+        task.text_to_device()
+        rows = list_corpus(corpora.rows)
+        samples = rows if shared else list_corpus(corpora.samples)
+    if caches and c.train_text_encoder:
+        task.text_to_device()
+    elif caches:
+        prompts = {e.prompt for e in rows + samples if not e.text} | needed_prompts(c)
+        encode_prompts(prompts, caches, processes, progress)
+    if caches and c.cache_in_memory:
+        caches.memory = {}
+    batches = Batches(rows, task, caches, corpora.rows)
+    order = (c.batch_size, c.seed, processes.rank, processes.world)
+    data = PreparedData(
+        batches,
+        Batches(samples[: c.held_out_rows], task, caches, corpora.samples),
+        batches.sampler(*order, prior=False),
+        batches.sampler(*order, prior=True),
+        corpora.rows.preprocessor.template,
+        tuple(filter(None, [corpora.rows.preprocessor.report()])),
+    )
+    if data.class_sampler is not None and len({e.bucket for e in rows}) > 1:
+        raise ValueError("prior preservation needs images of one size: set sizing: squash")
+    return data
 
-    def text_at(self, key: str) -> dict[str, Tensor]:
-        return self._get(self.texts, key)
 
-    def picture(self, key: str) -> dict[str, Tensor]:
-        return self._get(self.pictures, key)
-
-    def _get(self, cache: ContentCache, key: str) -> dict[str, Tensor]:
-        if self.memory is None:
-            return cache.get(key)
-        if key not in self.memory:
-            self.memory[key] = cache.get(key)
-        return self.memory[key]
+def needed_prompts(config: Any) -> set[str]:
+    """The prompts that a run needs beside those of its rows."""
+    dropped = {DROPPED_PROMPT} if config.prompt_drop else set()
+    return dropped | ({""} if config.task == "sd_inpaint" else set())  # of classifier-free guidance
 
 
 class Batches:
-    """Tensors of given entries, from the caches or (`latents` None) encoded now, every time."""
+    """Tensors of given entries, from the caches or (`caches` None) encoded now, every time."""
 
-    def __init__(self, entries: list[Entry], task: Any, latents: Latents | None, corpus: Corpus):
+    def __init__(self, entries: list[Entry], task: Any, caches: Caches | None, corpus: Corpus):
+        """task: of `tasks/`. Raises ValueError without entries."""
         if not entries:
             raise ValueError("no usable row in the data: check the sources")
-        self.entries, self.task, self.latents, self.corpus = entries, task, latents, corpus
+        self.entries, self.task, self.caches, self.corpus = entries, task, caches, corpus
         self.targets = all(entry.target for entry in entries)
         self.has_latents = all(entry.target or not entry.text for entry in entries)
         self.longest = _common_length(entries, task)
@@ -179,12 +130,12 @@ class Batches:
         """
         entries = [self.entries[i] for i in numbers]
         prompts = [DROPPED_PROMPT if d else e.prompt for e, d in zip(entries, drop, strict=True)]
-        if self.latents is None:
+        if self.caches is None:
             batch: dict[str, Any] = self.task.encode_images(
                 [self.corpus.read(e.index)[e.variant] for e in entries]
             )
         else:
-            rows = [self.latents.picture(e.key) for e in entries]
+            rows = [self.caches.image(e.key) for e in entries]
             if not self.has_latents:
                 rows = [{name: value for name, value in row.items() if name != "latents"} for row in rows]
             batch = _stack(rows)
@@ -203,7 +154,7 @@ class Batches:
         if not any(entry.text for entry in entries):
             return _alike(self.text(prompts), self.longest)
         rows = [
-            self.latents.text_at(e.text) if e.text and not d else self.latents.text(p)
+            self.caches.text_at(e.text) if e.text and not d else self.caches.text(p)
             for e, p, d in zip(entries, prompts, drop, strict=True)
         ]
         ids = next((row["text_ids"] for row in rows if "text_ids" in row), None)
@@ -216,14 +167,18 @@ class Batches:
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> dict[str, Tensor]:
-        if self.latents is None:
+        """What `Task.encode_text` gives of these prompts, batched, without gradient."""
+        if self.caches is None:
             return self.task.encode_text(prompts)
-        return _stack([self.latents.text(p) for p in prompts])
+        return _stack([self.caches.text(p) for p in prompts])
 
     def sampler(
         self, batch: int, seed: int, rank: int, world: int, *, prior: bool
     ) -> BucketBatchSampler | None:
-        """The order of the instance rows, or of the class rows (None if there are none)."""
+        """The order of the instance rows, or of the class rows (None if there are none).
+
+        batch: rows of one process in one step. Raises ValueError where all rows are class rows.
+        """
         chosen = [i for i, e in enumerate(self.entries) if e.prior == prior]
         if not chosen:
             if prior:

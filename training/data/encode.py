@@ -1,12 +1,17 @@
-"""Fills the caches of a run's data and lists its rows; killed at any moment, it goes on where it was."""
+"""From preprocessed rows to latents and embeddings in the caches, and the list of what is there.
+
+Killed at any moment, it goes on where it was: what is listed and cached is not read again.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +20,10 @@ from torch import Tensor
 
 from ...models.denoiser import ENCODED_PIXELS
 from ..runtime.fingerprints import stamp
-from ..runtime.processes import Processes
-from .broken import Broken, BrokenSample
-from .buckets import BucketBatchSampler
-from .cache import image_key, text_key
-from .dataset import DROPPED_PROMPT, Batches, Corpus, Entry, Latents, Progress
-from .preprocess import Arranged
-from .sample import Sample
+from ..runtime.processes import Processes, Progress
+from .cache import ContentCache, fingerprint, image_key, text_key
+from .preprocess import Corpus, Preprocessed
+from .sample import Broken, BrokenSample, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -29,151 +31,89 @@ LINES = 256  # rows between two flushes of the cache
 
 
 @dataclass(frozen=True)
-class Corpora:
-    """The rows to train on, and those of the sample images (the same object where they have none)."""
+class Entry:
+    """One trainable row: example `index` of the source with its mask `variant`, and where its latents are.
 
-    rows: Corpus
-    samples: Corpus
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """The data of a run, encoded as far as they are to be.
-
-    sampler, class_sampler: the order of instance and of class rows (None without class rows). template: the
-    text around instructions. notes: what was done to the data, for reports.
+    diptych: the image is [source | edit]. target: there is a target image, not the source in its place.
+    text, tokens, ids: of rows that bring their prompt encoded, the key of that embedding, its length, and a
+    hash of its positions if they are not the usual zeros.
     """
 
-    batches: Batches
-    sample_batches: Batches
-    sampler: BucketBatchSampler
-    class_sampler: BucketBatchSampler | None
-    template: str
-    notes: tuple[str, ...] = ()
+    index: int
+    variant: int
+    key: str
+    prompt: str
+    size: tuple[int, int]
+    weight: float = 1.0
+    prior: bool = False
+    diptych: bool = False
+    target: bool = True
+    text: str = ""
+    tokens: int = 0
+    ids: str = ""
 
-    def order(self, micro: int) -> Iterator[list[int]]:
-        """Row numbers of every micro-batch from number `micro` on: instance rows, then as many class rows if
-        there are any. It never ends.
-        """
-        rows = iter(self.sampler.start_at(micro))
-        if self.class_sampler is None:
-            return rows
-        pairs = zip(rows, self.class_sampler.start_at(micro), strict=True)
-        return (instance + prior for instance, prior in pairs)
+    @property
+    def bucket(self) -> tuple[int, int, bool, str]:
+        """What rows must share to be in one batch: the image's size and layout, and the text's positions."""
+        return (*self.size, self.diptych, self.ids)
 
 
-def open_data(config: Any, template: str) -> Corpora:
-    """Open the data of a configuration. template: the task's own text around instructions.
+class Caches:
+    """The image and text caches of one task's encoders, under `folder`.
 
-    Raises ValueError or FileNotFoundError if they cannot be opened.
+    The folders are called `pictures` and `texts`, as earlier versions wrote them.
     """
-    rows = samples = Corpus(config, template)
-    if config.sample_data:
-        samples = Corpus(config, template, config.sample_data, config.held_out_rows)
-    return Corpora(rows, samples)
+
+    def __init__(self, task: Any, folder: Path):
+        config = task.config
+        self.dtype = getattr(torch, config.cache_dtype)
+        how = ("sample" if config.vae_sample else "mode", config.cache_dtype, task.name)
+        self.task, self.folder = task, folder
+        self.image_print = fingerprint(task.vae, *how)
+        self.images = ContentCache(folder / "pictures")
+        self.texts = ContentCache(folder / "texts")
+        self.memory: dict[str, dict[str, Tensor]] | None = None
+
+    @cached_property
+    def text_print(self) -> str:
+        """Of the text encoders; for a hub id they are loaded for it, so not before a prompt is encoded."""
+        return self.task.text_fingerprint()
+
+    def cast(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Floats in the type that is stored, `cache_dtype`; masks of integers as they are."""
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        """What `encode_text` gives of one prompt, without batch axis; KeyError where it is not cached."""
+        return self.text_at(text_key(prompt, self.text_print))
+
+    def text_at(self, key: str) -> dict[str, Tensor]:
+        """The same of an entry that brought its text encoded."""
+        return self._get(self.texts, key)
+
+    def image(self, key: str) -> dict[str, Tensor]:
+        """What `encode_images` gives of an entry, without batch axis; KeyError where it is not cached."""
+        return self._get(self.images, key)
+
+    def _get(self, cache: ContentCache, key: str) -> dict[str, Tensor]:
+        if self.memory is None:
+            return cache.get(key)
+        if key not in self.memory:
+            self.memory[key] = cache.get(key)
+        return self.memory[key]
 
 
-def prepare(corpora: Corpora, task: Any, processes: Processes, progress: Progress) -> PreparedData:
-    """Encode the data into the caches, if there are to be caches, and give their batches.
+def encode_corpus(corpus: Corpus, caches: Caches, processes: Processes, progress: Progress) -> list[Entry]:
+    """Encode what is missing of the rows, each process its share; returns the entries of all of them.
 
-    All processes call it; each encodes its share. Raises ValueError for data that cannot be used.
+    Raises ValueError with the list when more than 5 % of the rows are broken, or when the disk is full.
     """
-    c, latents = corpora.rows.config, None
-    if c.cache:
-        folder = Path(c.cache_dir or Path(c.output_dir) / "cache")
-        latents = Latents(task, folder)
-        rows, samples = _each(corpora, lambda corpus: _encoded(corpus, latents, folder, processes, progress))
-        if c.train_text_encoder:
-            task.text_to_device()
-        else:
-            prompts = {e.prompt for e in rows + samples if not e.text} | needed_prompts(c)
-            encode_prompts(prompts, task, latents, progress, processes.rank, processes.world)
-            processes.wait()
-            latents.texts.refresh()
-        if c.cache_in_memory:
-            latents.memory = {}
-    else:
-        task.text_to_device()
-        rows, samples = _each(corpora, list_corpus)
-    batches = Batches(rows, task, latents, corpora.rows)
-    order = (c.batch_size, c.seed, processes.rank, processes.world)
-    data = PreparedData(
-        batches,
-        Batches(samples[: c.held_out_rows], task, latents, corpora.samples),
-        batches.sampler(*order, prior=False),
-        batches.sampler(*order, prior=True),
-        corpora.rows.arranger.template,
-        tuple(filter(None, [corpora.rows.arranger.report()])),
-    )
-    if data.class_sampler is not None and len({e.bucket for e in rows}) > 1:
-        raise ValueError("prior preservation needs images of one size: set sizing: squash")
-    return data
-
-
-def _each(corpora: Corpora, entries: Callable[[Corpus], list[Entry]]) -> tuple[list[Entry], list[Entry]]:
-    """The entries of both, made once where they are one."""
-    rows = entries(corpora.rows)
-    return rows, rows if corpora.samples is corpora.rows else entries(corpora.samples)
-
-
-def needed_prompts(config: Any) -> set[str]:
-    """The prompts that a run needs beside those of its rows."""
-    dropped = {DROPPED_PROMPT} if config.prompt_drop else set()
-    return dropped | ({""} if config.task == "sd_inpaint" else set())  # of classifier-free guidance
-
-
-def _encoded(
-    corpus: Corpus, latents: Latents, folder: Path, processes: Processes, progress: Progress
-) -> list[Entry]:
-    encode_corpus(corpus, latents.task, latents, folder, progress, processes.rank, processes.world)
-    processes.wait()
-    return read_entries(corpus, latents, folder)
-
-
-def encode_corpus(
-    corpus: Corpus,
-    task: Any,
-    latents: Latents,
-    folder: Path,
-    progress: Progress,
-    rank: int = 0,
-    world: int = 1,
-) -> None:
-    """Encode this process' share of the rows and note them in `folder`; what is noted and cached is not
-    reread.
-
-    Raises ValueError with the list when more than 5 % of the rows are broken.
-    """
-    listing = folder / f"rows-{stamp(corpus.stamp, latents.picture_print)}"
-    listing.mkdir(parents=True, exist_ok=True)
     places = sorted(set(corpus.places().values()))
-    noted = {entry.index for entry in read_entries(corpus, latents, folder)}
-    todo = [i for i in places[rank::world] if i not in noted]
-    broken = Broken(max(1, len(places) // world))
-    waiting: dict[tuple, list[tuple[Entry, Arranged]]] = {}
-    done: dict[int, list[Entry]] = {}
-    wanted: dict[int, int] = {}  # variants of each row under way
-    looked: list[bool] = []  # whether there is room for the rest
-
-    def encode(group: list[tuple[Entry, Arranged]]) -> None:
-        batch = latents.cast(task.encode_images([item for _, item in group]))
-        for i, (entry, _) in enumerate(group):
-            latents.pictures.put(entry.key, {name: t[i] for name, t in batch.items()})
-            done[entry.index].append(entry)
-        if not looked:
-            looked.append(True)
-            latents.pictures.check_room(len(todo) * max(wanted.values()) - len(group))
-        group.clear()
-
-    def write() -> None:
-        # Pictures first: a line must never name latents that are not on disk.
-        latents.pictures.flush()
-        latents.texts.flush()
-        whole = [index for index, entries in done.items() if len(entries) == wanted[index]]
-        with open(listing / f"{rank:03d}.jsonl", "a", encoding="utf-8") as file:
-            for index in whole:
-                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in done.pop(index))
-
+    listed = {entry.index for entry in read_entries(corpus, caches)}
+    todo = [i for i in places[processes.rank :: processes.world] if i not in listed]
+    broken = Broken(max(1, len(places) // processes.world))
+    listing = _listing(corpus, caches) / f"{processes.rank:03d}.jsonl"
+    encoding = _Encoding(caches, corpus.config.encode_batch, listing, len(todo))
     try:
         for index in progress(todo, "caching images"):
             try:
@@ -182,40 +122,94 @@ def encode_corpus(
                 broken.record(error)
                 continue
             if isinstance(rows, Sample):
-                task.check_widths(rows)
-                diptych = corpus.arranger.is_diptych(rows)
-                done[index], wanted[index] = [_keep_precomputed(rows, index, latents, diptych)], 1
-                continue
-            done[index], wanted[index] = [], len(rows)
-            for variant, item in enumerate(rows):
-                key = image_key(item.encoded_parts[0], latents.picture_print, *item.encoded_parts[1:])
-                entry = _entry(index, variant, key, item)
-                if key in latents.pictures:
-                    done[index].append(entry)
-                    continue
-                group = waiting.setdefault((item.size, item.reference is None), [])
-                group.append((entry, item))
-                if len(group) >= min(corpus.config.encode_batch, ENCODED_PIXELS // math.prod(item.size)):
-                    encode(group)
-            if len(done) >= LINES:
-                write()
-        for group in waiting.values():
-            if group:
-                encode(group)
+                encoding.add_precomputed(index, rows, corpus.preprocessor.is_diptych(rows))
+            else:
+                encoding.add(index, rows)
+        encoding.finish()
     finally:  # an interrupted run keeps what it has encoded
-        write()
-    for message in (broken.close(), corpus.arranger.report()):
-        if message:
-            logger.warning(message)
+        encoding.write()
+    _warn(broken.close(), corpus.preprocessor.report())
+    processes.wait()
+    return read_entries(corpus, caches)
 
 
-def _entry(index: int, variant: int, key: str, item: Arranged) -> Entry:
+class _Encoding:
+    """Rows on their way into the cache: gathered by size, encoded in batches, listed when they are whole."""
+
+    def __init__(self, caches: Caches, batch: int, listing: Path, rows: int):
+        """batch: most images of one call of the VAE. listing: the file of finished rows. rows: to come."""
+        self.caches, self.batch, self.listing, self.rows = caches, batch, listing, rows
+        self.waiting: dict[tuple, list[tuple[Entry, Preprocessed]]] = defaultdict(list)
+        self.done: dict[int, list[Entry]] = {}  # entries of each row under way that are in the cache
+        self.wanted: dict[int, int] = {}  # variants of each row under way
+        self.room_checked = False
+
+    def add(self, index: int, rows: list[Preprocessed]) -> None:
+        """All variants of one row."""
+        self.done[index], self.wanted[index] = [], len(rows)
+        for variant, item in enumerate(rows):
+            key = image_key(item.encoded_parts[0], self.caches.image_print, *item.encoded_parts[1:])
+            entry = _entry(index, variant, key, item)
+            if key in self.caches.images:
+                self.done[index].append(entry)
+                continue
+            group = self.waiting[item.size, item.reference is None]
+            group.append((entry, item))
+            if len(group) >= min(self.batch, ENCODED_PIXELS // math.prod(item.size)):
+                self._encode(group)
+        self._write_some()
+
+    def add_precomputed(self, index: int, sample: Sample, diptych: bool) -> None:
+        """A row whose tensors are there."""
+        self.caches.task.check_widths(sample)
+        self.done[index], self.wanted[index] = [_keep_precomputed(sample, index, self.caches, diptych)], 1
+        self._write_some()
+
+    def finish(self) -> None:
+        """Encode what still waits for others of its size."""
+        for group in self.waiting.values():
+            if group:
+                self._encode(group)
+
+    def _encode(self, group: list[tuple[Entry, Preprocessed]]) -> None:
+        images = self.caches.images
+        batch = self.caches.cast(self.caches.task.encode_images([item for _, item in group]))
+        for i, (entry, _) in enumerate(group):
+            images.put(entry.key, {name: tensor[i] for name, tensor in batch.items()})
+            self.done[entry.index].append(entry)
+        if not self.room_checked:
+            self.room_checked = True
+            images.check_room(self.rows * max(self.wanted.values()) - len(group))
+        group.clear()
+
+    def _write_some(self) -> None:
+        if len(self.done) >= LINES:
+            self.write()
+
+    def write(self) -> None:
+        """Flush the cache, and list the rows that are whole."""
+        # Images first: a line must never name latents that are not on disk.
+        self.caches.images.flush()
+        self.caches.texts.flush()
+        whole = [index for index, entries in self.done.items() if len(entries) == self.wanted[index]]
+        self.listing.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.listing, "a", encoding="utf-8") as file:
+            for index in whole:
+                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in self.done.pop(index))
+
+
+def _warn(*messages: str) -> None:
+    for message in filter(None, messages):
+        logger.warning(message)
+
+
+def _entry(index: int, variant: int, key: str, item: Preprocessed) -> Entry:
     return Entry(
         index, variant, key, item.prompt, item.size, item.weight, item.prior, item.diptych, item.target
     )
 
 
-def _keep_precomputed(sample: Sample, index: int, latents: Latents, diptych: bool) -> Entry:
+def _keep_precomputed(sample: Sample, index: int, caches: Caches, diptych: bool) -> Entry:
     ready = sample.encoded
     mask = ready.mask[None]
     hard = mask.round() == mask
@@ -223,11 +217,11 @@ def _keep_precomputed(sample: Sample, index: int, latents: Latents, diptych: boo
     text = {"tokens": ready.prompt_embed, "pooled": ready.pooled_prompt_embeds}
     if ready.latents is not None:
         parts["latents"] = ready.latents
-    key = image_key(ready.masked_latents, latents.picture_print, *list(parts.values())[1:])
-    words = image_key(ready.prompt_embed, f"text {latents.dtype}", ready.pooled_prompt_embeds, ready.text_ids)
-    latents.pictures.put(key, latents.cast(parts))
+    key = image_key(ready.masked_latents, caches.image_print, *list(parts.values())[1:])
+    words = image_key(ready.prompt_embed, f"text {caches.dtype}", ready.pooled_prompt_embeds, ready.text_ids)
+    caches.images.put(key, caches.cast(parts))
     places = {"text_ids": ready.text_ids.float()} if ready.text_ids.any() else {}  # bfloat16 cannot count
-    latents.texts.put(words, latents.cast(text) | places)
+    caches.texts.put(words, caches.cast(text) | places)
     return Entry(
         index,
         0,
@@ -243,19 +237,23 @@ def _keep_precomputed(sample: Sample, index: int, latents: Latents, diptych: boo
     )
 
 
-def read_entries(corpus: Corpus, latents: Latents, folder: Path) -> list[Entry]:
+def _listing(corpus: Corpus, caches: Caches) -> Path:
+    """The folder of the lists of finished rows, one list by each process."""
+    return caches.folder / f"rows-{stamp(corpus.stamp, caches.image_print)}"
+
+
+def read_entries(corpus: Corpus, caches: Caches) -> list[Entry]:
     """All rows noted by all processes whose latents are cached, in row order: the same on every process."""
-    latents.pictures.refresh()
-    listing = folder / f"rows-{stamp(corpus.stamp, latents.picture_print)}"
+    caches.images.refresh()
     found: dict[tuple[int, int], Entry] = {}
-    for path in sorted(listing.glob("*.jsonl")):
+    for path in sorted(_listing(corpus, caches).glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 item = json.loads(line)
                 entry = Entry(**{**item, "size": tuple(item["size"])})
             except (ValueError, TypeError, KeyError):
                 continue  # the last line of a killed run, or one of another version: encoded again
-            if entry.key in latents.pictures:
+            if entry.key in caches.images:
                 found[(entry.index, entry.variant)] = entry
     by_first: dict[int, list[Entry]] = {}
     for entry in (found[place] for place in sorted(found)):
@@ -263,25 +261,26 @@ def read_entries(corpus: Corpus, latents: Latents, folder: Path) -> list[Entry]:
     return [entry for first in corpus.places().values() for entry in by_first.get(first, [])]
 
 
-def encode_prompts(
-    prompts: Iterable[str], task: Any, latents: Latents, progress: Progress, rank: int = 0, world: int = 1
-) -> None:
-    """Encode this process' share of the prompts that are not cached yet."""
-    missing = [p for p in sorted(set(prompts)) if text_key(p, latents.text_print) not in latents.texts]
+def encode_prompts(prompts: Iterable[str], caches: Caches, processes: Processes, progress: Progress) -> None:
+    """Encode the prompts that are not cached yet, each process its share."""
+    keys = {text_key(prompt, caches.text_print): prompt for prompt in sorted(set(prompts))}
+    missing = [(key, prompt) for key, prompt in keys.items() if key not in caches.texts]
     if missing:
-        task.text_to_device()
+        caches.task.text_to_device()
 
     @torch.no_grad()
     def encode(some: list[str]) -> list[dict[str, Tensor]]:
-        batch = latents.cast(task.encode_text(some))
+        batch = caches.cast(caches.task.encode_text(some))
         return [{name: t[i] for name, t in batch.items()} for i in range(len(some))]
 
-    latents.texts.fill(
-        [(text_key(p, latents.text_print), p) for p in missing[rank::world]],
+    caches.texts.fill(
+        missing[processes.rank :: processes.world],
         encode,
-        batch_size=task.config.encode_batch,
+        batch_size=caches.task.config.encode_batch,
         wrap=lambda starts: progress(starts, "caching prompts"),
     )
+    processes.wait()
+    caches.texts.refresh()
 
 
 def list_corpus(corpus: Corpus) -> list[Entry]:
@@ -298,7 +297,5 @@ def list_corpus(corpus: Corpus) -> list[Entry]:
         if isinstance(rows, Sample):
             raise ValueError("cache is off but the data is precomputed: set cache: true")
         by_first[index] = [_entry(index, v, image_key(r.pixels, ""), r) for v, r in enumerate(rows)]
-    for message in (broken.close(), corpus.arranger.report()):
-        if message:
-            logger.warning(message)
+    _warn(broken.close(), corpus.preprocessor.report())
     return [entry for first in places.values() for entry in by_first.get(first, [])]

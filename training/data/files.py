@@ -11,12 +11,30 @@ from torch import Tensor
 
 from ...models.image_files import looks_like_image
 from ..runtime.fingerprints import stamp
-from . import rows
-from .broken import BrokenSample
-from .folders import read_caption, visible_files
-from .sample import Sample, read_image, read_mask, read_size
+from . import text_files
+from .sample import BrokenSample, Sample, read_image, read_mask
+from .text_files import read_caption
 
 ROLES = ("source", "target", "mask")
+SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"))
+
+
+def is_visible(path: str | Path) -> bool:
+    """Not a dot file (macOS writes `._NAME` beside every NAME on foreign disks) nor a system's own file."""
+    name = Path(path).name
+    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
+
+
+def visible_files(folder: str | Path) -> list[Path]:
+    """The files of a folder that a person put there, by name."""
+    return sorted(path for path in Path(folder).iterdir() if is_visible(path) and path.is_file())
+
+
+def files_below(folder: str | Path, suffix: str) -> list[Path]:
+    """The visible files with a suffix (lower case) in a folder and the visible folders below it, by path."""
+    top = Path(folder)
+    found = (path for path in top.rglob("*") if path.suffix.lower() == suffix and path.is_file())
+    return sorted(path for path in found if all(map(is_visible, path.relative_to(top).parts)))
 
 
 class _Folder:
@@ -116,9 +134,6 @@ class Pairs(_Folder):
                 "NAME.txt"
             )
 
-    def size(self, index: int) -> tuple[int, int]:
-        return read_size(self._needed(index, "target"), self.name(index))
-
     def __getitem__(self, index: int) -> Sample:
         name, prompt = self.name(index), self._prompt(index)
         target_path, mask_path = self._needed(index, "target"), self._image(index, "mask")
@@ -165,9 +180,6 @@ class Images(_Folder):
         assert path is not None  # the name was made from it
         return path
 
-    def size(self, index: int) -> tuple[int, int]:
-        return read_size(self._path(index), self.name(index))
-
     def __getitem__(self, index: int) -> Sample:
         name, prompt, path = self.name(index), self._prompt(index), self._path(index)
         mask_path = self._image(index, "mask")
@@ -175,6 +187,31 @@ class Images(_Folder):
         mask = _mask(mask_path, name, image)
         source = image if self.edit else None
         return Sample(prompt, image, source, mask, name=name, image_path=path, mask_path=mask_path)
+
+
+class ClassImages:
+    """The first `count` images of a folder, all with one prompt and marked `prior`."""
+
+    def __init__(self, folder: str | Path, prompt: str, count: int):
+        self.prompt, self.files = prompt, class_files(folder)[:count]
+        sizes = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        self.fingerprint = stamp("class", prompt, sizes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self.name(index)
+        return Sample(self.prompt, read_image(self.files[index], name), name=name, role="class")
+
+
+def class_files(folder: str | Path) -> list[Path]:
+    """Images of a folder in name order; none if there is no folder."""
+    path = Path(folder)
+    return [p for p in visible_files(path) if looks_like_image(p)] if path.is_dir() else []
 
 
 class JsonLines:
@@ -188,7 +225,7 @@ class JsonLines:
 
     def __init__(self, file: str | Path, inside: str | bool = False):
         """inside: refuse files outside of the folder of `file`. Raises FileNotFoundError or ValueError."""
-        self.rows = rows.Rows(file)
+        self.rows = text_files.Rows(file)
         self.inside = str(inside).lower() in ("true", "1", "yes")
 
     def __len__(self) -> int:
@@ -218,17 +255,14 @@ class JsonLines:
 
     def _file(self, row: dict, key: str, index: int) -> Path | None:
         name = self.name(index)
-        where = rows.text(row, key, name, needed=key == "image")
-        return rows.locate(self.root, where, self.inside, name) if where else None
-
-    def size(self, index: int) -> tuple[int, int]:
-        return read_size(self._file(self.rows[index], "image", index), self.name(index))
+        where = text_files.text(row, key, name, needed=key == "image")
+        return text_files.locate(self.root, where, self.inside, name) if where else None
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self.rows[index], self.name(index)
         if (prompt := row.get("prompt")) != "":
-            prompt = rows.text(row, "prompt", name, needed=True)
-        weight = rows.weight(row, name)
+            prompt = text_files.text(row, "prompt", name, needed=True)
+        weight = text_files.weight(row, name)
         image_path, mask_path, source_path = (
             self._file(row, key, index) for key in ("image", "mask", "source")
         )

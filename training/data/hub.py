@@ -12,9 +12,8 @@ import re
 from pathlib import Path
 
 from ..runtime.fingerprints import stamp
-from .broken import BrokenSample
-from .folders import files_below, is_visible
-from .sample import Sample, read_image, read_size
+from .files import files_below, is_visible
+from .sample import BrokenSample, Sample, read_image
 
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
 NEEDS_DATASETS = "reading {} needs the package datasets: pip install datasets"
@@ -126,10 +125,6 @@ class MagicBrush:
     def name(self, index: int) -> str:
         return f"{self._where}[{index}]"
 
-    def size(self, index: int) -> tuple[int, int]:
-        height, width = read_size(self._table[index]["target_img"], self.name(index))
-        return (height - height // 32 if self.crop else height), width
-
     def _cut(self, picture):
         return picture[: len(picture) - len(picture) // 32] if self.crop else picture
 
@@ -173,9 +168,6 @@ class OmniEdit:
 
     def name(self, index: int) -> str:
         return f"{self._where}[{index}]"
-
-    def size(self, index: int) -> tuple[int, int]:
-        return read_size(self._table[index]["edited_img"], self.name(index))
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self._table[index], self.name(index)

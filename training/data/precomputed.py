@@ -36,10 +36,9 @@ from ...models.lora.containers import load_zip, plain
 from ...models.prompt import instruction_of
 from ..runtime.disk import write_whole
 from ..runtime.fingerprints import stamp
-from . import rows
-from .broken import BrokenSample
-from .folders import decode
-from .sample import Sample
+from . import text_files
+from .sample import BrokenSample, Sample
+from .text_files import decode
 
 
 @dataclass(frozen=True)
@@ -126,16 +125,12 @@ class Precomputed:
     def name(self, index: int) -> str:
         return f"{self.index}[{index}]"
 
-    def size(self, index: int) -> tuple[int, int]:
-        height, width = self._tensor(index, "mask_latents").shape[1:]
-        return height * 8, width * 8
-
     def _path(self, index: int, part: str) -> Path:
         key, folder, _ = _PARTS[part]
         name, where = self.name(index), self._rows[index].get(key)
         if not isinstance(where, str):
             raise BrokenSample(name, f"the key {key!r} is missing or no text")
-        return rows.locate(self.index.parent / folder, where, self.inside, name)
+        return text_files.locate(self.index.parent / folder, where, self.inside, name)
 
     def _tensor(self, index: int, part: str) -> torch.Tensor:
         name, axes, path = self.name(index), _PARTS[part][2], self._path(index, part)
@@ -178,7 +173,7 @@ class Precomputed:
         instruction = self._instruction(row, caption, parts["mask_latents"])
         encoded = Encoded(**parts, diptych=instruction is not None)
         words = instruction or caption
-        weight = rows.weight(row, name)
+        weight = text_files.weight(row, name)
         return Sample(words, caption=caption, mask=encoded.mask, name=name, weight=weight, encoded=encoded)
 
     def _instruction(self, row: dict, caption: str, mask: torch.Tensor) -> str | None:

@@ -1,5 +1,7 @@
-"""From a `Sample` to what a model sees as pixels: one size, the diptych, the mask, the prompt. No
-encoding."""
+"""From a `Sample` to what a model sees as pixels: one size, the diptych, the mask, the prompt. No encoding.
+
+`Preprocessor` does it to one sample, `Corpus` to every row of a configuration's data.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,16 @@ import torch
 from torch import Generator, Tensor
 
 from ...models.geometry import CROPPED, STRETCHED, distortion
+from ..runtime.fingerprints import stamp
+from ..runtime.random_streams import row_generator
 from . import buckets, masks
-from .broken import BrokenSample
-from .sample import Sample, fit
+from .files import ClassImages
+from .sample import BrokenSample, Sample, fit
+from .sources import Mix, open_source
 
 
 @dataclass(frozen=True)
-class Arranged:
+class Preprocessed:
     """Pixels float32 [3,H,W] in -1..1; mask [1,H,W] of 0 and 1 or None; reference pixels or None;
     touched [1,H,W], where the edit is, if the loss asks for it; edited [h,w], the row's own mask at the size
     of one panel, of which nothing is encoded; the prompt; whether it is [source | edit];
@@ -34,6 +39,7 @@ class Arranged:
 
     @property
     def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, of the whole diptych."""
         return tuple(self.pixels.shape[-2:])
 
     @property
@@ -42,11 +48,12 @@ class Arranged:
         return [part for part in (self.pixels, self.mask, self.reference, self.touched) if part is not None]
 
 
-def _model_pixels(picture: Tensor) -> Tensor:
-    return (picture.movedim(-1, 0) * 2 - 1).contiguous()
+def _model_pixels(image: Tensor) -> Tensor:
+    """[H,W,3] in 0..1 to [3,H,W] in -1..1."""
+    return (image.movedim(-1, 0) * 2 - 1).contiguous()
 
 
-class Arranger:
+class Preprocessor:
     """Applies a configuration's sizing, layout, masks and prompt template to samples."""
 
     def __init__(self, config, default_template: str):
@@ -68,9 +75,7 @@ class Arranger:
         if sample.encoded is not None:
             return sample.encoded.diptych or self.config.layout == "diptych"
         if self.config.layout == "diptych" and sample.source is None:
-            raise ValueError(
-                "layout is diptych but the row has no source picture: use layout inpaint or auto"
-            )
+            raise ValueError("layout is diptych but the row has no source image: use layout inpaint or auto")
         return sample.source is not None
 
     def variants(self, sample: Sample) -> int:
@@ -80,6 +85,7 @@ class Arranger:
         return 1 if sample.mask is not None else self.config.mask_variants
 
     def prompt(self, sample: Sample) -> str:
+        """The row's prompt, in the template if it is an instruction."""
         edit = self.config.task == "kontext" or self.is_diptych(sample)
         return (
             self.template.replace("{instruction}", sample.prompt)
@@ -116,7 +122,7 @@ class Arranger:
             )
         return fitted
 
-    def __call__(self, sample: Sample, generator: Generator) -> Arranged:
+    def __call__(self, sample: Sample, generator: Generator) -> Preprocessed:
         """`generator` draws the random mask of rows that have none. Raises BrokenSample."""
         finished = sample.source is not sample.target
         sample = self._fitted(sample)
@@ -138,7 +144,7 @@ class Arranger:
         if self.config.edit_loss_weight:
             panel = torch.zeros(size) if sample.mask is None else sample.mask
             touched = torch.nn.functional.pad(panel, (pixels.shape[-1] - size[1], 0))[None]
-        return Arranged(
+        return Preprocessed(
             pixels,
             self.prompt(sample),
             mask,
@@ -150,3 +156,71 @@ class Arranger:
             self.is_diptych(sample),
             finished,
         )
+
+
+class Corpus:
+    """The rows of a configuration's data, preprocessed; for caching and for training without a cache."""
+
+    def __init__(self, config, template: str, specs: list[str] | None = None, limit: int = 0):
+        """specs: other sources than the configuration's (sample images), without class images. limit: only
+        the first rows, 0 = all.
+
+        Raises ValueError or FileNotFoundError for sources that cannot be opened.
+        """
+        self.config, self.limit = config, limit
+        self.source = open_source(list(config.data if specs is None else specs), config.seed)
+        if specs is None and config.prior is not None:
+            prior = config.prior
+            self.source = Mix([self.source, ClassImages(prior.folder, prior.prompt, prior.count)])
+        self.preprocessor = Preprocessor(config, template)
+        self.stamp = stamp(self.source.fingerprint, *self._options())
+
+    def _options(self) -> list[object]:
+        """What else a row's pixels, masks and prompt depend on; "entries 3": what an entry says."""
+        c = self.config
+        sizing = (
+            c.task,
+            c.layout,
+            c.resolution,
+            c.sizing,
+            c.bucket_step,
+            c.mask_kinds,
+            c.mask_variants,
+            c.seed,
+        )
+        more = ["touched"] if c.edit_loss_weight else []
+        return [sizing, self.preprocessor.template, c.vae_sample, c.edit_masks, "entries 3", *more]
+
+    def places(self) -> dict[int, int]:
+        """Each index and the first one that is the same example (a mix repeats examples)."""
+        first: dict[str, int] = {}
+        count = min(self.limit or len(self.source), len(self.source))
+        return {i: first.setdefault(self.source.name(i), i) for i in range(count)}
+
+    def read(self, index: int) -> list[Preprocessed] | Sample:
+        """All mask variants of a row, or the sample itself where it is precomputed. Raises BrokenSample."""
+        return self.preprocess(self.source[index])
+
+    def preprocess(self, sample: Sample) -> list[Preprocessed] | Sample:
+        """The same of a sample that was read already."""
+        if sample.encoded is not None:
+            self._check_precomputed(sample)
+            return sample
+        seeds = [f"mask {sample.name} {variant}" for variant in range(self.preprocessor.variants(sample))]
+        return [self.preprocessor(sample, row_generator(self.config.seed, 0, text)) for text in seeds]
+
+    def _check_precomputed(self, sample: Sample) -> None:
+        """Raise ValueError for what a row without images cannot do."""
+        c = self.config
+        if c.task != "fill":
+            raise ValueError(f"{sample.name} is encoded for FLUX Fill, the task is {c.task}: set task=fill")
+        if c.edit_loss_weight or c.text_lengths:
+            raise ValueError(
+                "edit_loss_weight and text_lengths need images and prompts, which precomputed data has "
+                "not: leave them out"
+            )
+        if c.needs_targets and sample.encoded.latents is None:
+            raise ValueError(
+                f"{sample.name} has no latents_path, the target image that supervised training learns: "
+                "train on it by reward (diptych grpo), or encode it again with diptych precompute --targets"
+            )

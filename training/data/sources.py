@@ -14,7 +14,6 @@ import numpy as np
 
 from ...models.geometry import check_whole
 from ..runtime.fingerprints import stamp
-from .folders import files_below, visible_files
 from .sample import Sample
 
 KINDS = ("pairs", "images", "jsonl", "magicbrush", "omniedit", "precomputed", "shapes")
@@ -29,10 +28,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises broken.BrokenSample when that example cannot be read."""
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(height, width) in pixels, without decoding the picture where that is possible."""
+        """Raises `sample.BrokenSample` when that example cannot be read."""
 
     def name(self, index: int) -> str:
         """What a person would call this example (a file name, a row number)."""
@@ -78,10 +74,6 @@ class Mix:
         source, inner = self.where(index)
         return source[inner]
 
-    def size(self, index: int) -> tuple[int, int]:
-        source, inner = self.where(index)
-        return source.size(inner)
-
     def name(self, index: int) -> str:
         source, inner = self.where(index)
         return source.name(inner)
@@ -91,35 +83,10 @@ class Mix:
         return stamp(self.counts, *(source.fingerprint for source in self.sources))
 
 
-class First:
-    """The first `limit` examples of a source."""
-
-    def __init__(self, source: Source, limit: int):
-        self.source, self.limit = source, min(limit, len(source))
-
-    def __len__(self) -> int:
-        return self.limit
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.limit:
-            raise IndexError(index)
-        return self.source[index]
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.source.size(index)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    @property
-    def fingerprint(self) -> str:
-        return stamp(self.limit, self.source.fingerprint)
-
-
 class Shapes:
     """The synthetic world as a source: `n` edits of one split, drawn when asked for.
 
-    With `task` "inpaint" a sample is a caption and its picture; with "edit" an instruction with source and
+    With `task` "inpaint" a sample is a caption and its image; with "edit" an instruction with source and
     target; with "base" what a Fill model knows before it learns instructions (`shapes.canvases`), with holes.
     """
 
@@ -137,9 +104,6 @@ class Shapes:
 
     def __len__(self) -> int:
         return len(self._edits)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._size, self._size
 
     def name(self, index: int) -> str:
         return f"shapes {self._split}[{index}]"
@@ -184,7 +148,7 @@ def split_spec(spec: str) -> tuple[str, str, float | None]:
     return match["kind"], where, float(match["weight"]) if match["weight"] else None
 
 
-def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) -> Source:
+def open_source(spec: str | Source | Sequence, seed: int = 0) -> Source:
     """Open one source, or a mix when given a list.
 
     Args:
@@ -199,7 +163,6 @@ def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) ->
             precomputed:FILE.json               Flux Fill embeddings and latents
             shapes:N?split=train&seed=0&size=64&task=edit  (or inpaint, base)
         seed: fixes what a source chooses (the wording among several), by content, not by position.
-        limit: use only the first examples of every source; 0 = all.
 
     Raises:
         ValueError: unknown kind or option, a missing column, an empty folder.
@@ -207,10 +170,10 @@ def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) ->
     """
     if not isinstance(spec, (str, Path)):
         if not isinstance(spec, Sequence):
-            return First(spec, limit) if limit else spec
+            return spec
         if not spec:
             raise ValueError("no data source is given: set data to, for example, pairs:FOLDER")
-        opened = [_open(part, seed, limit) for part in spec]
+        opened = [_open(part, seed) for part in spec]
         if len(opened) == 1:
             return opened[0][0]
         weights = [weight for _, weight in opened]
@@ -219,10 +182,10 @@ def open_source(spec: str | Source | Sequence, seed: int = 0, limit: int = 0) ->
                 f"only some of the sources {list(spec)} have a weight: write @WEIGHT behind all or none"
             )
         return Mix([source for source, _ in opened], None if None in weights else weights)
-    return _open(spec, seed, limit)[0]
+    return _open(spec, seed)[0]
 
 
-def _open(spec: str | Source, seed: int, limit: int) -> tuple[Source, float | None]:
+def _open(spec: str | Source, seed: int) -> tuple[Source, float | None]:
     if not isinstance(spec, (str, Path)):
         return spec, None
     kind, location, weight = split_spec(str(spec))
@@ -244,7 +207,7 @@ def _open(spec: str | Source, seed: int, limit: int) -> tuple[Source, float | No
         ) from None
     if not len(source):
         raise ValueError(f"data source {str(spec)!r} holds no examples: check the location and the options")
-    return (First(source, limit) if limit else source), weight
+    return source, weight
 
 
 def _build(kind: str, where: str, options: dict[str, str], seed: int) -> Source:
@@ -270,43 +233,3 @@ def _build(kind: str, where: str, options: dict[str, str], seed: int) -> Source:
     from .files import Images, Pairs
 
     return (Images if kind == "images" else Pairs)(where, **options)
-
-
-def spec_of(folder: str | Path, inside: bool = False) -> str:
-    """The spec of the data set that a folder holds, recognised by its files.
-
-    inside: rows of a table may not name files outside of the folder (for folders that others can fill).
-
-    Raises ValueError, naming what a folder may hold, when it holds nothing known; FileNotFoundError when it
-    is not there.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist")
-    files = visible_files(folder)
-    if any(path.stem.endswith(("_source", "_target")) for path in files):
-        return _spec("pairs", folder)
-    rows = [path for path in files if path.suffix.lower() == ".jsonl"]
-    if rows := rows or [path for path in files if path.name.lower() == "metadata.csv"]:
-        return _spec("jsonl", rows[0], "?inside=true" if inside else "")
-    if (folder / "masked_latents").is_dir() and (index := [path for path in files if path.suffix == ".json"]):
-        return _spec("precomputed", index[0], "?inside=true" if inside else "")
-    if tables := files_below(folder, ".parquet"):
-        from .hub import column_names
-
-        columns = column_names(tables[0])
-        if "source_img" in columns:
-            return _spec("magicbrush", folder)
-        if "src_img" in columns:
-            return _spec("omniedit", folder)
-    raise ValueError(
-        f"data folder {folder} holds no training data: put NAME_source.png, NAME_target.png and NAME.txt "
-        "there (edit pairs), a .jsonl file with prompt, image and mask (inpainting), or MagicBrush or "
-        "OmniEdit parquet files"
-    )
-
-
-def _spec(kind: str, path: Path, options: str = "") -> str:
-    """The spec of a path; a name that ends like a weight (cats@2) gets one of its own behind it."""
-    spec = f"{kind}:{path}{options}"
-    return spec if split_spec(spec)[2] is None else f"{spec}@1"

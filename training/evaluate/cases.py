@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.broken import Broken, BrokenSample
 from ..data.buckets import bucket_sizes, nearest
-from ..data.sample import Sample, fit
+from ..data.sample import Broken, BrokenSample, Sample, fit
 from ..data.sources import Source
 from ..tiny import shapes
 

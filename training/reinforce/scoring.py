@@ -61,17 +61,17 @@ def read_row(batches: Batches, number: int, targets: bool = True) -> Row:
     sample = batches.corpus.source[entry.index]
     if sample.encoded is not None:
         return _decoded_row(batches, entry, sample, targets)
-    arranged = batches.corpus.arranged(sample)[entry.variant]
-    target = ((arranged.pixels + 1) / 2).movedim(0, -1)
-    if not entry.diptych and arranged.reference is None:
-        hole = None if arranged.mask is None else arranged.mask[0]
+    preprocessed = batches.corpus.preprocess(sample)[entry.variant]
+    target = ((preprocessed.pixels + 1) / 2).movedim(0, -1)
+    if not entry.diptych and preprocessed.reference is None:
+        hole = None if preprocessed.mask is None else preprocessed.mask[0]
         return Row(sample.prompt, target, None if hole is None else target, hole)
     if entry.diptych:
         width = target.shape[1] // 2
         source, target = target[:, :width], target[:, width:]
     else:
-        source = ((arranged.reference + 1) / 2).movedim(0, -1)
-    mask = arranged.edited
+        source = ((preprocessed.reference + 1) / 2).movedim(0, -1)
+    mask = preprocessed.edited
     if mask is None and targets:
         mask = metrics.changed_region(source[None], target[None])[0]
     return Row(sample.prompt, target, source, mask, entry.diptych)
@@ -80,7 +80,7 @@ def read_row(batches: Batches, number: int, targets: bool = True) -> Row:
 @torch.no_grad()
 def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) -> Row:
     """A precomputed row: the source is what the VAE makes of the masked image, grey where its hole is."""
-    tensors, host = batches.latents.picture(entry.key), batches.task.host
+    tensors, host = batches.caches.image(entry.key), batches.task.host
     pictures = {
         name: host.decode(tensors[name][None].float())[0].float().cpu()
         for name in ("masked_latents", "latents")

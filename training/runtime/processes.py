@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 import torch
 
 from .precision import bf16_is_fast
+
+Progress = Callable[[Iterable, str], Iterable]  # wraps a loop over items under a label, as tqdm does
+
+
+def silent(items: Iterable, label: str) -> Iterable:
+    """No progress bar."""
+    return items
 
 
 @dataclass(frozen=True)

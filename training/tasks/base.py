@@ -20,7 +20,7 @@ from ...models.denoiser import posterior
 from ...models.flux import check_folder
 from ...models.lora.files import with_strength
 from ..data.cache import fingerprint
-from ..data.preprocess import Arranged
+from ..data.preprocess import Preprocessed
 from ..data.sample import Sample
 from ..runtime.fingerprints import files_stamp, stamp
 from . import adapters, initial, losses
@@ -138,19 +138,19 @@ class Task:
         return (z.float() - shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def encode_images(self, rows: list[Arranged]) -> dict[str, Tensor]:
+    def encode_images(self, rows: list[Preprocessed]) -> dict[str, Tensor]:
         """Same-sized rows to `latents` and whatever images the family's condition needs, batched."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode_touched(self, rows: list[Arranged]) -> dict[str, Tensor]:
+    def encode_touched(self, rows: list[Preprocessed]) -> dict[str, Tensor]:
         """Share of every latent cell that the edit touches [B,1,h,w], where the rows know it."""
         if rows[0].touched is None:
             return {}
         return {"touched": nn.functional.avg_pool2d(torch.stack([r.touched for r in rows]), 8)}
 
     @torch.no_grad()
-    def encode_masked(self, rows: list[Arranged]) -> dict[str, Tensor]:
+    def encode_masked(self, rows: list[Preprocessed]) -> dict[str, Tensor]:
         """`encode_images` of the families that repaint: image, image with a mid-grey hole, mask."""
         pixels = torch.stack([r.pixels for r in rows])
         mask = torch.stack([r.mask for r in rows])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.preprocess import Arranged
+from ..data.preprocess import Preprocessed
 from .flux import FluxTask
 
 
@@ -37,7 +37,7 @@ class FillTask(FluxTask):
 
         return FluxFill
 
-    def encode_images(self, rows: list[Arranged]) -> dict[str, Tensor]:
+    def encode_images(self, rows: list[Preprocessed]) -> dict[str, Tensor]:
         """As of `encode_masked`."""
         return self.encode_masked(rows)
 

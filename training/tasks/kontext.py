@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.preprocess import Arranged
+from ..data.preprocess import Preprocessed
 from .flux import FluxTask
 
 
@@ -31,7 +31,7 @@ class KontextTask(FluxTask):
         return FluxKontext
 
     @torch.no_grad()
-    def encode_images(self, rows: list[Arranged]) -> dict[str, Tensor]:
+    def encode_images(self, rows: list[Preprocessed]) -> dict[str, Tensor]:
         """`latents` and, where the rows have a reference image, `references` [B,16,h,w]."""
         out = {"latents": self.latents(torch.stack([r.pixels for r in rows]))}
         if rows[0].reference is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...samplers import ddim
 from ...samplers.gaussian import per_sample
-from ..data.preprocess import Arranged
+from ..data.preprocess import Preprocessed
 from . import losses
 from .base import Task, component
 from .sampling import lora_at
@@ -45,7 +45,7 @@ class SDInpaintTask(Task):
         )
         return {"tokens": self.parts["text_encoder"](ids.input_ids.to(self.device))[0]}
 
-    def encode_images(self, rows: list[Arranged]) -> dict[str, Tensor]:
+    def encode_images(self, rows: list[Preprocessed]) -> dict[str, Tensor]:
         """As of `encode_masked`."""
         return self.encode_masked(rows)
 

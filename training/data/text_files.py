@@ -1,7 +1,10 @@
-"""Rows of JSON lines and of CSV: what stands in them, each named by file and line. Opens no images."""
+"""Text as people save it: captions, and rows of JSON lines or CSV, each named by file and line. Opens no
+images.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -9,10 +12,18 @@ import math
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from .broken import BrokenSample
-from .folders import decode, to_utf8
+from .sample import BrokenSample
 
 LINE_LIMIT = 2**20  # bytes of one row
+TEXT_LIMIT = 2**16  # bytes of a caption: the longest prompt a model reads is a few thousand
+
+_MARKS = (  # UTF-32 first: its mark begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 # What a column may be called; the second names are those of Hugging Face image folders.
 ALIASES = {
@@ -23,6 +34,53 @@ ALIASES = {
     "weight": ("weight",),
     "class": ("class",),
 }
+
+
+def to_utf8(data: bytes) -> bytes:
+    """The same text without a byte order mark, in UTF-8 if the mark named another encoding.
+
+    Raises ValueError if the text is not in the encoding that its mark names.
+    """
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            data = data[len(mark) :]
+            return data if encoding == "utf-8" else data.decode(encoding).encode("utf-8")
+    return data
+
+
+def decode(data: bytes) -> str:
+    """Text of a file: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+
+    Raises ValueError, a reason with the line, for other encodings: guessing one would teach garbled words.
+    """
+    try:
+        data = to_utf8(data)
+    except ValueError as error:
+        raise ValueError(f"damaged text ({error})") from error
+    if b"\0" in data:
+        raise ValueError("not text: it holds NUL characters; save it as UTF-8")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = len(data[: error.start].splitlines()) or 1
+        raise ValueError(
+            f"not UTF-8 in line {line} (byte 0x{data[error.start]:02X}): save the file as UTF-8"
+        ) from error
+
+
+def read_caption(path: Path) -> str:
+    """A text file as one line. Raises ValueError with the reason."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(TEXT_LIMIT + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if len(data) > TEXT_LIMIT:
+        raise ValueError(f"longer than the {TEXT_LIMIT // 1024} KB that a prompt may have")
+    words = " ".join(decode(data).split())
+    if not words:
+        raise ValueError("empty")
+    return words
 
 
 class Rows:

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_diptych.training.data.broken import BrokenSample
-from comfyui_diptych.training.data.preprocess import Arranger
-from comfyui_diptych.training.data.sample import Sample
+from comfyui_diptych.training import config
+from comfyui_diptych.training.data.preprocess import Corpus, Preprocessor
+from comfyui_diptych.training.data.sample import BrokenSample, Sample
 
 
-def arranger(sizing, task="kontext"):
-    return Arranger(
+def preprocessor(sizing, task="kontext"):
+    return Preprocessor(
         SimpleNamespace(
             prompt_template="{instruction}",
             resolution=256,
@@ -46,16 +46,22 @@ def row(height, width, name="a", mask=None):
     ],
 )
 def test_what_sizing_did_is_reported(sizing, sizes, words):
-    arrange = arranger(sizing)
+    preprocess = preprocessor(sizing)
     for number, size in enumerate(sizes):
-        arrange(row(*size, name=f"row {number}"), torch.Generator())
-    assert re.match(words, arrange.report()) and bool(arrange.report()) == bool(words)
+        preprocess(row(*size, name=f"row {number}"), torch.Generator())
+    assert re.match(words, preprocess.report()) and bool(preprocess.report()) == bool(words)
 
 
 def test_a_mask_that_cropping_leaves_nothing_of_is_a_broken_row():
     mask = torch.zeros(64, 1024)
     mask[:, :8] = 1
     with pytest.raises(BrokenSample, match="here: its mask lies wholly in the borders"):
-        arranger("buckets", "fill")(row(64, 1024, "here", mask), torch.Generator())
-    made = arranger("squash", "fill")(row(64, 1024, "here", mask), torch.Generator())
+        preprocessor("buckets", "fill")(row(64, 1024, "here", mask), torch.Generator())
+    made = preprocessor("squash", "fill")(row(64, 1024, "here", mask), torch.Generator())
     assert bool(made.mask.any())
+
+
+def test_sample_images_come_from_the_first_rows_of_their_own_data():
+    c = config.from_dict({"task": "fill", "model": "m", "data": ["shapes:9"]})
+    assert list(Corpus(c, "{instruction}").places()) == list(range(9))
+    assert list(Corpus(c, "{instruction}", ["shapes:7?split=val"], limit=2).places()) == [0, 1]
