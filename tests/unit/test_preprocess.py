@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_diptych.training import config
+from comfyui_diptych.training import recipes
 from comfyui_diptych.training.data.preprocess import Corpus, Preprocessor
 from comfyui_diptych.training.data.sample import BrokenSample, Sample
 
@@ -62,6 +62,6 @@ def test_a_mask_that_cropping_leaves_nothing_of_is_a_broken_row():
 
 
 def test_sample_images_come_from_the_first_rows_of_their_own_data():
-    c = config.from_dict({"task": "fill", "model": "m", "data": ["shapes:9"]})
+    c = recipes.from_dict({"task": "fill", "model": "m", "data": ["shapes:9"]})
     assert list(Corpus(c, "{instruction}").places()) == list(range(9))
     assert list(Corpus(c, "{instruction}", ["shapes:7?split=val"], limit=2).places()) == [0, 1]
