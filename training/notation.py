@@ -1,5 +1,7 @@
 """How options that hold more than one value are written: one small type each, with its parser.
 
+(The window of reward training stands in `reinforce/windows.py`, with what follows from it.)
+
 `read` takes the text of a recipe and raises ValueError naming the option and how to write it. Nothing here
 imports torch.
 """
@@ -13,7 +15,7 @@ from typing import NamedTuple
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 
 
-def _fields(option: str, text: str | int, pattern: str, remedy: str) -> re.Match[str]:
+def matched(option: str, text: str | int, pattern: str, remedy: str) -> re.Match[str]:
     """The whole text matched, or ValueError: `option is 'text': remedy`."""
     match = re.fullmatch(pattern, str(text).strip())
     if match is None:
@@ -31,7 +33,7 @@ class TimeSampling(NamedTuple):
     @classmethod
     def read(cls, text: str) -> TimeSampling:
         """`logit_normal`, `logit_normal:MEAN,STD` or `uniform`."""
-        match = _fields(
+        match = matched(
             "time_sampling",
             text,
             rf"uniform|logit_normal(?::\s*({NUMBER})\s*,\s*({NUMBER}))?",
@@ -55,40 +57,11 @@ class Counted(NamedTuple):
     @classmethod
     def read(cls, option: str, text: str | int) -> Counted:
         """`COUNT` or `COUNT@WEIGHT`; 0 is none."""
-        match = _fields(option, text, rf"(\d+)(?:@({NUMBER}))?", "write COUNT or COUNT@WEIGHT, such as 2@3")
+        match = matched(option, text, rf"(\d+)(?:@({NUMBER}))?", "write COUNT or COUNT@WEIGHT, such as 2@3")
         count, weight = int(match[1]), float(match[2] or 1)
         if count > 10_000 or weight < 0 or not math.isfinite(weight):
             raise ValueError(f"{option} is {text!r}: COUNT is at most 10000, WEIGHT finite and 0 or more")
         return cls(count, weight)
-
-
-class Window(NamedTuple):
-    """Where a rollout's random steps may be: steps `first` up to but not including `last`, counted from 0.
-
-    kind: "fixed", "random" or "progressive". last: 0 = half of the steps. every: updates between moves of a
-    progressive window.
-    """
-
-    kind: str
-    first: int = 0
-    last: int = 0
-    every: int = 25
-
-    @classmethod
-    def read(cls, text: str) -> Window:
-        """`fixed[:FIRST]`, `random[:FIRST-LAST]` or `progressive[:FIRST-LAST][/EVERY]`."""
-        match = _fields(
-            "window",
-            text,
-            r"(fixed)(?::(\d+))?|(random|progressive)(?::(\d+)-(\d+))?(?:/(\d+))?",
-            "use one of fixed:FIRST, random, random:FIRST-LAST, progressive:FIRST-LAST/EVERY",
-        )
-        if match[1]:
-            return cls(match[1], int(match[2] or 0))
-        every = int(match[6] or 25)
-        if match[3] == "random" and match[6] or every < 1:
-            raise ValueError(f"window is {text!r}: /EVERY is for progressive, 1 or more")
-        return cls(match[3], int(match[4] or 0), int(match[5] or 0), every)
 
 
 class ClassImages(NamedTuple):
@@ -104,7 +77,7 @@ class ClassImages(NamedTuple):
         """`FOLDER?prompt=WORDS[&count=N][@WEIGHT]`, or None for an empty text."""
         if not text.strip():
             return None
-        match = _fields(
+        match = matched(
             "class_images",
             text,
             r"(?s)(.+?)\?prompt=(.+?)(?:&count=(\d+))?(?:@(\d*\.?\d+))?",
@@ -125,7 +98,7 @@ class LossOn(NamedTuple):
     @classmethod
     def read(cls, text: str) -> LossOn:
         """`all`, `edited` or `weighted:WEIGHT`."""
-        match = _fields(
+        match = matched(
             "loss_on",
             text,
             rf"all|edited|weighted:\s*({NUMBER})",

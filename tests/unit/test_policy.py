@@ -8,7 +8,7 @@ import torch
 from comfyui_diptych.samplers import flow_match
 from comfyui_diptych.training.reinforce.advantage import advantages
 from comfyui_diptych.training.reinforce.objectives import clipped_loss
-from comfyui_diptych.training.reinforce.windows import window
+from comfyui_diptych.training.reinforce.windows import Window
 
 
 def test_advantages_equal_numpy_with_failures_left_out():
@@ -104,15 +104,15 @@ def test_clipping_stops_the_gradient_only_in_the_advantage_direction():
 
 
 def test_windows():
-    assert window("fixed", 7, 10, size=2, first=1) == (1, 3)
-    assert [window("progressive", i, 6, size=2, every=2) for i in (0, 2, 6, 8)] == [
+    assert Window("fixed", 2, 10, first=1, last=9).at(7) == (1, 3)
+    assert [Window("progressive", 2, 6, last=5, every=2).at(i) for i in (0, 2, 6, 8)] == [
         (0, 2),
         (1, 3),
         (3, 5),
         (0, 2),
     ]
-    drawn = {window("random", i, 10, size=2, last=5, seed=3) for i in range(64)}
+    drawn = {Window("random", 2, 10, last=5, seed=3).at(i) for i in range(64)}
     assert drawn == {(0, 2), (1, 3), (2, 4), (3, 5)}
-    assert window("random", 5, 10, size=2, seed=3) == window("random", 5, 10, size=2, seed=3)
+    assert Window.read("random", 2, 10, 3).at(5) == Window("random", 2, 10, last=5, seed=3).at(5)
     with pytest.raises(ValueError, match="does not fit"):
-        window("fixed", 0, 4, size=4)
+        Window.read("fixed", 4, 4).check()

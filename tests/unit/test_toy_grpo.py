@@ -11,7 +11,7 @@ import torch
 from comfyui_diptych.samplers import flow_match, schedule
 from comfyui_diptych.training.reinforce.advantage import advantages
 from comfyui_diptych.training.reinforce.objectives import clipped_loss
-from comfyui_diptych.training.reinforce.windows import window as window_of
+from comfyui_diptych.training.reinforce.windows import Window
 from torch import nn
 
 MODES = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
@@ -60,7 +60,7 @@ def reinforce(rule, updates):
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     groups = torch.arange(GROUPS).repeat_interleave(SIZE)
     for update in range(updates):
-        window = window_of("random", update, STEPS, size=3, last=5)
+        window = Window("random", 3, STEPS, last=5).at(update)
         noise = torch.randn(GROUPS, 2, generator=generator).repeat_interleave(SIZE, dim=0)
         x0, steps = flow_match.sample(
             policy, noise, sigmas, rule=rule, window=window, generator=generator, record=True

@@ -196,11 +196,12 @@ def test_options_of_several_values_are_read_in_one_way():
 
 
 def test_options_of_several_values_of_reward_training():
-    assert (GRPOConfig().windows, GRPOConfig().window_bounds["last"]) == (("random", 0, 0, 25), 5)
+    assert GRPOConfig().windows == ("random", 2, 10, 0, 5, 25, 0)
     c = recipes.from_dict({"window": "progressive:1-9/30", "data_rows": "4@0.1"}, GRPOConfig)
-    assert c.window_bounds == {"first": 1, "last": 9, "every": 30, "seed": 0}
+    assert c.windows[3:6] == (1, 9, 30) and c.windows.span == (1, 9)
     assert c.supervised == (4, 0.1) and c.needs_targets and not GRPOConfig().needs_targets
-    assert recipes.from_dict({"window": "fixed:3", "data_rows": 2}, GRPOConfig).windows == ("fixed", 3, 0, 25)
+    c = recipes.from_dict({"window": "fixed:3", "data_rows": 2}, GRPOConfig)
+    assert c.windows.span == c.windows.at(7) == (3, 5) and c.supervised == (2, 1.0)
     values = {"algorithm": "nft", "contrastive_states": "2@3", "eta": None}
     c = recipes.from_dict(values, GRPOConfig)
     assert c.contrastive == (2, 3.0) and c.eta is None

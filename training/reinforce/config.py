@@ -9,6 +9,7 @@ from .. import notation
 from ..config import DTYPES, TrainConfig
 from ..runtime.options import group
 from ..tiny.options import TinyOptions
+from .windows import Window
 
 MOST = 10_000  # steps, samples or rows
 GONE = {
@@ -172,9 +173,7 @@ class GRPOConfig(TrainConfig):
         if self.eta is not None and self.eta < 0:
             raise ValueError(f"eta is {self.eta:g}: it must be 0 or more; leave it empty for the rule's own")
         if self.algorithm == "grpo":
-            from .windows import window
-
-            window(self.windows.kind, 0, self.rollout_steps, size=self.window_size, **self.window_bounds)
+            self.windows.check()
         if self.group_clip and self.algorithm != "nft":
             raise ValueError("group_clip is for algorithm nft: set it to 0, grpo replays whole micro-batches")
         if self.nft_times < 1 and not self.contrastive.count:
@@ -210,16 +209,9 @@ class GRPOConfig(TrainConfig):
         return bool(self.supervised.count)
 
     @property
-    def window_bounds(self) -> dict[str, int]:
-        """first, last and every of `windows.window`."""
-        _, first, last, every = self.windows
-        last = last or max(first + self.window_size, self.rollout_steps // 2)
-        return {"first": first, "last": last, "every": every, "seed": self.seed}
-
-    @property
-    def windows(self) -> notation.Window:
-        """What `window` says."""
-        return notation.Window.read(self.window)
+    def windows(self) -> Window:
+        """What `window`, `window_size` and `rollout_steps` say."""
+        return Window.read(self.window, self.window_size, self.rollout_steps, self.seed)
 
     @property
     def supervised(self) -> notation.Counted:

@@ -24,7 +24,6 @@ from .config import GRPOConfig
 from .contrastive import Contrastive, with_best
 from .rollout import Rollout
 from .weights import Named, OldPolicy, ReferenceModel
-from .windows import window as window_of
 
 Measures = dict[str, Tensor]
 NORM_FLOOR = 1e-5
@@ -100,14 +99,11 @@ class GRPO(Objective):
     replays = True
 
     def window(self, step: int) -> tuple[int, int]:
-        c = self.config
-        return window_of(c.windows.kind, step, c.rollout_steps, size=c.window_size, **c.window_bounds)
+        return self.config.windows.at(step)
 
     def lora_window(self, sizes: Iterable[tuple[int, int]]) -> tuple[float, float]:
-        c, bounds = self.config, self.config.window_bounds
-        first = bounds["first"]
-        last = first + c.window_size if c.windows.kind == "fixed" else bounds["last"]
-        ranges = [self.task.level_range(c.rollout_steps, (first, last), *size) for size in sizes]
+        c = self.config
+        ranges = [self.task.level_range(c.rollout_steps, c.windows.span, *size) for size in sizes]
         return max(start for start, _ in ranges), min(end for _, end in ranges)
 
     def terms(self, rollout: Rollout) -> int:
