@@ -6,6 +6,7 @@ A new node goes into the file of its menu, at the end of that file's `NODES` lis
 
 from . import (
     best_of,
+    canvas_store,
     conditioning,
     diptych,
     grpo,
@@ -29,6 +30,7 @@ NODE_CLASSES = [
     *outpaint.NODES,
     *outpaint_methods.NODES,
     *sd_inpaint.NODES,
+    *canvas_store.NODES,
     *lora.NODES,
     *sampling.NODES,
     *best_of.NODES,
