@@ -42,6 +42,24 @@ def stack(A: Tensor, B: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
     return down, B.permute(1, 0, 2).flatten(1).contiguous()
 
 
+def mixture(activation: Tensor, weights: Tensor, up: Tensor, base: Tensor | None = None) -> Tensor:
+    """`sum_i w_i B_i a_i` (+ base) [..., out] of the activations a = A x of all experts, in one product.
+
+    activation: [..., experts*rank]; weights: [..., experts], zero for experts not taken; up: from `stack`. base
+    is written into where no gradient needs it.
+    """
+    # cast after spreading: the router's gradient is a sum over the rank, in float32
+    weights = weights.repeat_interleave(up.shape[1] // weights.shape[-1], dim=-1)
+    gated = activation * weights.to(activation.dtype)
+    if base is None:
+        return F.linear(gated, up)
+    rows = gated.flatten(0, -2)
+    if base.is_contiguous() and not (torch.is_grad_enabled() and (base.requires_grad or rows.requires_grad)):
+        base.view(-1, base.shape[-1]).addmm_(rows, up.t())
+        return base
+    return torch.addmm(base.flatten(0, -2), rows, up.t()).view(base.shape)
+
+
 def moe_delta(
     x: Tensor,
     down: Tensor,
@@ -62,12 +80,4 @@ def moe_delta(
     """
     hidden, width = F.linear(x, down), up.shape[1]
     activation, logits = hidden[..., :width], hidden[..., width : width + experts]
-    weights = (gate_weights(logits, top_k, gate) * scale).to(x.dtype)
-    gated = (activation.unflatten(-1, (experts, -1)) * weights.unsqueeze(-1)).flatten(-2)
-    if base is None:
-        return F.linear(gated, up)
-    rows = gated.flatten(0, -2)
-    if base.is_contiguous() and not (torch.is_grad_enabled() and (base.requires_grad or rows.requires_grad)):
-        base.view(-1, base.shape[-1]).addmm_(rows, up.t())
-        return base
-    return torch.addmm(base.flatten(0, -2), rows, up.t()).view(base.shape)
+    return mixture(activation, gate_weights(logits, top_k, gate) * scale, up, base)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.lora.moe import gate_weights
+from ...models.lora.moe import gate_weights, mixture
 from .losses import load_balance
 
 ADAPTER = "default"
@@ -63,15 +63,10 @@ class MoELoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
         x = x.to(self.lora_route.weight.dtype)
-        gates = self.gates(x).to(x.dtype)
-        # All experts in two products: concatenated A, gated, concatenated B.
+        gates = self.gates(x)
         down = torch.cat([layer.weight for layer in self.lora_A.values()], dim=0)
         up = torch.cat([layer.weight for layer in self.lora_B.values()], dim=1)
-        hidden = F.linear(x, down)
-        hidden = hidden * gates.repeat_interleave(hidden.shape[-1] // gates.shape[-1], dim=-1).to(
-            hidden.dtype
-        )
-        return result + (self.scale * F.linear(hidden, up)).to(result.dtype)
+        return result + mixture(F.linear(x, down), self.scale * gates, up).to(result.dtype)
 
 
 def _matching(module: nn.Module, patterns: list[str]) -> list[str]:
