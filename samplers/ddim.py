@@ -33,6 +33,7 @@ __all__ = [
     "Transition",
     "add_noise",
     "late",
+    "alphas_cumprod",
     "level_of_noise",
     "log_prob",
     "noise_level",
@@ -52,6 +53,28 @@ SD15: Mapping[str, Any] = {
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
+
+
+def _with_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**SD15, **{k: v for k, v in (config or {}).items() if k in SD15 and v is not None}}
+
+
+def alphas_cumprod(config: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cumulative alphas [T] of a diffusers scheduler config, computed in `dtype`: in float32 diffusers' own.
+
+    Missing keys are SD 1.5's. Raises ValueError for a beta schedule other than scaled_linear and linear.
+    """
+    config = _with_defaults(config)
+    start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if config["beta_schedule"] == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=dtype) ** 2
+    elif config["beta_schedule"] == "linear":
+        betas = torch.linspace(start, end, count, dtype=dtype)
+    else:
+        raise ValueError(
+            f"beta_schedule is {config['beta_schedule']!r}: 'scaled_linear' and 'linear' are supported."
+        )
+    return torch.cumprod(1 - betas, 0)
 
 
 @dataclass(frozen=True)
@@ -74,13 +97,13 @@ def schedule(steps: int, config: Mapping[str, Any] | None = None) -> Schedule:
     here each step ends exactly where the next one starts. Raises ValueError for more steps than were trained,
     and for a spacing or beta schedule not known here.
     """
-    config = {**SD15, **{k: v for k, v in (config or {}).items() if k in SD15 and v is not None}}
+    config = _with_defaults(config)
     train_steps = config["num_train_timesteps"]
     if not 1 <= steps <= train_steps:
         raise ValueError(
             f"steps is {steps}: give 1 to {train_steps}, the timesteps the model was trained on."
         )
-    alphas = torch.cumprod(1.0 - _betas(config), dim=0)
+    alphas = alphas_cumprod(config)
     spacing, offset = config["timestep_spacing"], config["steps_offset"]
     if spacing == "leading":
         timesteps = torch.arange(steps).flip(0) * (train_steps // steps) + offset
@@ -128,20 +151,8 @@ def noise_level(timestep: int, config: Mapping[str, Any] | None = None) -> float
 
 def level_of_noise(amount: float, config: Mapping[str, Any] | None = None) -> float:
     """The noise level of the timestep at which noise weighs most nearly sqrt(1 - alpha) = `amount` in x_t."""
-    config = {**SD15, **(config or {})}
-    weights = (1.0 - torch.cumprod(1.0 - _betas(config), dim=0)).sqrt()
+    weights = (1.0 - alphas_cumprod(config)).sqrt()
     return noise_level(int((weights - amount).abs().argmin()), config)
-
-
-def _betas(config: Mapping[str, Any]) -> Tensor:
-    start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
-    if config["beta_schedule"] == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, count) ** 2
-    if config["beta_schedule"] == "linear":
-        return torch.linspace(start, end, count)
-    raise ValueError(
-        f"beta_schedule is {config['beta_schedule']!r}: 'scaled_linear' and 'linear' are supported."
-    )
 
 
 def _predict(x, prediction, alpha, alpha_next, eta, prediction_type) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,17 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-TRAINED = 1000  # timesteps
-BETAS = (0.00085, 0.012)  # Stable Diffusion's scaled_linear, which glid calls linear
+from .ddim import alphas_cumprod
+
+TRAINED = 1000  # timesteps, of Stable Diffusion's scaled_linear betas, which glid calls linear
 FEWEST = 4  # steps, for the history of the last formula
 
 Epsilon = Callable[[Tensor, Tensor], Tensor]
-
-
-def alphas_cumprod() -> Tensor:
-    """The cumulative alphas, float64 [1000], of Stable Diffusion's schedule."""
-    start, end = (beta**0.5 for beta in BETAS)
-    return (1 - torch.linspace(start, end, TRAINED, dtype=torch.float64) ** 2).cumprod(0)
 
 
 def plms_timesteps(steps: int) -> Tensor:
@@ -60,7 +55,7 @@ def plms(
     callback(step, steps, x0) after every step.
     """
     times = plms_timesteps(steps).double()
-    alphas = alphas_cumprod()[times.long()]
+    alphas = alphas_cumprod(dtype=torch.float64)[times.long()]
     x, history = noise, []
     for step, index in enumerate(reversed(range(len(times)))):
         at = _Point(times[index], alphas[index])
@@ -114,7 +109,7 @@ def ddim(
 ) -> Tensor:
     """x0 [B,...] by DDIM without noise of its own (eta 0): diffusers' with leading spacing, offset 0."""
     times = ddim_timesteps(steps).double()
-    alphas = alphas_cumprod()[times.long()]
+    alphas = alphas_cumprod(dtype=torch.float64)[times.long()]
     x = noise
     for step, index in enumerate(reversed(range(len(times)))):
         at = _Point(times[index], alphas[index])

@@ -45,8 +45,8 @@ def stack(A: Tensor, B: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
 def mixture(activation: Tensor, weights: Tensor, up: Tensor, base: Tensor | None = None) -> Tensor:
     """`sum_i w_i B_i a_i` (+ base) [..., out] of the activations a = A x of all experts, in one product.
 
-    activation: [..., experts*rank]; weights: [..., experts], zero for experts not taken; up: from `stack`. base
-    is written into where no gradient needs it.
+    activation: [..., experts*rank]; weights: [..., experts], zero for experts not taken; up: from `stack`.
+    base is written into where no gradient needs it.
     """
     # cast after spreading: the router's gradient is a sum over the rank, in float32
     weights = weights.repeat_interleave(up.shape[1] // weights.shape[-1], dim=-1)

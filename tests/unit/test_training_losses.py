@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
+from comfyui_diptych.samplers import ddim
 from comfyui_diptych.training.runtime.attention import for_learning
 from comfyui_diptych.training.runtime.random_streams import row_noise, row_uniform
 from comfyui_diptych.training.tasks import losses
+from comfyui_diptych.training.tasks.flux import FluxTask
 
 
 def test_noised_is_data_at_0_and_noise_at_1_and_the_target_leads_from_one_to_the_other():
@@ -27,12 +32,20 @@ def test_logit_normal_has_the_named_distribution():
 
 
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap", "none"])
-def test_loss_weights_equal_diffusers(scheme):
-    training = pytest.importorskip("diffusers.training_utils")
-    sigma = torch.rand(9) * 0.9 + 0.05
-    assert torch.allclose(
-        losses.sigma_weight(sigma, scheme), training.compute_loss_weighting_for_sd3(scheme, sigma)
-    )
+def test_rows_weigh_by_their_sigma_as_in_sd3(scheme):
+    pytest.importorskip("diffusers")
+    task = FluxTask.__new__(FluxTask)
+    task.config = SimpleNamespace(sigmas=("uniform",), loss_weighting=scheme, guidance=1.0)
+    task.predict = lambda x, time, batch, guidance: torch.zeros_like(x)
+    task.cells = lambda batch, x: None
+    sigma, data = torch.rand(9) * 0.9 + 0.05, torch.randn(9, 4, 2, 2)
+    rows = task.row_losses({"latents": data}, torch.zeros_like(data), sigma)
+    weight = {
+        "none": torch.ones_like(sigma),
+        "sigma_sqrt": 1 / sigma**2,
+        "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
+    }[scheme]
+    torch.testing.assert_close(rows, weight * data.square().flatten(1).mean(1))
 
 
 def test_region_weights_select_the_edited_panel_and_keep_the_scale():
@@ -83,7 +96,8 @@ def test_diffusion_targets_equal_diffusers(kind):
     scheduler = diffusers.DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind
     )
-    table = losses.alphas_cumprod(scheduler.config)
+    assert torch.equal(ddim.alphas_cumprod(scheduler.config), scheduler.alphas_cumprod)
+    table = ddim.alphas_cumprod(scheduler.config, torch.float64).float()
     assert torch.allclose(table, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
     data, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
     x, target = losses.diffused(data, noise, scheduler.alphas_cumprod[t], kind)

@@ -122,13 +122,15 @@ class FluxTask(Task):
         return TextEmbedding(tokens, batch["pooled"], bias)
 
     def row_losses(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
-        """Weighted squared error of the velocity per row [B] (arXiv 2403.03206, eq. 5 and 14)."""
+        """Weighted squared error of the velocity per row [B] (SD3, arXiv 2403.03206, section 3)."""
+        from diffusers.training_utils import compute_loss_weighting_for_sd3
+
         c = self.config
         sigma = losses.sigma_from_uniform(u, *c.sigmas).to(noise.device)
         x, target = losses.noised(batch["latents"], noise, sigma)
         prediction = self.predict(x, sigma, batch, batch.get("guidance", c.guidance))
         rows = losses.weighted_mse(prediction, target, self.cells(batch, x), batch.get("weight"))
-        return rows * losses.sigma_weight(sigma, c.loss_weighting)
+        return rows * compute_loss_weighting_for_sd3(c.loss_weighting, sigma)
 
     # ---------------------------------------------------------------- prediction and sampling
 

@@ -27,17 +27,6 @@ def sigma_from_uniform(
     return sigma.clamp(1e-5, 1 - 1e-5).float()
 
 
-def sigma_weight(sigma: Tensor, scheme: str) -> Tensor:
-    """Weight of the squared error at each sigma [B] (SD3): sigma_sqrt 1/sigma^2, cosmap 2/(pi(1-2s+2s^2))."""
-    if scheme == "none":
-        return torch.ones_like(sigma)
-    if scheme == "sigma_sqrt":
-        return sigma**-2.0
-    if scheme == "cosmap":
-        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-    raise ValueError(f"loss_weighting is {scheme!r}: use none, sigma_sqrt or cosmap")
-
-
 def noised(data: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """x_sigma = (1 - sigma) data + sigma noise, and the velocity target noise - data; sigma [B]."""
     s = sigma.view(-1, *[1] * (data.ndim - 1)).to(data.dtype)
@@ -97,23 +86,13 @@ def load_balance(gates: Tensor, chosen: Tensor) -> Tensor:
     return experts * (share * gates.float().flatten(0, -2).mean(0)).sum()
 
 
-def alphas_cumprod(scheduler_config: dict) -> Tensor:
-    """Cumulative alphas [T] float32 of a DDPM beta schedule (scaled_linear for SD1.5)."""
-    steps = scheduler_config.get("num_train_timesteps", 1000)
-    start, end = scheduler_config.get("beta_start", 0.00085), scheduler_config.get("beta_end", 0.012)
-    kind = scheduler_config.get("beta_schedule", "scaled_linear")
-    if kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    elif kind == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    else:
-        raise ValueError(f"beta_schedule is {kind!r}: only scaled_linear and linear are supported")
-    return torch.cumprod(1 - betas, 0).float()
-
-
 def diffused(data: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """DDPM forward process: x_t = sqrt(a) x0 + sqrt(1-a) eps, and the target of `prediction` (epsilon |
-    v)."""
+    """DDPM's forward process: x_t = sqrt(a) x0 + sqrt(1-a) eps, and the target of `prediction`.
+
+    alpha_bar: cumulative alphas [B]; prediction: epsilon or v_prediction (arXiv 2202.00512, app. D), else
+    ValueError.
+    """
+    # DDPMScheduler.add_noise and get_velocity are the same but for a table of alphas in the data's dtype.
     a = alpha_bar.view(-1, *[1] * (data.ndim - 1)).to(data.dtype)
     x = a.sqrt() * data + (1 - a).sqrt() * noise
     if prediction == "epsilon":

@@ -34,7 +34,8 @@ class SDInpaintTask(Task):
         super().load_encoders()
         scheduler = component(self.config.model, "scheduler")
         self.scheduler_config = dict(scheduler.config)
-        self.alpha_bar = losses.alphas_cumprod(self.scheduler_config)
+        # Rounded once, so closer to the formula than diffusers' float32 products.
+        self.alpha_bar = ddim.alphas_cumprod(self.scheduler_config, torch.float64).float()
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`tokens` [B,77,D] of the CLIP text encoder."""
