@@ -113,7 +113,8 @@ def test_nearest_is_a_known_pixel_and_all_but_the_nearest(height, width, seed, d
     grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
     best = torch.cdist(grid, known.nonzero().float()).amin(dim=1)
     found = (grid - torch.stack((rows.flatten(), columns.flatten()), dim=1)).norm(dim=1)
-    assert float((found - best).max()) <= 1 and float((found <= best + 1e-4).float().mean()) >= 0.95
+    missed = int((found > best + 1e-4).sum())
+    assert float((found - best).max()) <= 1 and missed <= max(2, len(grid) // 20)
 
 
 def test_blur_is_smooth_and_between_its_neighbours():
