@@ -5,9 +5,13 @@ Only tensors are read: safetensors, or pickles under weights_only. Diffusers fol
 
 from __future__ import annotations
 
+import json
+import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +20,22 @@ DENOISER = "model.diffusion_model."
 AUTOENCODER = "first_stage_model."
 PICKLES = (".ckpt", ".pt", ".pth")
 SUFFIXES = (*PICKLES, ".safetensors")
+
+DTYPES = {  # as safetensors names them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 State = dict[str, Tensor]
 
@@ -47,6 +67,77 @@ def read(path: str | Path) -> State:
     if not tensors:
         raise ValueError(f"checkpoint {path} holds no tensors: give a model's file")
     return tensors
+
+
+class Opened:
+    """A file's tensors read one at a time, and described without being read."""
+
+    def __init__(self, path: Path, tensors: State | None = None, lazy: Any = None):
+        self.path, self._tensors, self._lazy = path, tensors, lazy
+        self._names = set(lazy.keys() if tensors is None else tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._names)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor."""
+        if self._tensors is not None:
+            tensor = self._tensors[name]
+            return tuple(tensor.shape), tensor.dtype
+        part = self._lazy.get_slice(name)
+        return tuple(part.get_shape()), DTYPES[part.get_dtype()]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._lazy.get_tensor(name) if self._tensors is None else self._tensors[name]
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Opened]:
+    """A file to be read tensor by tensor; pickles are mapped, not loaded. Raises as `read` does."""
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        yield Opened(path, read(path))
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist: check the path")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        lazy = safe_open(str(path), framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error}): download it again") from error
+    with lazy as tensors:
+        yield Opened(path, lazy=tensors)
+
+
+def stream(
+    path: Path,
+    plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    tensor: Callable[[int, str], Tensor],
+) -> None:
+    """Write safetensors of planned shapes and dtypes; tensor(index, name) is asked for one after another.
+
+    The format: 8 bytes with the header's length, the header in JSON, the tensors' bytes.
+    """
+    order = sorted(plan, key=lambda name: (-plan[name][1].itemsize, name))  # each starts at its own alignment
+    header, at = {}, 0
+    for name in order:
+        shape, dtype = plan[name]
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for index, name in enumerate(order):
+            value = tensor(index, name).contiguous()
+            file.write(value.flatten().view(torch.uint8).numpy().data)
 
 
 def write(path: Path, state: State, *, wrapped: bool = False) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..models import inpaint_masks, pixels
 from . import widgets
 from .conditioning import with_values
-from .widgets import choice, number, socket, switch
+from .widgets import choice, integer, number, socket, switch
 
 CATEGORY = "diptych/inpaint"
 STARTS = ("image", "noise")
@@ -160,4 +160,37 @@ def _soft(model: Any) -> Any:
     return with_soft_mask(model)
 
 
-NODES = [DiptychSDInpaintConditioner]
+class DiptychWidenInput:
+    """`models/comfy_widen.py`."""
+
+    DISPLAY_NAME = "Widen Model Input"
+    DESCRIPTION = (
+        "Gives an ordinary Stable Diffusion model the nine input channels of an inpainting model, the new "
+        "ones zero, so that core's merge nodes can add and subtract the two: custom + (inpaint - base) makes "
+        "an inpainting model of any finetune. For merging only."
+    )
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("For ModelMergeSubtract and ModelMergeAdd, beside an inpainting model.",)
+    FUNCTION = "widen"
+    SEARCH_ALIASES = ["merge inpainting", "add difference", "pad conv_in", "make inpainting model"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        """The table of inputs, as ComfyUI's schema has it."""
+        return {
+            "required": {
+                "model": socket("MODEL")("The finetune, or its base: both need it. Not changed."),
+                "channels": integer(9, 4, 64)("9 for inpainting models, 8 for InstructPix2Pix and glid."),
+            }
+        }
+
+    def widen(self, model: Any, channels: int) -> tuple[Any]:
+        """The wider MODEL. Raises ValueError for what `comfy_widen.widened` refuses."""
+        from ..models.comfy_widen import widened
+
+        return (widened(model, channels),)
+
+
+NODES = [DiptychSDInpaintConditioner, DiptychWidenInput]
