@@ -18,7 +18,7 @@ AUTO = "auto"
 
 
 class DiptychTrainGRPO:
-    """Reward training: `training/reinforce/session.py` inside ComfyUI."""
+    """Reward training: `training/session.py` inside ComfyUI."""
 
     DISPLAY_NAME = "Train GRPO LoRA"
     DESCRIPTION = (

@@ -19,7 +19,7 @@ PUBLISHED = "published"
 
 
 class DiptychReward:
-    """A choice of rewards by name, for the nodes that judge: `training/rewards/chosen.py`."""
+    """A choice of rewards by name, for the nodes that judge: `training/rewards/spec.py`."""
 
     DISPLAY_NAME = "Edit Reward"
     DESCRIPTION = (
@@ -112,7 +112,7 @@ def _gpu() -> str:
 
 
 class DiptychRewardScore:
-    """`training/evaluate/reward_sheet.rank`."""
+    """`training/evaluate/judge.rank`."""
 
     DISPLAY_NAME = "Edit Reward Score"
     DESCRIPTION = (

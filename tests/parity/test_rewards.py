@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -73,6 +74,14 @@ def test_clip_text_equals_transformers_logits(clip, images):
     torch.testing.assert_close(
         ClipText("x", clip).score(images, Context(prompts)), expected, atol=1e-5, rtol=0
     )
+
+
+def test_a_clip_model_in_half_precision_scores_as_the_whole_one(clip, images):
+    half = ClipModel(copy.deepcopy(clip.model).half(), clip.tokenizer)
+    context = Context(["a red circle"] * len(images))
+    scores, whole = (ClipText("x", model).score(images, context) for model in (half, clip))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, whole, atol=2e-3, rtol=0)
 
 
 def test_clip_image_of_itself_is_one(clip, images):

@@ -117,3 +117,11 @@ def test_the_reward_history_of_a_stopped_run_goes_on(tmp_path):
     (tmp_path / "rewards.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{half a li")
     assert history.rewards(tmp_path) == {1: 0.5, 2: 0.5}
     assert history.rewards(tmp_path / "none") == {}
+
+
+def test_a_step_that_was_made_again_counts_as_it_was_made_last(tmp_path):
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0}]
+    rows.append({"step": 3, "loss": float("nan")})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n[1]\n{half a li")
+    assert history.losses(tmp_path) == {1: 3.0, 2: 2.0}
+    assert history.losses(tmp_path / "none") == {}

@@ -113,6 +113,30 @@ def test_a_judge_that_cannot_be_read(text, message):
         parse(text)
 
 
+def test_a_recipe_names_rewards_as_judges_are_named_and_may_leave_the_list():
+    texts = ["clip_l=2:device=cpu", "math:fsum=0.5", "http://127.0.0.1:9/a=b", "jpeg_size"]
+    options = ["clip_l.path=C:/a", "http://127.0.0.1:9/a.b.retries=1"]
+    with pytest.raises(ValueError, match="reward option 'http://127.0.0.1:9/a.b.retries=1'"):
+        from_recipe(texts, options)
+    chosen = from_recipe(texts, ["clip_l.path=C:/a"])
+    assert str(chosen) == "clip_l x 2, math:fsum x 0.5, http://127.0.0.1:9/a=b x 1, jpeg_size x 1"
+    assert chosen.specs[0].options == (("device", "cpu"), ("path", "C:/a"))
+    assert from_recipe(**chosen.recipe()) == chosen
+    for text in texts[1:3]:
+        with pytest.raises(ValueError, match="not known: choose one of"):
+            parse(text)
+    with pytest.raises(ValueError, match="jpeg_size was chosen twice"):
+        from_recipe(["jpeg_size", "jpeg_size=2"], [])
+    with pytest.raises(ValueError, match="rewards is empty"):
+        from_recipe([], [])
+
+
+def test_options_are_numbers_where_a_reward_takes_numbers():
+    served = from_recipe(["http://127.0.0.1:9"], ["http://127.0.0.1:9.timeout=2"])
+    reward = served.composite.rewards[0]
+    assert (reward.timeout, reward.retries) == (2, 3)
+
+
 def test_weights_that_are_not_there_name_the_reward(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="reward clip_l has no weights: .*nowhere does not exist"):

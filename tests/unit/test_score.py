@@ -141,6 +141,14 @@ def test_models_that_are_not_on_disk_are_reported_not_downloaded():
     assert set(notes) == {"clip_i and clip_t", "dino"} and "not on disk" in notes["dino"]
 
 
+def test_a_sheet_shows_every_image_whole_and_its_rows_are_as_tall_as_they_are():
+    colours = torch.eye(3)[:, None, None].expand(3, 16, 32, 3)
+    sheet = plots.as_image(plots.contact_sheet([(list(colours), "words")], ("a", "b", "c"), side=64))[0]
+    assert all((sheet == colour).all(-1).sum() == 64 * 32 for colour in torch.eye(3))
+    square = plots.contact_sheet([([colours[0, :, :16]], "words")], side=64)
+    assert square.height - 64 == sheet.shape[0] - 32 - 16  # headings take 16 rows more than a margin
+
+
 def test_a_loss_curve_is_drawn_even_of_little():
     for values in ([], [float("nan")], [1.0], [3.0, float("nan"), 1.0, 2.0]):
         image = plots.as_image(plots.curve(enumerate(values, 1)))

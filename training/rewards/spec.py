@@ -99,7 +99,10 @@ class Selection:
     def recipe(self) -> dict[str, list[str]]:
         """`rewards` and `reward_options` as a recipe of reward training writes them; see `from_recipe`."""
         return {
-            "rewards": [f"{spec.name}={spec.weight:g}" for spec in self.specs],
+            "rewards": [
+                spec.name if spec.name.startswith(HTTP) else f"{spec.name}={spec.weight:g}"
+                for spec in self.specs
+            ],
             "reward_options": [
                 f"{spec.name}.{key}={value}" for spec in self.specs for key, value in spec.options
             ],
