@@ -88,29 +88,41 @@ def _reflected(inside: Tensor, known: Tensor) -> Tensor:
 def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
     """(row, column) [H,W] of the nearest known pixel of [H,W] bool, which has at least one.
 
-    Columns exactly, by two scans; then along the rows by jump flooding (Rong and Tan, 2006), which may miss
-    the very nearest by a little where many holes meet.
+    The exact distance transform of Felzenszwalb and Huttenlocher (2012): down the columns by two scans, then
+    along the rows by the lower envelope of parabolas, all rows at once.
     """
     height, width = known.shape
     rows = torch.arange(height, device=known.device)[:, None].expand(height, width)
-    columns = torch.arange(width, device=known.device)[None].expand(height, width)
     above = torch.where(known, rows, -FAR).cummax(dim=0).values
     below = torch.where(known, rows, FAR).flip(0).cummin(dim=0).values.flip(0)
     at_row = torch.where(rows - above <= below - rows, above, below)
-    at_column = columns.clone()
-    distance = (rows - at_row) ** 2
-    jumps = [1 << bit for bit in reversed(range(max(width - 1, 1).bit_length()))]
-    for jump in (1, 2, 1, *jumps, 2, 1):
-        for to, source in ((slice(jump, None), slice(None, -jump)), (slice(None, -jump), slice(jump, None))):
-            if jump >= width:
-                continue
-            row, column = at_row[:, source].clone(), at_column[:, source].clone()
-            found = (rows[:, to] - row) ** 2 + (columns[:, to] - column) ** 2
-            nearer = found < distance[:, to]
-            distance[:, to] = torch.where(nearer, found, distance[:, to])
-            at_row[:, to] = torch.where(nearer, row, at_row[:, to])
-            at_column[:, to] = torch.where(nearer, column, at_column[:, to])
-    return at_row, at_column
+    at_column = _lowest_parabola((rows - at_row) ** 2)
+    return at_row.gather(1, at_column), at_column
+
+
+def _lowest_parabola(base: Tensor) -> Tensor:
+    """The q at which base[:, q] + (x - q)^2 is lowest, for every x: [H,W] int64 of [H,W] int64."""
+    height, width = base.shape
+    sites = base.new_zeros(height, width)  # of each row's envelope, from left to right,
+    begins = base.new_full((height, width), FAR)  # and the first x that each of them rules
+    begins[:, 0] = -FAR
+    last = base.new_zeros(height, 1)
+    for site in range(1, width):
+        while True:
+            rival = sites.gather(1, last)
+            higher = base[:, site : site + 1] - base.gather(1, rival) + site**2 - rival**2
+            begin = (higher.div(2 * (site - rival), rounding_mode="floor") + 1).clamp(-FAR + 1, FAR)
+            beaten = begin <= begins.gather(1, last)
+            if not bool(beaten.any()):
+                break
+            last = last - beaten.long()
+        rules = begin < width
+        last = last + rules.long()
+        sites.scatter_(1, last, torch.where(rules, site, sites.gather(1, last)))
+        begins.scatter_(1, last, torch.where(rules, begin, begins.gather(1, last)))
+    begins = torch.where(torch.arange(width, device=base.device) > last, FAR, begins)
+    columns = torch.arange(width, device=base.device).expand(height, width).contiguous()
+    return sites.gather(1, torch.searchsorted(begins, columns, right=True) - 1)
 
 
 def _resized(image: Tensor, height: int, width: int, mode: str) -> Tensor:
