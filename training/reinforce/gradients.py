@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime.attention import for_learning
+from ..runtime.processes import Processes
 from .config import GRPOConfig
 from .objectives import Objective
 from .rollout import Rollout, kept_only
@@ -31,14 +32,14 @@ class Gradients:
     def __init__(
         self,
         objective: Objective,
-        accelerator: Any,
+        processes: Processes,
         module: nn.Module,
         parameters: Sequence[nn.Parameter],
         config: GRPOConfig,
     ):
         """module: the trained model as accelerate wrapped it; parameters: what is trained of it."""
-        self.objective, self.accelerator, self.module = objective, accelerator, module
-        self.parameters, self.config = parameters, config
+        self.objective, self.module, self.parameters = objective, module, parameters
+        self.accelerator, self.world, self.config = processes.accelerator, processes.world, config
 
     def add(self, rollouts: Sequence[Rollout], kept: int, updates: int = 1) -> tuple[Tensor, Log]:
         """The gradient of the mean loss over all kept samples of all processes, of which there are `kept`.
@@ -47,7 +48,7 @@ class Gradients:
         Samples that teach nothing are not even computed, where the objective allows it. Returns (this
         process's share of the loss, [n] measures of its kept samples by name).
         """
-        c, world = self.config, self.accelerator.num_processes
+        c, world = self.config, self.world
         if not self.objective.replays:
             rollouts = kept_only(rollouts, c.micro_batch, c.group_size if c.group_clip else 0)
         scale = world * updates / max(1, kept)  # DDP averages over processes

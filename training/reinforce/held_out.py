@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.dataset import Entry
 from ..rewards import Composite
 from ..runtime.checkpoint import TrainingError
+from ..runtime.processes import Processes
 from ..tasks.base import Task
 from ..tasks.sampling import RolloutSettings, noise_for
 from .scoring import RowScorer, judged
@@ -105,7 +107,7 @@ def sampled_scores(
     return out
 
 
-def by_size(entries: Any, numbers: Sequence[int]) -> list[list[int]]:
+def by_size(entries: Sequence[Entry], numbers: Sequence[int]) -> list[list[int]]:
     """Positions in `numbers`, those of rows that may share a batch together."""
     buckets: dict[tuple, list[int]] = {}
     for place, number in enumerate(numbers):
@@ -113,7 +115,8 @@ def by_size(entries: Any, numbers: Sequence[int]) -> list[list[int]]:
     return list(buckets.values())
 
 
-def gathered(accelerator: Any, scores: Tensor) -> Tensor:
+def gathered(processes: Processes, scores: Tensor) -> Tensor:
     """The scores [N] of all processes on the CPU, which may have different N: the rest is NaN."""
-    padded = accelerator.pad_across_processes(scores.to(accelerator.device), pad_index=float("nan"))
+    accelerator = processes.accelerator
+    padded = accelerator.pad_across_processes(scores.to(processes.device), pad_index=float("nan"))
     return accelerator.gather(padded).cpu()

@@ -76,7 +76,7 @@ class Objective:
     def load(self, name: str, tensors: Named) -> None:
         """Read back what `tensors` gave."""
 
-    def _reference(self, x: Tensor, time: Any, batch: dict[str, Any]) -> Tensor | None:
+    def _reference(self, x: Tensor, time: float | Tensor, batch: dict[str, Any]) -> Tensor | None:
         """The reference model's prediction, where the divergence from it counts."""
         return self.reference.predict(x, time, batch) if self.config.kl_beta else None
 
@@ -99,17 +99,21 @@ class GRPO(Objective):
     replays = True
 
     def window(self, step: int) -> tuple[int, int]:
+        """The steps (start, end) that `window` of the configuration chooses for update `step`."""
         return self.config.windows.at(step)
 
     def lora_window(self, sizes: Iterable[tuple[int, int]]) -> tuple[float, float]:
+        """(start, end] of the noise levels of all steps that any update may choose."""
         c = self.config
         ranges = [self.task.level_range(c.rollout_steps, c.windows.span, *size) for size in sizes]
         return max(start for start, _ in ranges), min(end for _, end in ranges)
 
     def terms(self, rollout: Rollout) -> int:
+        """One for each recorded step."""
         return len(rollout.transitions)
 
     def loss(self, rollout: Rollout, term: int) -> tuple[Tensor, Measures]:
+        """The clipped loss [B] of one recorded step, and what to log: ratio, clipped, and kl if it counts."""
         step = rollout.transitions[term]
         reference = self._reference(step.x, step.time, rollout.batch)
         prediction = self.task.predict(step.x, step.time, rollout.batch, self.config.rollout_guidance)
@@ -154,16 +158,20 @@ class DiffusionNFT(Objective):
         self.contrastive = Contrastive(task, config) if config.contrastive.count else None
 
     def sampling_weights(self) -> AbstractContextManager:
+        """Inside the block the model is the old policy."""
         return self.old.active()
 
     def prepared(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """With the best of each group, where the contrastive update needs it."""
         return rollouts if self.contrastive is None else with_best(rollouts, self.config.group_size)
 
     def terms(self, rollout: Rollout) -> int:
+        """One for each noise level, then the passes of the contrastive update."""
         passes = 0 if self.contrastive is None else self.contrastive.passes(len(rollout.members))
         return self.config.nft_times + passes
 
     def loss(self, rollout: Rollout, term: int) -> tuple[Tensor, Measures]:
+        """The loss [B] of one noise level or contrastive pass, and what to log of it."""
         c, task = self.config, self.task
         if term >= c.nft_times:
             return self.contrastive.loss(rollout, term - c.nft_times, self.terms(rollout))
@@ -194,12 +202,15 @@ class DiffusionNFT(Objective):
         return self.task.noised(x0, noise.to(x0.device), level)
 
     def updated(self, step: int) -> None:
+        """The old policy follows."""
         self.old.follow(step)
 
     def tensors(self) -> dict[str, Named]:
+        """The old policy's weights."""
         return {"old": self.old.values}
 
     def load(self, name: str, tensors: Named) -> None:
+        """Go on with these as the old policy's weights."""
         self.old.values = tensors
 
 

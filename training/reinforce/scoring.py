@@ -39,6 +39,7 @@ class Row:
 
     @property
     def bytes(self) -> int:
+        """Memory that its images take."""
         return sum(
             t.numel() * t.element_size() for t in (self.target, self.source, self.mask) if t is not None
         )

@@ -73,6 +73,7 @@ class GRPOTrainer(Trainer):
         self.held_out = held_out.HeldOut(self.rewards, self.config.eval_rows)
 
     def prepare(self) -> None:
+        """As `Trainer.prepare`; then the noise levels that are trained and the order of supervised rows."""
         super().prepare()
         c, batches = self.config, self.data.batches
         self.task.lora_window = self.objective.lora_window(self._latent_sizes())  # of all samples from now on
@@ -101,7 +102,7 @@ class GRPOTrainer(Trainer):
         self.reference = ReferenceModel(task, model.parts[part], model.parameters, c)
         self.objective = make_objective(task, c, self.reference, model.parameters)
         parameters = list(model.parameters.values())
-        self.gradients = Gradients(self.objective, self.accelerator, model.prepared[part], parameters, c)
+        self.gradients = Gradients(self.objective, self.processes, model.prepared[part], parameters, c)
 
     def scorer(self, batches: Batches) -> RowScorer:
         """What scores images of these rows, and remembers the rows it has read."""
@@ -259,7 +260,7 @@ class GRPOTrainer(Trainer):
         count = min(self.config.eval_rows, len(self.data.sample_batches.entries))
         with model.averaged():
             own = self.held_out_scores(range(count)[processes.rank :: processes.world])
-        raw = {name: held_out.gathered(self.accelerator, values) for name, values in own.items()}
+        raw = {name: held_out.gathered(self.processes, values) for name, values in own.items()}
         weights = model.average.values if model.average is not None else model.parameters
         means = self.held_out.record(self.step, raw, weights)
         self.measures |= {f"held_out/{name}": mean for name, mean in means.items()}
@@ -305,14 +306,17 @@ class GRPOTrainer(Trainer):
     # ---------------------------------------------------------------- checkpoints and results
 
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The best weights so far, and what the objective keeps."""
         best = {} if self.held_out.best is None else {"best": self.held_out.best}
         return {f"{name}.safetensors": values for name, values in (best | self.objective.tensors()).items()}
 
     def extra_state(self) -> dict[str, Any]:
+        """The evaluations so far."""
         held = self.held_out
         return {"history": held.history, "best_scores": held.best_scores, "any_judged": self.any_judged}
 
     def load_extra(self, found: checkpoint.Found, state: dict[str, Any]) -> None:
+        """Go on with the evaluations and weights of a checkpoint."""
         held, objective = self.held_out, self.objective
         held.history, held.best_scores = state["history"], state["best_scores"]
         self.any_judged = state["any_judged"]
@@ -330,6 +334,7 @@ class GRPOTrainer(Trainer):
                 objective.load(name, tensors)
 
     def header(self) -> dict[str, Any]:
+        """As of `Trainer`, with rewards, reward curve and the noise levels that were trained."""
         c, window = self.config, self.task.lora_window
         out = super().header() | {
             "algorithm": c.algorithm,

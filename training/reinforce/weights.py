@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..tasks.adapters import switched_off
 from ..tasks.base import Task
+from .config import GRPOConfig
 
 Named = dict[str, Tensor]
 OLD_RAMP = 0.001  # growth per update of the old policy's decay, as in the authors' configuration
@@ -41,7 +42,8 @@ class ReferenceModel:
     What a LoRA begins with belongs to where it comes from, not to what it learns here.
     """
 
-    def __init__(self, task: Task, module: nn.Module, parameters: Named, config: Any):
+    def __init__(self, task: Task, module: nn.Module, parameters: Named, config: GRPOConfig):
+        """module: the trained one, with its adapter; parameters: what is trained of it, now as it begins."""
         self.task, self.module, self.parameters = task, module, parameters
         self.guidance = config.rollout_guidance
         self.initial = copied(parameters) if config.init_lora else None
@@ -56,7 +58,7 @@ class ReferenceModel:
             with holding(self.parameters, self.initial):
                 yield
 
-    def predict(self, x: Tensor, time: Any, batch: dict[str, Any]) -> Tensor:
+    def predict(self, x: Tensor, time: float | Tensor, batch: dict[str, Any]) -> Tensor:
         """Its prediction at latents x [B,C,h,w] and time, without gradient.
 
         To be called before the prediction with gradient: weights may be swapped in place.
@@ -69,10 +71,11 @@ class OldPolicy:
     """DiffusionNFT's sampling weights: old <- d old + (1 - d) new, d = min(ramp * update, most)."""
 
     def __init__(self, parameters: Named, most: float, ramp: float = OLD_RAMP):
+        """most: the largest decay, 0..1; ramp: its growth per update."""
         self.parameters, self.ramp, self.most = parameters, ramp, most
         self.values = copied(parameters)
 
-    def active(self):
+    def active(self) -> AbstractContextManager:
         """The old weights are in the model inside the block."""
         return holding(self.parameters, self.values)
 
