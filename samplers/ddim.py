@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from .gaussian import (
     Generators,
     Step,
+    Transition,
     Window,
     draw_noise,
-    log_ratio,
     mean_log_prob,
     per_sample,
     window_steps,
@@ -224,39 +225,6 @@ def log_prob(
     return mean_log_prob(x_next.to(mean.dtype), mean, std)
 
 
-@dataclass(frozen=True)
-class Transition:
-    """A recorded random step, to be scored again under other weights; the twin of `flow_match.Transition`."""
-
-    index: int
-    timestep: int
-    alpha: float
-    alpha_next: float
-    eta: float
-    prediction_type: str
-    x: Tensor
-    x_next: Tensor
-    mean: Tensor
-    std: Tensor
-    log_prob: Tensor
-
-    @property
-    def time(self) -> int:
-        """What the model was called with beside x."""
-        return self.timestep
-
-    def replay(self, prediction: Tensor) -> Step:
-        """The same transition under another prediction [B,...]: new mean, x0 and log_prob, gradients on."""
-        mean, std, x0 = _predict(
-            self.x, prediction, self.alpha, self.alpha_next, self.eta, self.prediction_type
-        )
-        return Step(self.x_next, mean, std, x0, mean_log_prob(self.x_next.to(mean.dtype), mean, std))
-
-    def log_ratio(self, mean: Tensor) -> Tensor:
-        """log p_new - log p_old [B] for a replayed mean, without the cancellation of a subtraction."""
-        return log_ratio(mean, self.mean, self.x_next, self.std)
-
-
 @torch.no_grad()
 def sample(
     predict: Callable[[Tensor, Tensor], Tensor],
@@ -305,16 +273,19 @@ def sample(
             transitions.append(
                 Transition(
                     index=i,
-                    timestep=int(t),
-                    alpha=alphas[i],
-                    alpha_next=alphas[i + 1],
-                    eta=eta,
-                    prediction_type=schedule.prediction_type,
+                    time=int(t),
                     x=x.to(stored),
                     x_next=result.x_next.to(stored),
                     mean=result.mean,
                     std=result.std,
                     log_prob=result.log_prob,
+                    moments=partial(
+                        _predict,
+                        alpha=alphas[i],
+                        alpha_next=alphas[i + 1],
+                        eta=eta,
+                        prediction_type=schedule.prediction_type,
+                    ),
                 )
             )
         x = result.x_next

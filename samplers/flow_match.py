@@ -8,7 +8,7 @@ epsilon on a discrete schedule belong to `ddim.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 from .gaussian import (
     Generators,
     Step,
+    Transition,
     Window,
     draw_noise,
     kl,
-    log_ratio,
     mean_log_prob,
     per_sample,
     velocity_kl,
@@ -47,7 +47,7 @@ __all__ = [
 _UNNORMALIZED = frozenset({"cps"})
 
 
-def _predict(rule, x, v, sigma, sigma_next, eta, sigma_max) -> tuple[Tensor, Tensor, Tensor]:
+def _predict(x, v, rule, sigma, sigma_next, eta, sigma_max) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, std, x0) in the working precision."""
     if v.shape != x.shape:
         raise ValueError(
@@ -91,7 +91,7 @@ def step(
     log_prob, as policy gradients need.
     """
     eta = resolve_eta(rule, eta)
-    mean, std, x0 = _predict(rule, x, v, sigma, sigma_next, eta, sigma_max)
+    mean, std, x0 = _predict(x, v, rule, sigma, sigma_next, eta, sigma_max)
     x_next = mean
     if rule != "ode" and eta > 0:
         noise = draw_noise(x, generator) if noise is None else noise
@@ -121,46 +121,8 @@ def log_prob(
     Equals the `log_prob` of the step that produced x_next when v is the same.
     """
     eta = resolve_eta(rule, eta)
-    mean, std, _ = _predict(rule, x, v, sigma, sigma_next, eta, sigma_max)
+    mean, std, _ = _predict(x, v, rule, sigma, sigma_next, eta, sigma_max)
     return mean_log_prob(x_next.to(mean.dtype), mean, std, normalized=rule not in _UNNORMALIZED)
-
-
-@dataclass(frozen=True)
-class Transition:
-    """A recorded random step: all that is needed to score it again under other weights.
-
-    x and x_next are what the model saw and what was fed forward, in the storage dtype; mean is float32.
-    """
-
-    index: int
-    rule: str
-    eta: float
-    sigma: float
-    sigma_next: float
-    sigma_max: float
-    x: Tensor
-    x_next: Tensor
-    mean: Tensor
-    std: Tensor
-    log_prob: Tensor
-
-    @property
-    def time(self) -> float:
-        """What the model was called with beside x (for `ddim.Transition` it is the timestep)."""
-        return self.sigma
-
-    def replay(self, v: Tensor) -> Step:
-        """The same transition under velocity v [B,...] there: new mean, x0 and log_prob, gradients on."""
-        mean, std, x0 = _predict(
-            self.rule, self.x.to(work_dtype(self.x)), v, self.sigma, self.sigma_next, self.eta, self.sigma_max
-        )
-        x_next = self.x_next.to(mean.dtype)
-        density = mean_log_prob(x_next, mean, std, normalized=self.rule not in _UNNORMALIZED)
-        return Step(self.x_next, mean, std, x0, density)
-
-    def log_ratio(self, mean: Tensor) -> Tensor:
-        """log p_new - log p_old [B] for a replayed mean, without the cancellation of a subtraction."""
-        return log_ratio(mean, self.mean, self.x_next, self.std, normalized=self.rule not in _UNNORMALIZED)
 
 
 Callback = Callable[[dict[str, Any]], None]
@@ -235,16 +197,21 @@ def sample(
             transitions.append(
                 Transition(
                     index=i,
-                    rule=rule,
-                    eta=eta,
-                    sigma=schedule[i],
-                    sigma_next=schedule[i + 1],
-                    sigma_max=schedule[1],
+                    time=schedule[i],
                     x=x.to(stored),
                     x_next=result.x_next.to(stored),
                     mean=result.mean,
                     std=result.std,
                     log_prob=result.log_prob,
+                    moments=partial(
+                        _predict,
+                        rule=rule,
+                        sigma=schedule[i],
+                        sigma_next=schedule[i + 1],
+                        eta=eta,
+                        sigma_max=schedule[1],
+                    ),
+                    normalized=rule not in _UNNORMALIZED,
                 )
             )
         x = result.x_next

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 __all__ = [
     "Step",
+    "Transition",
     "Window",
     "draw_noise",
     "kl",
@@ -28,6 +30,7 @@ __all__ = [
     "window_steps",
 ]
 
+Moments = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Window = tuple[int, int] | Collection[int] | None
 
@@ -171,3 +174,33 @@ def velocity_kl(v: Tensor, v_ref: Tensor) -> Tensor:
     """`mean (v - v_ref)^2` per sample, [B]: a divergence that depends on neither rule, eta nor step count."""
     dtype = work_dtype(v, v_ref)
     return batch_mean((v.to(dtype) - v_ref.to(dtype)) ** 2)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A recorded random step of any rule: all that is needed to score it again under other weights.
+
+    index: of the step. time: what the model was called with beside x, a sigma or a timestep. x and x_next are
+    what the model saw and what was fed forward, in the storage dtype; mean is float32. moments: the step's
+    rule, from (x, prediction) to (mean, std, x0). normalized: as of `mean_log_prob`.
+    """
+
+    index: int
+    time: float | int
+    x: Tensor
+    x_next: Tensor
+    mean: Tensor
+    std: Tensor
+    log_prob: Tensor
+    moments: Moments
+    normalized: bool = True
+
+    def replay(self, prediction: Tensor) -> Step:
+        """The same transition under another prediction at (x, time): mean, x0, log_prob, differentiable."""
+        mean, std, x0 = self.moments(self.x, prediction)
+        density = mean_log_prob(self.x_next.to(mean.dtype), mean, std, normalized=self.normalized)
+        return Step(self.x_next, mean, std, x0, density)
+
+    def log_ratio(self, mean: Tensor) -> Tensor:
+        """log p_new - log p_old [B] for a replayed mean, without the cancellation of a subtraction."""
+        return log_ratio(mean, self.mean, self.x_next, self.std, normalized=self.normalized)

@@ -162,7 +162,7 @@ def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_pat
     options = {"window": "fixed:1", "rollout_guidance": 1.0, "max_steps": 1}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path, "sd_inpaint", **options))
     file = lora.read(trainer.run())
-    trained = [step.timestep for step in trainer.roll_out([0], [0])[0].transitions]
+    trained = [step.time for step in trainer.roll_out([0], [0])[0].transitions]
     assert trained == [501, 251] and file.info.sigma_window == (0.501, 0.001)
     denoiser = SDInpaint.load(folders / "sd_inpaint", dtype=torch.float32)
     handle = lora.apply_to_diffusers(denoiser.unet, file)

@@ -83,10 +83,10 @@ def test_gradient_of_the_loss_is_minus_advantage_times_gradient_of_log_prob(rule
     transition, advantage = transitions[0], torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
 
     def log_prob(w):
-        return transition.replay(velocity(w)(transition.x, transition.sigma)).log_prob
+        return transition.replay(velocity(w)(transition.x, transition.time)).log_prob
 
     w = weight.clone().requires_grad_()
-    replayed = transition.replay(velocity(w)(transition.x, transition.sigma))
+    replayed = transition.replay(velocity(w)(transition.x, transition.time))
     ratio = transition.log_ratio(replayed.mean)
     assert ratio.detach().abs().max() < 1e-12
     clipped_loss(ratio, advantage, clip=1e-4).loss.mean().backward()

@@ -51,7 +51,8 @@ def test_recorded_transitions_replay_to_ratio_one(velocity, rule, storage):
         assert t.x.dtype == t.x_next.dtype == (storage or torch.float32)
         v = velocity(t.x.float(), t.time)
         replayed = t.replay(v)
-        again = log_prob(rule, t.x, t.x_next, v, t.sigma, t.sigma_next, eta=t.eta, sigma_max=t.sigma_max)
+        sigma_next = SCHEDULE[t.index + 1]
+        again = log_prob(rule, t.x, t.x_next, v, t.time, sigma_next, sigma_max=SCHEDULE[1])
         for value in (replayed.log_prob, again):
             assert ((value - t.log_prob).exp() - 1).abs().max() <= 1e-6
         assert torch.equal(t.log_ratio(replayed.mean), torch.zeros(4))
@@ -72,8 +73,8 @@ def test_a_replay_carries_gradients_to_the_velocity(velocity):
     v = velocity(t.x, t.time).detach().requires_grad_()
     gradient = torch.autograd.grad(t.replay(v).log_prob.sum(), v)[0]
     std = t.std.item()
-    mean_slope = -(1 + std**2 / (t.sigma - t.sigma_next) * (1 - t.sigma) / (2 * t.sigma))
-    mean_slope *= t.sigma - t.sigma_next
+    sigma, length = t.time, t.time - SCHEDULE[t.index + 1].item()
+    mean_slope = -(1 + std**2 / length * (1 - sigma) / (2 * sigma)) * length
     torch.testing.assert_close(gradient, (t.x_next - t.mean) / std**2 * mean_slope / 6)
 
 

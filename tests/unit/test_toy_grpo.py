@@ -67,7 +67,7 @@ def reinforce(rule, updates):
         )
         found = advantages({"near": reward(x0)}, groups, {"near": 1.0})
         for step in steps:
-            replayed = step.replay(policy(step.x, step.sigma))
+            replayed = step.replay(policy(step.x, step.time))
             loss = (clipped_loss(step.log_ratio(replayed.mean), found.values, 0.2).loss * found.keep).mean()
             optimizer.zero_grad()
             loss.backward()

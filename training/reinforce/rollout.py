@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...samplers.gaussian import sde_seed
+from ...samplers.gaussian import Transition, sde_seed
 from ..runtime.random_streams import row_uniform
 from ..tasks.base import Task
-from ..tasks.sampling import Recorded, RolloutSettings, noise_for
+from ..tasks.sampling import RolloutSettings, noise_for
 from .config import GRPOConfig
 
 
@@ -35,7 +35,7 @@ class Rollout:
     members: Sequence[int]
     batch: dict[str, Any]
     latents: Tensor
-    transitions: Sequence[Recorded] = ()
+    transitions: Sequence[Transition] = ()
     visited: tuple[Tensor, Tensor] | None = None
     advantage: Tensor | None = None
     keep: Tensor | None = None

@@ -19,12 +19,13 @@ from ...models import model_index
 from ...models.denoiser import posterior
 from ...models.flux import check_folder
 from ...models.lora.files import with_strength
+from ...samplers.gaussian import Transition
 from ..data.cache import fingerprint
 from ..data.preprocess import Preprocessed
 from ..data.sample import Sample
 from ..runtime.fingerprints import files_stamp, stamp
 from . import adapters, initial, losses
-from .sampling import Recorded, RolloutSettings
+from .sampling import RolloutSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -256,7 +257,7 @@ class Task:
         *,
         steps: tuple[int, int] | None = None,
         callback: Callable[[dict[str, Any]], None] | None = None,
-    ) -> tuple[Tensor, list[Recorded]]:
+    ) -> tuple[Tensor, list[Transition]]:
         """Latents [B,C,h,w] sampled from noise of their shape, and the random steps, recorded.
 
         generators: one per sample, of the random steps' noise. steps: the part [start, end) of the schedule

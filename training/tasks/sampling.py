@@ -8,31 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...models.lora.delta import in_window
-from ...samplers.gaussian import Step
 from ..data.dataset import latents_like
 from ..runtime.random_streams import row_noise
 from .adapters import switched_off
-
-
-class Recorded(Protocol):
-    """A random step of `flow_match` or `ddim`, both of which replay under a new prediction."""
-
-    index: int
-    x: Tensor
-    x_next: Tensor
-    mean: Tensor
-    std: Tensor
-    time: float | int
-
-    def replay(self, prediction: Tensor) -> Step: ...
-
-    def log_ratio(self, mean: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
