@@ -131,7 +131,7 @@ def _groups(
             broken.record(error)
             continue
         if isinstance(rows, Sample) or sample.prior:
-            raise ValueError(f"{sample.name} is precomputed already, or a class picture: leave it out")
+            raise ValueError(f"{sample.name} is precomputed already, or a class image: leave it out")
         for variant, item in enumerate(rows):
             file = f"fill_{index}_{variant}.pt" if variant else f"fill_{index}.pt"
             has = {"latents": targets and item.target, "edit_mask": _edit_mask(item) is not None}

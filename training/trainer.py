@@ -12,9 +12,7 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .callbacks import Callbacks, Report
 from .config import TrainConfig
 from .data import dataset, prior
 from .data.sources import open_source
@@ -38,35 +37,6 @@ from .trained import prepare_model
 logger = logging.getLogger(__name__)
 
 CLASS_ROWS = 1 << 40  # where class rows take their numbers in the random stream; instance rows count from 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """One log line: mean loss since the last one, gradient norm, learning rate, rows per second, seconds
-    left."""
-
-    step: int
-    steps: int
-    loss: float
-    grad_norm: float
-    lr: float
-    rows_per_second: float
-    seconds_left: float
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """What a front end (command, node) is told and asked.
-
-    on_step(step), on_report(report), on_sample(step, image [H,W,3]): in the main process. should_stop: asked
-    after every step of every process. progress(items, label): wraps the loops before the first step.
-    """
-
-    on_report: Callable[[Report], None] | None = None
-    on_step: Callable[[int], None] | None = None
-    on_sample: Callable[[int, Tensor], None] | None = None
-    should_stop: Callable[[], bool] = lambda: False
-    progress: processes.Progress = processes.silent
 
 
 @dataclass
@@ -92,7 +62,7 @@ class Diverged(TrainingError):
 class Trainer:
     """One training run; `run()` does all. `callbacks` are the fields of `Callbacks`.
 
-    `prepare()` sets `processes`, `task`, `data` (an `dataset.PreparedData`), `model` (a `TrainedModel`).
+    `prepare()` sets `processes`, `task`, `data` (a `dataset.PreparedData`), `model` (a `TrainedModel`).
     """
 
     def __init__(self, config: TrainConfig, **callbacks: Any):
@@ -112,7 +82,32 @@ class Trainer:
         """accelerate's, of this process."""
         return self.processes.accelerator
 
-    # ---------------------------------------------------------------- preparation
+    def run(self) -> Path:
+        """Prepare, train, save.
+
+        Returns the LoRA file or the diffusers folder; the last checkpoint's folder (the output folder if
+        there is none) if it was stopped. Whatever ends it, the steps that were made are kept.
+        """
+        disk.check_folder(self.output, "output_dir")
+        with lock.held(self.output):
+            self.prepare()
+            try:
+                if self._steps():
+                    path = self.export()
+                else:
+                    path = next(reversed(checkpoint.folders(self.checkpoints)), self.output)
+            except Diverged:
+                raise
+            except TrainingError as error:
+                kept = self._rescue()
+                raise error if kept in str(error) else TrainingError(f"{error}; {kept}") from error
+            except OSError as error:
+                raise TrainingError(f"stopped at step {self.step} ({error}): {self._rescue()}") from error
+            except Exception:
+                logger.warning("stopped at step %d: %s", self.step, self._rescue())
+                raise
+            self.accelerator.end_training()
+        return path
 
     def prepare(self) -> None:
         """Everything before the first step. All errors of the recipe and the data come from here."""
@@ -160,128 +155,9 @@ class Trainer:
         open_source(list(c.data), c.seed)
         return None
 
-    def check(self) -> None:
-        """What another kind of training refuses before anything is loaded."""
-
     def _prepare_model(self) -> None:
+        """Load what is trained, and make it trainable."""
         self.model = prepare_model(self.task, self.config, self.processes)
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What another kind of training keeps beside, {file name: tensors}."""
-        return {}
-
-    def extra_state(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return {}
-
-    def load_extra(self, found: checkpoint.Found, state: dict[str, Any]) -> None:
-        """Read back what `extra_tensors` and `extra_state` gave."""
-
-    def _state(self) -> resume.RunState:
-        model, at = self.model, self.position
-        return resume.RunState(
-            self.config,
-            self.processes,
-            model.parameters,
-            model.optimizer,
-            model.average,
-            at.step,
-            at.micro,
-            self.data.batches.fingerprint(),
-            self.options_content,
-            self.extra_tensors(),
-            self.extra_state(),
-        )
-
-    def save(self) -> Path:
-        """Write a checkpoint of the present step; all processes call it."""
-        path = resume.write(self._state(), self.checkpoints)
-        self.position.kept = self.step
-        return path
-
-    # ---------------------------------------------------------------- steps
-
-    def _batch(self) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """The next micro-batch of this process: tensors, noise and one uniform number per row."""
-        c, at = self.config, self.position
-        first = (at.micro * self.processes.world + self.processes.rank) * c.batch_size
-        numbers = next(self.order)
-        positions = [first + i for i in range(c.batch_size)]
-        if len(numbers) > c.batch_size:
-            positions += [p + CLASS_ROWS for p in positions]
-        at.micro += 1
-        drop = (row_uniform(c.seed, positions, "drop") < c.prompt_drop).tolist()
-        return *self._with_noise(numbers, drop, positions), row_uniform(c.seed, positions, "sigma")
-
-    def _with_noise(
-        self, numbers: list[int], drop: list[bool], positions: list[int]
-    ) -> tuple[dict[str, Any], Tensor]:
-        """The tensors of these rows and the noise of these places in the random stream, on the device."""
-        batch = self.data.batches(numbers, drop) | self.task.draw(self.config.seed, positions)
-        batch = self._to_device(batch)
-        shape = tuple(batch["latents"].shape[1:])
-        noise = row_noise(self.config.seed, positions, shape, self.config.noise_offset)
-        return batch, noise.to(self.processes.device)
-
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = {k: v.to(self.processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        if self.config.train_text_encoder:
-            batch |= {k: v.float() for k, v in self.task.encode_text(batch["prompts"]).items()}
-        return batch
-
-    def _loss(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
-        rows = self.task.row_losses(batch, noise, u)
-        loss = losses.total(rows, batch["prior"], self.config.prior.weight if self.config.prior else 1.0)
-        if self.config.method == "moe_lora" and self.config.moe_gate == "softmax_all":
-            balance = adapters.balance_loss(self.model.parts[self.task.denoiser_part])
-            if balance is not None:
-                loss = loss + self.config.moe_balance * balance
-        return loss
-
-    def train_step(self) -> tuple[Tensor, float]:
-        """One optimiser step; returns (mean loss of this process, gradient norm before clipping)."""
-        c, model = self.config, self.model
-        optim.set_lr(model.optimizer, self.step, c)
-        total = torch.zeros((), device=self.processes.device)
-        norm: Any = float("nan")
-        for _ in range(c.accumulation):
-            with self.accelerator.accumulate(*model.prepared.values()):
-                batch, noise, u = self._batch()
-                with for_learning(noise):
-                    loss = self._loss(batch, noise, u)
-                    self.accelerator.backward(loss)
-                total += loss.detach() / c.accumulation
-                if self.accelerator.sync_gradients:
-                    norm = self._clip(total)
-                self.position.updating = self.accelerator.sync_gradients
-                model.optimizer.step()
-                model.optimizer.zero_grad()
-        self.position.step += 1
-        if model.average is not None:
-            model.average.update(model.parameters)
-        return total, norm
-
-    def _clip(self, loss: Tensor) -> float:
-        """Limit the gradient's norm to `grad_clip`; returns what it was. Raises Diverged."""
-        parameters = list(self.model.parameters.values())
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.grad_clip or float("inf"))
-        return self._finite(0.0 if norm is None else norm, loss)
-
-    def _finite(self, norm: float | Tensor, loss: Tensor) -> float:
-        """The gradient's norm as a number. Raises Diverged if it is not finite.
-
-        But in fp16, where the loss scale overflows now and then: the scaler skips that step and lowers the
-        scale, and only a scale that has come down to nothing shows that the gradient itself is broken.
-        """
-        norm, scaler = float(norm), self.accelerator.scaler
-        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
-            raise Diverged(
-                f"loss is {float(loss)} and its gradient is not finite at step {self.step + 1}: lower lr or "
-                f"grad_clip, or look for broken images; {self._last_good()}"
-            )
-        return norm
 
     def _steps(self) -> bool:
         """All steps that are left; False if it was stopped before the end, after a checkpoint."""
@@ -311,9 +187,87 @@ class Trainer:
                 return True
         return not stop
 
-    def _settled(self) -> bool:
-        """Whether more steps would not help; the run is finished then."""
-        return False
+    def train_step(self) -> tuple[Tensor, float]:
+        """One optimiser step; returns (mean loss of this process, gradient norm before clipping)."""
+        c, model = self.config, self.model
+        optim.set_lr(model.optimizer, self.step, c)
+        total = torch.zeros((), device=self.processes.device)
+        norm: Any = float("nan")
+        for _ in range(c.accumulation):
+            with self.accelerator.accumulate(*model.prepared.values()):
+                batch, noise, u = self._batch()
+                with for_learning(noise):
+                    loss = self._loss(batch, noise, u)
+                    self.accelerator.backward(loss)
+                total += loss.detach() / c.accumulation
+                if self.accelerator.sync_gradients:
+                    norm = self._clip(total)
+                self.position.updating = self.accelerator.sync_gradients
+                model.optimizer.step()
+                model.optimizer.zero_grad()
+        self.position.step += 1
+        if model.average is not None:
+            model.average.update(model.parameters)
+        return total, norm
+
+    def _batch(self) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The next micro-batch of this process: tensors, noise and one uniform number per row."""
+        c, at = self.config, self.position
+        first = (at.micro * self.processes.world + self.processes.rank) * c.batch_size
+        numbers = next(self.order)
+        positions = [first + i for i in range(c.batch_size)]
+        if len(numbers) > c.batch_size:
+            positions += [p + CLASS_ROWS for p in positions]
+        at.micro += 1
+        drop = (row_uniform(c.seed, positions, "drop") < c.prompt_drop).tolist()
+        return *self._with_noise(numbers, drop, positions), row_uniform(c.seed, positions, "sigma")
+
+    def _with_noise(
+        self, numbers: list[int], drop: list[bool], positions: list[int]
+    ) -> tuple[dict[str, Any], Tensor]:
+        """The tensors of these rows and the noise of these places in the random stream, on the device."""
+        batch = self.data.batches(numbers, drop) | self.task.draw(self.config.seed, positions)
+        batch = self._to_device(batch)
+        shape = tuple(batch["latents"].shape[1:])
+        noise = row_noise(self.config.seed, positions, shape, self.config.noise_offset)
+        return batch, noise.to(self.processes.device)
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device, with its text encoded where the text encoders are trained."""
+        batch = {k: v.to(self.processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.config.train_text_encoder:
+            batch |= {k: v.float() for k, v in self.task.encode_text(batch["prompts"]).items()}
+        return batch
+
+    def _loss(self, batch: dict[str, Any], noise: Tensor, u: Tensor) -> Tensor:
+        """Mean loss of a micro-batch; u: one uniform number per row, from which its noise level follows."""
+        rows = self.task.row_losses(batch, noise, u)
+        loss = losses.total(rows, batch["prior"], self.config.prior.weight if self.config.prior else 1.0)
+        if self.config.method == "moe_lora" and self.config.moe_gate == "softmax_all":
+            balance = adapters.balance_loss(self.model.parts[self.task.denoiser_part])
+            if balance is not None:
+                loss = loss + self.config.moe_balance * balance
+        return loss
+
+    def _clip(self, loss: Tensor) -> float:
+        """Limit the gradient's norm to `grad_clip`; returns what it was. Raises Diverged."""
+        parameters = list(self.model.parameters.values())
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.grad_clip or float("inf"))
+        return self._finite(0.0 if norm is None else norm, loss)
+
+    def _finite(self, norm: float | Tensor, loss: Tensor) -> float:
+        """The gradient's norm as a number. Raises Diverged if it is not finite.
+
+        But in fp16, where the loss scale overflows now and then: the scaler skips that step and lowers the
+        scale, and only a scale that has come down to nothing shows that the gradient itself is broken.
+        """
+        norm, scaler = float(norm), self.accelerator.scaler
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            raise Diverged(
+                f"loss is {float(loss)} and its gradient is not finite at step {self.step + 1}: lower lr or "
+                f"grad_clip, or look for broken images; {checkpoint.last_good(self.checkpoints)}"
+            )
+        return norm
 
     def _stopping(self) -> bool:
         """Whether any process was asked to stop."""
@@ -340,59 +294,36 @@ class Trainer:
         if self.callbacks.on_report is not None:
             self.callbacks.on_report(report)
 
-    # ---------------------------------------------------------------- the whole run
-
-    def run(self) -> Path:
-        """Prepare, train, save.
-
-        Returns the LoRA file or the diffusers folder; the last checkpoint's folder (the output folder if
-        there is none) if it was stopped. Whatever ends it, the steps that were made are kept.
-        """
-        disk.check_folder(self.output, "output_dir")
-        with lock.held(self.output):
-            self.prepare()
-            try:
-                path = self.export() if self._steps() else self._last_checkpoint()
-            except Diverged:
-                raise
-            except TrainingError as error:
-                kept = self._rescue()
-                raise error if kept in str(error) else TrainingError(f"{error}; {kept}") from error
-            except OSError as error:
-                raise TrainingError(f"stopped at step {self.step} ({error}): {self._rescue()}") from error
-            except Exception:
-                logger.warning("stopped at step %d: %s", self.step, self._rescue())
-                raise
-            self.accelerator.end_training()
+    def save(self) -> Path:
+        """Write a checkpoint of the present step; all processes call it."""
+        path = resume.write(self._state(), self.checkpoints)
+        self.position.kept = self.step
         return path
 
-    def _last_checkpoint(self) -> Path:
-        return next(reversed(checkpoint.folders(self.checkpoints)), self.output)
-
-    def _last_good(self) -> str:
-        complete = checkpoint.folders(self.checkpoints)
-        return (
-            f"the last good checkpoint {complete[-1]} is intact" if complete else "there is no checkpoint yet"
+    def _state(self) -> resume.RunState:
+        """All that a checkpoint of this moment keeps."""
+        model, at = self.model, self.position
+        return resume.RunState(
+            self.config,
+            self.processes,
+            model.parameters,
+            model.optimizer,
+            model.average,
+            at.step,
+            at.micro,
+            self.data.batches.fingerprint(),
+            self.options_content,
+            self.extra_tensors(),
+            self.extra_state(),
         )
 
     def _rescue(self) -> str:
         """Keep the steps since the last checkpoint, in output_dir or elsewhere; what is to be said of it."""
         at = self.position
         if self.processes.world > 1 or at.updating or at.step == at.kept:
-            return self._last_good()
+            return checkpoint.last_good(self.checkpoints)
         at.micro = at.begun
-        for root in (self.checkpoints, *disk.places(Path(f"{self.output.resolve().name}_checkpoints"))):
-            try:
-                folder = resume.write_alone(self._state(), root)
-            except (TrainingError, OSError):
-                if root != self.checkpoints:
-                    shutil.rmtree(root, ignore_errors=True)
-                continue
-            how = "auto" if root == self.checkpoints else folder
-            return f"step {at.step} is kept in {folder}, go on from it with resume: {how}"
-        return self._last_good()
-
-    # ---------------------------------------------------------------- results
+        return resume.rescue(self._state(), self.checkpoints)
 
     def sample(self) -> None:
         """Sample images, with the averaged weights if there are any, as `samples/step_*.png`."""
@@ -433,6 +364,27 @@ class Trainer:
     def export(self) -> Path:
         """Write the final weights: a LoRA file or a diffusers folder."""
         with self.final_weights():
-            path = export.write_run(self)
+            parts = (self.model.parts, self.model.prepared)
+            path = export.write_run(self.config, self.output, *parts, self.processes, self.header())
         self.processes.wait()
         return path
+
+    # What another kind of training overrides, beside the methods above.
+
+    def check(self) -> None:
+        """What another kind of training refuses before anything is loaded."""
+
+    def _settled(self) -> bool:
+        """Whether more steps would not help; the run is finished then."""
+        return False
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What another kind of training keeps beside, {file name: tensors}."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {}
+
+    def load_extra(self, found: checkpoint.Found, state: dict[str, Any]) -> None:
+        """Read back what `extra_tensors` and `extra_state` gave."""

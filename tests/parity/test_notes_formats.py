@@ -1,4 +1,4 @@
-"""Every data set format and command that the training notes of ICEdit, Kontext, SD inpainting and DreamBooth
+"""Every dataset format and command that the training notes of ICEdit, Kontext, SD inpainting and DreamBooth
 name, each once through the command line on the bundled tiny models. Precomputed data: `test_precomputed.py`.
 """
 

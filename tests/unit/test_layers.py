@@ -18,7 +18,7 @@ FLOORS = [
     "training.data",
     "training.tasks training.rewards",
     "training.evaluate",
-    "training.trained",
+    "training.trained training.callbacks",
     "training.trainer",
     "training.reinforce",
     "training",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("safetensors")
-from comfyui_diptych.training.runtime import checkpoint
+from comfyui_diptych.training.runtime import checkpoint, random_streams
 
 
 def write(root, step, keep=2):
@@ -130,9 +130,9 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
 
 
 def test_generators_continue_where_they_were(tmp_path):
-    torch.save(checkpoint.rng_state(), tmp_path / "rng.pt")
+    torch.save(random_streams.rng_state(), tmp_path / "rng.pt")
     expected = torch.rand(3), np.random.rand(3), random.random()
-    checkpoint.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    random_streams.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     again = torch.rand(3), np.random.rand(3), random.random()
     assert torch.equal(expected[0], again[0]) and (expected[1] == again[1]).all() and expected[2] == again[2]
 

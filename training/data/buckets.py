@@ -60,9 +60,8 @@ class BucketBatchSampler:
     DataLoader reads ahead): `start_at(step)` continues from there, exactly.
 
     Args:
-        bucket_of: the bucket of each index, for example `[nearest(*source.size(i), sizes) for i in ...]`;
-        for data of one
-            size, zeros.
+        bucket_of: the bucket of each index, for example its place among sorted sizes;
+        for data of one size, zeros.
         batch_size: indices per process and step.
         indices: what the positions of `bucket_of` stand for (the readable examples); default 0, 1, 2, ...
     """
@@ -78,7 +77,7 @@ class BucketBatchSampler:
         indices: Sequence[int] | None = None,
     ):
         if not len(bucket_of):
-            raise ValueError("the data set is empty: point the data option at a folder with data")
+            raise ValueError("the dataset is empty: point the data option at a folder with data")
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size}, rank {rank} of {world_size}: batch_size must be 1 or more and "
@@ -94,6 +93,7 @@ class BucketBatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Batches of this process until every index was seen."""
         whole = self.batch_size * self.world_size
         return sum(-(-len(bucket) // whole) for bucket in self._buckets)
 

@@ -1,9 +1,9 @@
 """A cache of text embeddings and latents in safetensors shards, keyed by content.
 
 The key is a hash of what was encoded (pixels or text), of its size and of the encoder: a cached value can
-therefore never be paired with another prompt or picture, whatever the order of the data, and never outlives
+therefore never be paired with another prompt or image, whatever the order of the data, and never outlives
 a change of encoder. (Caches indexed by step, as in diffusers' Kontext DreamBooth script, mix prompts and
-pictures from the second epoch on.)
+images from the second epoch on.)
 
 Shards are written atomically and hold their own keys, so there is no index that could disagree with them: a
 killed run loses at most the shard it was collecting, and the next one encodes only what is missing.

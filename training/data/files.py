@@ -69,6 +69,7 @@ class _Folder:
         )
 
     def name(self, index: int) -> str:
+        """The example's file, without extension, or its line."""
         return str(self.folder / self._names[index])
 
     def _image(self, index: int, role: str) -> Path | None:
@@ -201,6 +202,7 @@ class ClassImages:
         return len(self.files)
 
     def name(self, index: int) -> str:
+        """The example's file, without extension, or its line."""
         return str(self.files[index])
 
     def __getitem__(self, index: int) -> Sample:
@@ -248,9 +250,11 @@ class JsonLines:
 
     @cached_property
     def root(self) -> Path:
+        """The folder that its paths are relative to."""
         return self.rows.file.resolve().parent
 
     def name(self, index: int) -> str:
+        """The example's file, without extension, or its line."""
         return self.rows.name(index)
 
     def _file(self, row: dict, key: str, index: int) -> Path | None:

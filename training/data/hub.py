@@ -1,6 +1,6 @@
-"""Edit data sets read by Hugging Face `datasets`: MagicBrush and OmniEdit, from the hub or from local files.
+"""Edit datasets read by Hugging Face `datasets`: MagicBrush and OmniEdit, from the hub or from local files.
 
-Pictures are decoded here, one at a time, not by `datasets`, so that one broken picture is one named broken
+Images are decoded here, one at a time, not by `datasets`, so that one broken image is one named broken
 example.
 """
 
@@ -11,6 +11,8 @@ import hashlib
 import re
 from pathlib import Path
 
+from torch import Tensor
+
 from ..runtime.fingerprints import stamp
 from .files import files_below, is_visible
 from .sample import BrokenSample, Sample, read_image
@@ -20,14 +22,14 @@ NEEDS_DATASETS = "reading {} needs the package datasets: pip install datasets"
 
 
 def load_table(where: str, split: str, usual: str, columns: dict[str, bool]):
-    """A `datasets.Dataset` with undecoded pictures.
+    """A `datasets.Dataset` with undecoded images.
 
     Args:
         where: a folder with parquet files or of `save_to_disk`, a parquet file, a glob of them, or a hub id.
-        split: "train", "train+dev", ...: of a hub data set, a saved dictionary, or local files named for
+        split: "train", "train+dev", ...: of a hub dataset, a saved dictionary, or local files named for
             splits (train-00000-of-00051.parquet, train/0000.parquet); other files are all read.
         usual: the splits to read where `split` is empty, as far as they are there.
-        columns: required columns, and whether each holds pictures.
+        columns: required columns, and whether each holds images.
 
     Raises:
         ValueError: a required column or split is missing, or a file is damaged.
@@ -58,18 +60,16 @@ def load_table(where: str, split: str, usual: str, columns: dict[str, bool]):
             reason = str(error.__cause__ or error).splitlines()[0]
             raise ValueError(f"a parquet file of {where} cannot be read ({reason}): get it again") from error
     elif path.is_absolute() or where.startswith(".") or where.count("/") != 1:
-        raise FileNotFoundError(
-            f"data set {where} is neither a file or folder here nor a hub id (owner/name)"
-        )
+        raise FileNotFoundError(f"dataset {where} is neither a file or folder here nor a hub id (owner/name)")
     else:
         table = datasets.load_dataset(where, split=split or usual)
-    for column, is_picture in columns.items():
+    for column, is_image in columns.items():
         if column not in table.column_names:
             raise ValueError(
-                f"data set {where} has no column {column!r} (it has {', '.join(table.column_names)}): "
+                f"dataset {where} has no column {column!r} (it has {', '.join(table.column_names)}): "
                 "choose another kind"
             )
-        if is_picture and isinstance(table.features[column], datasets.Image):
+        if is_image and isinstance(table.features[column], datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
     return table
 
@@ -87,7 +87,7 @@ def _splits(split: str, usual: str, found: set[str], where: str) -> list[str]:
         return [name for name in usual.split("+") if name in found] or sorted(found)
     if missing := sorted(set(split.split("+")) - found):
         known = ", ".join(sorted(found))
-        raise ValueError(f"data set {where} has no split {missing[0]!r}: choose among {known}")
+        raise ValueError(f"dataset {where} has no split {missing[0]!r}: choose among {known}")
     return split.split("+")
 
 
@@ -108,7 +108,7 @@ def _words(value: object) -> str:
 class MagicBrush:
     """Columns source_img, target_img, instruction.
 
-    The data set's pictures end in rows of noise; `crop` (default on) cuts the bottom height // 32 rows, as
+    The dataset's images end in rows of noise; `crop` (default on) cuts the bottom height // 32 rows, as
     ICEdit does.
     """
 
@@ -123,10 +123,11 @@ class MagicBrush:
         return len(self._table)
 
     def name(self, index: int) -> str:
+        """The dataset and the row's number in it."""
         return f"{self._where}[{index}]"
 
-    def _cut(self, picture):
-        return picture[: len(picture) - len(picture) // 32] if self.crop else picture
+    def _cut(self, image: Tensor) -> Tensor:
+        return image[: len(image) - len(image) // 32] if self.crop else image
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self._table[index], self.name(index)
@@ -155,7 +156,7 @@ class OmniEdit:
             wanted, found = task.split("+"), table["task"]
             if unknown := set(wanted) - set(found):
                 known = ", ".join(sorted(set(found)))
-                raise ValueError(f"data set {where} has no task {sorted(unknown)[0]!r}: choose among {known}")
+                raise ValueError(f"dataset {where} has no task {sorted(unknown)[0]!r}: choose among {known}")
             table = table.select([i for i, name in enumerate(found) if name in wanted])
         self._table = table.select_columns(
             [*columns, *(["task"] if not task and "task" in table.column_names else [])]
@@ -167,6 +168,7 @@ class OmniEdit:
         return len(self._table)
 
     def name(self, index: int) -> str:
+        """The dataset and the row's number in it."""
         return f"{self._where}[{index}]"
 
     def __getitem__(self, index: int) -> Sample:

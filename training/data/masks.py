@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-LEAST, MOST = 0.01, 0.95  # share of the picture a partial mask may repaint
+LEAST, MOST = 0.01, 0.95  # share of the image a partial mask may repaint
 
 
 def _uniform(generator, low: float, high: float, *shape: int) -> torch.Tensor:
@@ -19,12 +19,12 @@ def _uniform(generator, low: float, high: float, *shape: int) -> torch.Tensor:
 
 
 def _grid(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixel centres as shares of the picture: y [H,1], x [1,W]."""
+    """Pixel centres as shares of the image: y [H,1], x [1,W]."""
     return (torch.arange(height) + 0.5)[:, None] / height, (torch.arange(width) + 0.5)[None] / width
 
 
 def noise(batch: int, height: int, width: int, generator=None) -> torch.Tensor:
-    """Blurred noise cut at a quantile: organic blobs over 10 to 80 % of the picture. [B,H,W] bool."""
+    """Blurred noise cut at a quantile: organic blobs over 10 to 80 % of the image. [B,H,W] bool."""
     field = torch.zeros(batch, height, width)
     for octave, cells in enumerate((3, 6, 12)):
         coarse = torch.randn(batch, 1, min(cells, height), min(cells, width), generator=generator)
@@ -79,7 +79,7 @@ def strokes(batch: int, height: int, width: int, generator=None, *, points: int 
 
 
 def full(batch: int, height: int, width: int, generator=None) -> torch.Tensor:
-    """Everything: text-to-image as inpainting, and prior preservation's class pictures. [B,H,W] bool."""
+    """Everything: text-to-image as inpainting, and prior preservation's class images. [B,H,W] bool."""
     return torch.ones(batch, height, width, dtype=torch.bool)
 
 
@@ -114,7 +114,7 @@ def random_masks(
     """[B,H,W] float32 of 0 and 1 (1 = repaint), each of a random kind out of `kinds` (repeat a kind to
     favour it).
 
-    A pure function of the generator's state. Partial masks repaint between 1 and 95 % of the picture: what
+    A pure function of the generator's state. Partial masks repaint between 1 and 95 % of the image: what
     falls outside becomes a half.
     """
     unknown = set(kinds) - set(KINDS)

@@ -123,6 +123,7 @@ class Precomputed:
         return len(self._rows)
 
     def name(self, index: int) -> str:
+        """The index file and the row's number in it."""
         return f"{self.index}[{index}]"
 
     def _path(self, index: int, part: str) -> Path:

@@ -75,11 +75,13 @@ class Mix:
         return source[inner]
 
     def name(self, index: int) -> str:
+        """As its source calls it."""
         source, inner = self.where(index)
         return source.name(inner)
 
     @property
     def fingerprint(self) -> str:
+        """Of the shares and of every source."""
         return stamp(self.counts, *(source.fingerprint for source in self.sources))
 
 
@@ -106,6 +108,7 @@ class Shapes:
         return len(self._edits)
 
     def name(self, index: int) -> str:
+        """The split and the number of the edit."""
         return f"shapes {self._split}[{index}]"
 
     def __getitem__(self, index: int) -> Sample:

@@ -103,6 +103,7 @@ class Rows:
         return len(self.lines)
 
     def name(self, index: int) -> str:
+        """The file and the number of the line."""
         return f"{self.file}:{self.lines[index][0]}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -15,14 +15,12 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,10 +46,12 @@ class Found:
     lacking: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
+        """Whether this file can be used."""
         return name not in self.lacking and (self.folder / name).is_file()
 
 
 def step_of(folder: Path) -> int:
+    """The optimiser steps that a checkpoint's name says."""
     return int(NAME.fullmatch(folder.name).group(1))
 
 
@@ -62,6 +62,12 @@ def _all(root: Path) -> list[Path]:
 def folders(root: Path) -> list[Path]:
     """Checkpoints under `root`, oldest first; whether their files are whole says `faults`."""
     return [folder for folder in _all(root) if (folder / STATE).is_file()]
+
+
+def last_good(root: Path) -> str:
+    """Half a sentence for errors: which checkpoint there is to go on from."""
+    complete = folders(root)
+    return f"the last good checkpoint {complete[-1]} is intact" if complete else "there is no checkpoint yet"
 
 
 def faults(folder: Path) -> dict[str, str]:
@@ -185,30 +191,6 @@ def _digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def rng_state() -> dict[str, Any]:
-    """State of the global generators as tensors and numbers only."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def _sync(folder: Path) -> None:
     """fsync every file, then the folders, so that the rename below never precedes the data."""
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -248,6 +230,7 @@ class Writer:
         return self
 
     def tensors(self, name: str, values: dict[str, Tensor]) -> None:
+        """Write a safetensors file into the folder."""
         from safetensors.torch import save_file
 
         save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, self.folder / name)
@@ -265,14 +248,10 @@ class Writer:
         (self.folder / STATE).write_text(text, encoding="utf-8")
 
     def _failure(self, error: BaseException) -> TrainingError:
-        complete = folders(self.root)
-        last = (
-            f"the last good checkpoint {complete[-1]} is intact"
-            if complete
-            else "there is no earlier checkpoint"
-        )
         remedy = "free some space" if disk.is_full(error) else "see that its disk can be written"
-        return TrainingError(f"cannot write the checkpoint {self.final} ({error}): {remedy}; {last}")
+        return TrainingError(
+            f"cannot write the checkpoint {self.final} ({error}): {remedy}; {last_good(self.root)}"
+        )
 
     def __exit__(self, kind, error, trace) -> bool:
         if error is None:
@@ -309,6 +288,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """A checkpoint's safetensors file, on the CPU."""
     from safetensors.torch import load_file
 
     return load_file(folder / name)

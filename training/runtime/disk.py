@@ -1,6 +1,6 @@
 """Where results go: a look at the place before the work, another place when it fails after it.
 
-Knows no model and no picture. Raises ValueError in one sentence, so that a command can refuse before it loads
+Knows no model and no image. Raises ValueError in one sentence, so that a command can refuse before it loads
 anything.
 """
 

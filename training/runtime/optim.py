@@ -48,7 +48,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config) -> torch.optim.Op
 
 
 def lr_factor(step: int, config) -> float:
-    """Factor on the learning rate at optimiser step `step` (0-based): linear warm-up, then the schedule."""
+    """Factor on the learning rate at optimiser step `step` (0-based): linear warm-up, then the schedule.
+
+    A function of the step, so a resumed run needs no scheduler's state; diffusers' `get_scheduler` keeps one,
+    and its warm-up begins at 0, which wastes the first step.
+    """
     if step < config.lr_warmup:
         return (step + 1) / config.lr_warmup
     if config.lr_schedule == "constant":
@@ -67,7 +71,11 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, config) -> float:
 
 
 class MovingAverage:
-    """Exponential moving average in float32: decay min(d, (1 + n) / (10 + n)) after n updates."""
+    """Exponential moving average in float32: decay min(d, (1 + n) / (10 + n)) after n updates.
+
+    values: by parameter name, as checkpoints keep them. diffusers' `EMAModel` keeps a list in the parameters'
+    own type, and forgets its first values at the first update.
+    """
 
     def __init__(self, parameters: dict[str, Tensor], decay: float):
         self.decay = decay
@@ -80,6 +88,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, parameters: dict[str, Tensor]) -> None:
+        """Take one step towards these values."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         names = list(self.values)

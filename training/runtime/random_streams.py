@@ -1,13 +1,17 @@
 """Stateless randomness: what a training row sees depends on the seed and its place in the run alone.
 
 So a resumed run, more processes and gradient accumulation give the same numbers. All are drawn on the CPU,
-so that they are the same on every device.
+so that they are the same on every device. The global generators, whose state a checkpoint keeps, serve only
+dropout and new weights.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,3 +42,28 @@ def row_uniform(seed: int, positions: list[int], stream: str) -> Tensor:
         for position in positions
     ]
     return torch.stack(rows)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of torch, numpy and Python, as tensors and numbers only."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on from what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from . import changes, checkpoint, disk
+from .checkpoint import TrainingError
 from .optim import MovingAverage
 from .processes import Processes
+from .random_streams import rng_state, set_rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +70,29 @@ def write(state: RunState, root: Path) -> Path:
     return writer.final
 
 
-def write_alone(state: RunState, root: Path) -> Path:
-    """As `write`, of a run in one process, which need not wait for others."""
-    with checkpoint.Writer(root, state.step, state.config.keep_last) as writer:
-        _own_part(state, writer.folder)
-        _common_parts(state, writer)
-    return writer.final
+def rescue(state: RunState, root: Path) -> str:
+    """Keep the state of a run in one process that must end, in `root` or where else there is room.
+
+    Returns half a sentence for the error that ends it: where the state is, and how to go on from it.
+    """
+    elsewhere = disk.places(Path(f"{root.parent.resolve().name}_{root.name}"))
+    for place in (root, *elsewhere):
+        try:
+            with checkpoint.Writer(place, state.step, state.config.keep_last) as writer:
+                _own_part(state, writer.folder)
+                _common_parts(state, writer)
+        except (TrainingError, OSError):
+            if place != root:
+                shutil.rmtree(place, ignore_errors=True)
+            continue
+        how = "auto" if place == root else writer.final
+        return f"step {state.step} is kept in {writer.final}, go on from it with resume: {how}"
+    return checkpoint.last_good(root)
 
 
 def _own_part(state: RunState, folder: Path) -> None:
     """What every process writes: its generators, and its shards if the engine shards."""
-    torch.save(checkpoint.rng_state(), folder / f"rng_{state.processes.rank:03d}.pt")
+    torch.save(rng_state(), folder / f"rng_{state.processes.rank:03d}.pt")
     if state.processes.sharded:
         state.processes.accelerator.save_state(str(folder / "engine"))
 
@@ -165,7 +180,7 @@ def read(found: checkpoint.Found, state: RunState) -> dict[str, Any]:
             _read_average(found, state, values["ema_updates"])
     rng = f"rng_{processes.rank:03d}.pt"
     if found.has(rng):
-        checkpoint.set_rng_state(torch.load(folder / rng, weights_only=True))
+        set_rng_state(torch.load(folder / rng, weights_only=True))
     else:
         logger.warning("%s has no %s: the dropout of process %d begins anew", folder, rng, processes.rank)
     if values["data"] != state.data:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...models.tiny.folders import forget_origin
 from ..runtime import disk
+from ..runtime.processes import Processes
 from .adapters import file_name, trained_parameters, trained_state
 from .families import FAMILIES
 
@@ -164,20 +165,28 @@ def part_tensors(module: nn.Module, state: dict[str, Tensor] | None = None) -> d
     return {file_name(k): v.detach().float().cpu() for k, v in state.items() if file_name(k) in wanted}
 
 
-def write_run(trainer: Any) -> Path:
-    """A run's weights as a LoRA file or a diffusers folder; all processes call it, the main one writes."""
-    c, dtype = trainer.config, getattr(torch, trainer.config.save_dtype)
-    path = trainer.output / f"{c.output_name or c.recipe or c.task}.safetensors"
-    if c.method == "full":
-        path = trainer.output / "model"
-    states: dict[str, Any] = dict.fromkeys(trainer.model.parts)
-    if trainer.processes.sharded:  # gathering is a collective
-        states = {n: trainer.accelerator.get_state_dict(m) for n, m in trainer.model.prepared.items()}
-    if not trainer.processes.main:
+def write_run(
+    config: Any,
+    output: Path,
+    parts: dict[str, nn.Module],
+    prepared: dict[str, nn.Module],
+    processes: Processes,
+    header: dict[str, Any],
+) -> Path:
+    """A run's weights in `output`, as a LoRA file or a diffusers folder; all processes call it, the main one
+    writes.
+
+    parts: what was trained, denoiser first. prepared: the same as accelerate wraps them. header: see
+    `save_lora`.
+    """
+    full, dtype = config.method == "full", getattr(torch, config.save_dtype)
+    path = output / ("model" if full else f"{config.output_name or config.recipe or config.task}.safetensors")
+    states: dict[str, Any] = dict.fromkeys(parts)
+    if processes.sharded:  # gathering is a collective
+        states = {name: processes.accelerator.get_state_dict(part) for name, part in prepared.items()}
+    if not processes.main:
         return path
-    if c.method == "full":
-        return save_pipeline(
-            path, c.model, trainer.model.parts, states if trainer.processes.sharded else None, dtype
-        )
-    tensors = {name: part_tensors(module, states[name]) for name, module in trainer.model.parts.items()}
-    return save_lora(path, tensors, c, trainer.header(), dtype)
+    if full:
+        return save_pipeline(path, config.model, parts, states if processes.sharded else None, dtype)
+    tensors = {name: part_tensors(module, states[name]) for name, module in parts.items()}
+    return save_lora(path, tensors, config, header, dtype)
