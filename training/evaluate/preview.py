@@ -31,7 +31,7 @@ def sample_sheet(
     make_batch: row numbers to the tensors that sampling needs. Samples are made one by one, and shown at
     their own size.
     """
-    before, _, after = batches.corpus.arranger.template.partition("{instruction}")
+    before, _, after = batches.corpus.preprocessor.template.partition("{instruction}")
     rows = []
     for number in range(min(count, len(batches.entries))):
         batch = make_batch([number])

@@ -198,7 +198,8 @@ class GRPOTrainer(Trainer):
         if self.unjudged >= UNJUDGED or (self.step + 1 == self.config.max_steps and not self.any_judged):
             raise TrainingError(
                 f"no reward could judge an image of the last {self.unjudged} updates, so nothing is learnt: "
-                f"see the warnings above for {', '.join(self.rewards.weights)}; {self._last_good()}"
+                f"see the warnings above for {', '.join(self.rewards.weights)}; "
+                f"{checkpoint.last_good(self.checkpoints)}"
             )
 
     def _compared(
