@@ -229,10 +229,10 @@ def is_small(model: str | Path) -> bool:
     return 0 < sum(file.stat().st_size for file in files) < SMALL
 
 
-def _precision(wanted: str, task: str, small: bool) -> str:
+def _precision(asked: str, task: str, small: bool) -> str:
     """What the frozen base is kept in."""
-    if wanted != "auto":
-        return wanted
+    if asked != "auto":
+        return asked
     if small:
         return "float32"
     if default_device().type == "cuda" and task != "sd_inpaint" and torch.cuda.mem_get_info()[1] < ROOMY:

@@ -39,10 +39,10 @@ def data_cases(source: Source, n: int, size: int, notes: dict[str, str]) -> Iter
     Broken samples are left out; how many stands in notes["data"] in the end. Raises ValueError for
     precomputed samples, which hold no images.
     """
-    sizes, given = bucket_sizes(size * size, multiple=min(64, size)), 0
+    sizes, count = bucket_sizes(size * size, multiple=min(64, size)), 0
     broken = Broken(len(source))
     for index in range(len(source)):
-        if given == n:
+        if count == n:
             break
         try:
             sample = source[index]
@@ -51,7 +51,7 @@ def data_cases(source: Source, n: int, size: int, notes: dict[str, str]) -> Iter
             continue
         if sample.target is None:
             raise ValueError(f"{sample.name} is precomputed: scoring needs images, for example pairs:FOLDER")
-        given += 1
+        count += 1
         yield Case(fit(sample, sizes[nearest(*sample.target.shape[:2], sizes)]))
     if skipped := broken.close():
         notes["data"] = skipped

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from ...models import diptych, editing
+from ...models.denoiser import Denoiser
 from ...models.editing import Sampling
 from ...models.flux_fill import FluxFill
 from ...models.flux_kontext import FluxKontext
@@ -47,7 +47,7 @@ class ScoreSettings:
 
 
 def edit(
-    denoiser: Any, sources: Tensor, instructions: Sequence[str], settings: ScoreSettings, number: int = 0
+    denoiser: Denoiser, sources: Tensor, instructions: Sequence[str], settings: ScoreSettings, number: int = 0
 ) -> Tensor:
     """Edited images [N,H,W,3] for sources [N,H,W,3] (sides multiples of 16) and one instruction each.
 
@@ -72,7 +72,7 @@ def edit(
 
 
 def fill(
-    denoiser: Any,
+    denoiser: Denoiser,
     images: Tensor,
     masks: Tensor,
     captions: Sequence[str],
@@ -88,6 +88,6 @@ def fill(
     return editing.fill_canvas(denoiser, images, masks, list(captions), guidance=guidance, sampling=sampling)
 
 
-def reconstruct(denoiser: Any, images: Tensor) -> Tensor:
+def reconstruct(denoiser: Denoiser, images: Tensor) -> Tensor:
     """Images [N,H,W,3] encoded and decoded by the model's VAE."""
     return denoiser.decode(denoiser.encode(images))

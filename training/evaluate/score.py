@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.denoiser import Denoiser
 from . import measures, sampling
 from .cases import Case, batches, stack
 from .measures import Columns, Measure
@@ -34,7 +35,7 @@ class Question:
     of a case before.
     """
 
-    make: Callable[[Any, Sequence[Case], ScoreSettings, int], Tensor]
+    make: Callable[[Denoiser, Sequence[Case], ScoreSettings, int], Tensor]
     measure: Measure
     headings: tuple[str, ...]
     panels: Callable[[Case, Tensor], list[Tensor]]
@@ -146,7 +147,7 @@ def _json(value: Any) -> Any:
 
 
 def score(
-    denoiser: Any,
+    denoiser: Denoiser,
     cases: Iterable[Case],
     question: Question,
     settings: ScoreSettings,
@@ -195,7 +196,7 @@ def score(
 
 @torch.no_grad()
 def _made(
-    denoiser: Any, group: Sequence[Case], question: Question, settings: ScoreSettings, number: int
+    denoiser: Denoiser, group: Sequence[Case], question: Question, settings: ScoreSettings, number: int
 ) -> Tensor:
     """The images of batch `number`, [N,H,W,3] float32 on the CPU."""
     fast = torch.autocast(denoiser.device.type, torch.bfloat16) if settings.autocast else nullcontext()

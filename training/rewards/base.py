@@ -179,5 +179,5 @@ def create(name: str, **options: object) -> Reward:
         return _REGISTRY[name](**options)
     except Exception as error:  # half a download, a damaged file, another model: every library has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = weights.remedy(chosen) if weights.wanted(chosen) else f"see {page('grpo.md')}"
+        what = weights.remedy(chosen) if weights.places(chosen) else f"see {page('grpo.md')}"
         raise ValueError(f"reward {name} cannot be loaded ({reason}): {what}.") from error

@@ -87,7 +87,7 @@ class Composite:
         return sum(judged) if judged else math.nan
 
     def better(self, raw: Mapping[str, float], other: Mapping[str, float]) -> bool:
-        """Whether scores are worth as much as others or more, by the rewards that judged both.
+        """Whether scores sum up to as much as others or more, by the rewards that judged both.
 
         Scores that no reward could give are never better; those that some could are better than none.
         """

@@ -25,14 +25,14 @@ def device_of(name: str = "") -> torch.device:
     return default_device()
 
 
-def wanted(options: Mapping[str, object]) -> dict[str, str]:
+def places(options: Mapping[str, object]) -> dict[str, str]:
     """Files, folders and hub ids among a reward's options, its defaults included."""
     return {key: str(options[key]) for key in PLACES if options.get(key)}
 
 
 def remedy(options: Mapping[str, object]) -> str:
     """What to do about weights that are not there, naming the repositories."""
-    ids = [place for place in dict.fromkeys(wanted(options).values()) if is_hub_id(place)]
+    ids = [place for place in dict.fromkeys(places(options).values()) if is_hub_id(place)]
     commands = " and ".join(f"huggingface-cli download {place}" for place in ids)
     return f"get them with {commands}, or give a folder as path" if ids else "give a file or folder as path"
 
@@ -47,7 +47,7 @@ def absent(options: Mapping[str, object]) -> str:
 
     Looks only, at most at a repository's listing: whole weights are read when the reward is made.
     """
-    for key, place in wanted(options).items():
+    for key, place in places(options).items():
         patterns = PATTERNS.get(key, WEIGHTS)
         if not is_hub_id(place):
             if not Path(place).exists():

@@ -62,9 +62,9 @@ class Reading(NamedTuple):
 
 
 class ObjectReport(NamedTuple):
-    """One wanted shape: was any shape found for it, and is it right in kind, colour, size and place."""
+    """One target shape: was any shape found for it, and is it right in kind, colour, size and place."""
 
-    wanted: Shape
+    target: Shape
     found: bool
     kind: bool
     colour: bool
@@ -141,7 +141,7 @@ def check_many(
 ) -> list[Report]:
     """One report per image `[N,H,H,3]`; `sources` and `masks` `[N,H,H]` give `untouched_error`.
 
-    The score is the mean of the background (0 or 1), of each wanted shape (share of kind, colour, size and
+    The score is the mean of the background (0 or 1), of each target shape (share of kind, colour, size and
     place that is right; 0 if nothing was found for it) and of a 0 for everything that should not be there.
     """
     if len(scenes) != len(images):
@@ -159,14 +159,14 @@ def check_many(
     return reports
 
 
-def _report(seen: Scene, wanted: Scene, unreadable: int, error: float) -> Report:
+def _report(seen: Scene, target: Scene, unreadable: int, error: float) -> Report:
     left = list(seen.shapes)
     objects = {}
     for exact_place in (
         True,
         False,
     ):  # what stands at the right place is taken first, then look-alikes elsewhere
-        for shape in wanted.shapes:
+        for shape in target.shapes:
             if shape in objects:
                 continue
             found = seen.at(shape.place) if exact_place else None
@@ -175,22 +175,22 @@ def _report(seen: Scene, wanted: Scene, unreadable: int, error: float) -> Report
             if found in left:
                 left.remove(found)
                 objects[shape] = _compare(found, shape)
-    rows = tuple(objects.get(s, ObjectReport(s, False, False, False, False, False)) for s in wanted.shapes)
+    rows = tuple(objects.get(s, ObjectReport(s, False, False, False, False, False)) for s in target.shapes)
     missing_in_unreadable = sum(not r.found for r in rows)
     extra = len(left) + max(0, unreadable - missing_in_unreadable)
-    background = seen.background == wanted.background
+    background = seen.background == target.background
     points = background + sum((r.kind + r.colour + r.size + r.place) / 4 for r in rows)
     return Report(rows, background, extra, points / (1 + len(rows) + extra), error)
 
 
-def _compare(found: Shape, wanted: Shape) -> ObjectReport:
+def _compare(found: Shape, target: Shape) -> ObjectReport:
     return ObjectReport(
-        wanted,
+        target,
         True,
-        found.kind == wanted.kind,
-        found.colour == wanted.colour,
-        found.size == wanted.size,
-        found.place == wanted.place,
+        found.kind == target.kind,
+        found.colour == target.colour,
+        found.size == target.size,
+        found.place == target.place,
     )
 
 
