@@ -94,11 +94,12 @@ class StableDiffusion:
         if condition.uses_cfg:
             tokens = torch.cat([condition.negative.tokens, tokens])
             joined, timestep = torch.cat([joined, joined]), torch.cat([timestep, timestep])
-        predicted = self._predict(joined, timestep, tokens.to(self.dtype).contiguous())
+        predicted = self._predict(joined, timestep, tokens.to(self.dtype).contiguous(), condition)
         if condition.uses_cfg:
             unguided, guided = predicted.chunk(2)
             predicted = unguided + condition.cfg * (guided - unguided)
         return predicted.to(x.dtype)
 
-    def _predict(self, joined: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+    def _predict(self, joined: Tensor, timestep: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
+        """One call of the UNet; with classifier-free guidance the batch holds every sample twice."""
         return self.unet(joined, timestep, encoder_hidden_states=tokens, return_dict=False)[0]

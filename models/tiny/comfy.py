@@ -75,13 +75,28 @@ class DiffusersUNet(nn.Module):
             self.add_module(name, part)
         self.dtype = _DTYPE
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, **_: Any) -> Tensor:
-        """Latents, mask and masked latents [B,9,h,w] at timesteps 0..999 to epsilon [B,4,h,w]."""
-        return self._unet(x, timesteps, encoder_hidden_states=context).sample
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        control: dict | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Latents (of an inpainting model with mask and masked latents) [B,C,h,w] at timesteps 0..999 to
+        epsilon [B,4,h,w].
+
+        control: what a ControlNet adds, `output` to the connections and `middle` behind the middle block.
+        """
+        added = {}
+        if control is not None:
+            added["down_block_additional_residuals"] = control["output"]
+            added["mid_block_additional_residual"] = control["middle"][0]
+        return self._unet(x, timesteps, encoder_hidden_states=context, **added).sample
 
 
 def load_unet(folder: Path, vae: Any | None = None):
-    """An SD inpainting UNet as a ModelPatcher: ComfyUI joins mask and masked image, and samples epsilon."""
+    """An SD UNet as a ModelPatcher: ComfyUI samples epsilon, and of nine channels joins the last five."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(str(folder / "unet"), torch_dtype=_DTYPE)

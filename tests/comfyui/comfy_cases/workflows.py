@@ -17,10 +17,12 @@ LOADERS = {
     "CLIPLoader": {"clip_name": "text_encoders"},
     "VAELoader": {"vae_name": "vae"},
     "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
+    "ControlNetLoader": {"control_net_name": "controlnet"},
 }
 SLOTS = {"UNETLoader": 0, "DualCLIPLoader": 1, "CLIPLoader": 1, "VAELoader": 2, "CheckpointLoaderSimple": 0}
 LORAS = {"DiptychGRPOLoraLoader": "lora", "LoraLoaderModelOnly": "lora_name"}
 BUNDLED = "diptych tiny demo/"
+SD_NODES = {"DiptychSDInpaintConditioner", "DiptychControlNetInpaint"}
 SIDE = 64
 FEW = {
     "steps": 2,
@@ -85,6 +87,8 @@ def swapped(prompt: dict) -> dict:
     slots = {key: SLOTS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SLOTS}
     small = {key: node for key, node in prompt.items() if key not in slots}
     for node in small.values():
+        if node["class_type"] == "ControlNetLoader":
+            node.update(class_type="TestTinyControlNet", inputs={})
         inputs = node["inputs"]
         for key, value in inputs.items():
             if isinstance(value, list) and value[0] in slots:
@@ -98,9 +102,21 @@ def swapped(prompt: dict) -> dict:
             inputs["size_policy"] = "keep"
     if slots:
         which = "kontext" if "DiptychKontextConditioner" in used else "fill"
-        which = "sd_inpaint" if "DiptychSDInpaintConditioner" in used else which
+        which = "sd_inpaint" if used & SD_NODES else which
         small["tiny"] = {"class_type": "DiptychTinyModelLoader", "inputs": {"which": which}}
     return small
+
+
+class TinyControlNet:
+    """Test-only node: a ControlNet of random weights for the tiny Stable Diffusion model."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONTROL_NET",), "make", "test"
+
+    def make(self):
+        from .control_inpaint import Plain
+
+        return (Plain(self.host).control,)
 
 
 def small_example(host) -> None:
@@ -151,6 +167,8 @@ def it_runs_changes_no_input_and_is_cached_after(host, name):
     placeholders(host, prompt)
     small_example(host)
     prompt = swapped(prompt)
+    TinyControlNet.host = host
+    host.nodes["TestTinyControlNet"] = TinyControlNet
     changed: list[str] = []
     with watch({node: host.nodes[node] for node in host.pack_nodes}, changed):
         first = host.run(prompt)
