@@ -30,7 +30,7 @@ from .runtime import changes, checkpoint, disk, lock, optim, processes, resume
 from .runtime.attention import for_learning
 from .runtime.checkpoint import TrainingError
 from .runtime.random_streams import row_noise, row_uniform
-from .tasks import adapters, export, losses
+from .tasks import export, losses, moe
 from .tasks.families import make_task
 from .trained import prepare_model
 
@@ -244,7 +244,7 @@ class Trainer:
         rows = self.task.row_losses(batch, noise, u)
         loss = losses.total(rows, batch["prior"], self.config.prior.weight if self.config.prior else 1.0)
         if self.config.method == "moe_lora" and self.config.moe_gate == "softmax_all":
-            balance = adapters.balance_loss(self.model.parts[self.task.denoiser_part])
+            balance = moe.balance_loss(self.model.parts[self.task.denoiser_part])
             if balance is not None:
                 loss = loss + self.config.moe_balance * balance
         return loss

@@ -9,12 +9,14 @@ import torch
 from comfyui_diptych.training.runtime import optim
 from comfyui_diptych.training.tasks import adapters
 from comfyui_diptych.training.tasks.fill import FillTask
+from comfyui_diptych.training.tasks.moe import MoELoRALinear
 from torch import nn
 
 
 def moe(gate="softmax_all", top_k=1, experts=4, width=6, out=5, rank=3, alpha=6.0):
     torch.manual_seed(0)
-    layer = adapters.MoELoRALinear(nn.Linear(width, out), rank, alpha, experts, top_k, gate)
+    config = SimpleNamespace(rank=rank, alpha=alpha, moe_experts=experts, moe_top_k=top_k, moe_gate=gate)
+    layer = MoELoRALinear(nn.Linear(width, out), config)
     for up in layer.lora_B.values():
         nn.init.normal_(up.weight)
     return layer

@@ -12,6 +12,7 @@ from comfyui_diptych.training.runtime.attention import for_learning
 from comfyui_diptych.training.runtime.random_streams import row_noise, row_uniform
 from comfyui_diptych.training.tasks import losses
 from comfyui_diptych.training.tasks.flux import FluxTask
+from comfyui_diptych.training.tasks.moe import load_balance
 
 
 def test_noised_is_data_at_0_and_noise_at_1_and_the_target_leads_from_one_to_the_other():
@@ -85,9 +86,9 @@ def test_prior_loss_of_weight_1_is_twice_the_joint_mean_and_of_weight_0_the_inst
 
 def test_load_balance_is_1_when_even_and_grows_to_the_number_of_experts():
     even = torch.eye(4)[torch.arange(16) % 4]
-    assert losses.load_balance(even, even).item() == pytest.approx(1.0)
+    assert load_balance(even, even).item() == pytest.approx(1.0)
     collapsed = torch.eye(4)[torch.zeros(16, dtype=torch.long)]
-    assert losses.load_balance(collapsed, collapsed).item() == pytest.approx(4.0)
+    assert load_balance(collapsed, collapsed).item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

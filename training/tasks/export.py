@@ -54,9 +54,8 @@ def save_lora(
 ) -> Path:
     """Write one LoRA file; returns where it is: elsewhere, which is said, if the path cannot be written.
 
-    parts: denoiser (and text encoder) -> names and tensors of `trained_state`.
-
-    header: the `diptych` block (base, recipe, steps, data hash, prompt template; the gate is added).
+    parts: denoiser (and text encoder) -> names and tensors of `trained_state`. header: the `diptych` block
+    (base, recipe, steps, data hash, prompt template; the gate is added). dtype: of the tensors in the file.
     """
     from ...models.lora.save import save
 
@@ -137,6 +136,7 @@ def _fill_pipeline(
     states: dict[str, dict[str, Tensor]] | None,
     dtype: torch.dtype,
 ) -> None:
+    """Copy what is not trained of a local base, and write the trained parts in `dtype`."""
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(model)
     if base.is_dir():
@@ -158,7 +158,7 @@ def _fill_pipeline(
 
 
 def part_tensors(module: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Copies of the trained tensors of a module; from the gathered `state` if the module is sharded."""
+    """Float32 CPU copies of the trained tensors of a module; from the gathered `state` if it is sharded."""
     if state is None:
         return trained_state(module)
     wanted = trained_parameters(module)

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters
+from .adapters import ADAPTER
+from .moe import MoELoRALinear
 
 logger = logging.getLogger(__name__)
 
 
 def check_loras(config: Any) -> None:
-    """Read the LoRAs that a run begins with, so that a wrong path is told before hours of caching.
+    """Read the LoRAs of fuse_loras and init_lora, so that a wrong path is told before hours of caching.
 
-    Raises ValueError where one is missing, damaged or of a kind that cannot be merged or begun with. Whether
-    its layers fit shows when it is merged.
+    Raises ValueError where one is missing, damaged or of a kind that cannot be merged or trained further.
+    Whether its layers fit shows when it is used.
     """
     from ...models.lora import read
     from ...models.lora.files import with_strength
@@ -46,7 +47,7 @@ def fuse(module: nn.Module, path: str, strength: float = 1.0) -> None:
 
 @torch.no_grad()
 def zero_modulation(transformer: nn.Module) -> None:
-    """Let every block of a fresh transformer begin as the identity (adaLN-Zero, arXiv 2212.09748, 3.2)."""
+    """Make every block of a fresh transformer the identity (adaLN-Zero, arXiv 2212.09748, section 3.2)."""
     for name, part in transformer.named_modules():
         if isinstance(part, nn.Linear) and (".norm" in name or "norm_out" in name or name == "proj_out"):
             part.weight.zero_()
@@ -54,7 +55,7 @@ def zero_modulation(transformer: nn.Module) -> None:
 
 
 def with_inputs(transformer: Any, channels: int) -> Any:
-    """The transformer reading `channels` features of a token: its first ones, or new ones of weight zero."""
+    """The transformer reading `channels` features of a token: its first ones, and new ones of weight zero."""
     have = transformer.config.in_channels
     if have == channels:
         return transformer
@@ -72,8 +73,8 @@ def with_inputs(transformer: Any, channels: int) -> Any:
 def from_lora(module: nn.Module, path: str, config: Any) -> None:
     """Give new adapters the weights of a plain LoRA file, its leading singular directions where it has more.
 
-    Experts of a MoE-LoRA all start from their module's LoRA, slightly apart; twice as strong with the trained
-    gate, which over several alike experts gives its first about one half. Raises ValueError where a part of
+    Experts of a MoE-LoRA all get their module's LoRA, slightly apart; twice as strong with the trained gate,
+    which over several alike experts gives its first about one half. Raises ValueError where a part of
     the file would be lost: it fits no adapter, or is no plain LoRA.
     """
     from ...models.lora import read
@@ -85,7 +86,7 @@ def from_lora(module: nn.Module, path: str, config: Any) -> None:
         base = layers[name].base_layer.weight
         fitted[name] = fit_module(name, change, *base.shape[:2], [], kernel=tuple(base.shape[2:]))
     for name, change in fitted.items():
-        _begin(layers[name], change, scale, config.rank)
+        _fill(layers[name], change, scale, config.rank)
 
 
 def _plain(weights: Any, path: str, layers: dict[str, nn.Module]) -> dict[str, Any]:
@@ -104,6 +105,7 @@ def _plain(weights: Any, path: str, layers: dict[str, nn.Module]) -> dict[str, A
 
 
 def _check_plain(weights: Any, path: str) -> None:
+    """Raise ValueError unless all of the LoRA is plain pairs A, B."""
     from ...models.lora import LowRank
 
     odd = [n for n, change in weights.modules.items() if not isinstance(change, LowRank)] + list(weights.full)
@@ -113,17 +115,18 @@ def _check_plain(weights: Any, path: str) -> None:
         )
 
 
-def _begin(layer: nn.Module, change: Any, scale: float, rank: int) -> None:
+def _fill(layer: nn.Module, change: Any, scale: float, rank: int) -> None:
+    """Write a LowRank change into a new adapter of this scale and rank."""
     from ...models.lora.resize import cut
 
     down, up = change.A.float().flatten(1), change.B.float().flatten(1) * (change.scale / scale)
     down, up = cut(down, up, rank)
-    if isinstance(layer, adapters.MoELoRALinear):
+    if isinstance(layer, MoELoRALinear):
         strength = 2.0 if layer.gate == "softmax_all" else 1.0
         for expert in layer.lora_A:
             layer.lora_A[expert].weight[: len(down)] = down + 0.1 * down.std() * torch.randn_like(down)
             layer.lora_B[expert].weight[:, : len(down)] = strength * up
     else:
-        A, B = layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight
+        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         A[: len(down)] = down.reshape(-1, *A.shape[1:])
         B[:, : len(down)] = up.reshape(len(up), -1, *B.shape[2:])

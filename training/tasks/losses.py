@@ -74,18 +74,6 @@ def total(rows: Tensor, prior: Tensor | None = None, prior_weight: float = 1.0) 
     return instance + prior_weight * rows[prior].mean()
 
 
-def load_balance(gates: Tensor, chosen: Tensor) -> Tensor:
-    """Switch-Transformer load-balance loss E * sum_e f_e P_e (arXiv 2101.03961, eq. 4); 1 when perfectly
-    even.
-
-    gates: softmax probabilities over all experts [..., E]; chosen: 0/1 [..., E] of the experts taken.
-    """
-    experts = gates.shape[-1]
-    share = chosen.float().flatten(0, -2).mean(0)
-    share = share / share.sum().clamp_min(1e-9)
-    return experts * (share * gates.float().flatten(0, -2).mean(0)).sum()
-
-
 def diffused(data: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """DDPM's forward process: x_t = sqrt(a) x0 + sqrt(1-a) eps, and the target of `prediction`.
 
