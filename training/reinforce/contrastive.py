@@ -75,7 +75,7 @@ class Contrastive:
         nearer = (towards - back).unflatten(0, (-1, count)).mean(1)
         loss = torch.zeros_like(rollout.gap).index_put((of,), rollout.gap[of] * nearer)
         share = count / c.contrastive.count * terms / (c.nft_times + 1)
-        return c.contrastive.weight * share * loss, {"winner": loss}
+        return c.contrastive.weight * share * loss, {"winner": loss}  # the name in every rewards.jsonl so far
 
     def _errors(self, batch: dict, x: Tensor, time: Tensor, ends: Sequence[Tensor]) -> list[Tensor]:
         """Squared error per row [B] of the clean latents predicted at x [B,C,h,w], time [B] towards each end.

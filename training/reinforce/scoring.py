@@ -82,12 +82,12 @@ def read_row(batches: Batches, number: int, targets: bool = True) -> Row:
 def _decoded_row(batches: Batches, entry: Entry, sample: Sample, targets: bool) -> Row:
     """A precomputed row: the source is what the VAE makes of the masked image, grey where its hole is."""
     tensors, host = batches.caches.image(entry.key), batches.task.host
-    pictures = {
+    images = {
         name: host.decode(tensors[name][None].float())[0].float().cpu()
         for name in ("masked_latents", "latents")
         if name in tensors
     }
-    source, target, mask = pictures["masked_latents"], pictures.get("latents"), _stored_mask(entry, sample)
+    source, target, mask = images["masked_latents"], images.get("latents"), _stored_mask(entry, sample)
     if entry.diptych:
         width = source.shape[1] // 2
         source, target = source[:, :width], None if target is None else target[:, width:]
