@@ -161,3 +161,17 @@ def test_tensorboard_gets_loss_and_sample_pictures(fill_folder, tmp_path):
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
     assert {"grad_norm", "lr", "rows_per_second"} <= set(events.Tags()["scalars"])
     assert events.Images("samples")
+
+
+def test_a_draw_from_the_posterior_is_the_images_own(fill_folder, tmp_path):
+    trainer = prepared(
+        fill_folder, tmp_path / "out", data=[pairs(tmp_path / "p", [(48, 48)])], vae_sample=True
+    )
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    drawn, backwards = trainer.task.latents(images), trainer.task.latents(images.flip(0)).flip(0)
+    assert torch.allclose(drawn, backwards, atol=1e-5)
+    vae = trainer.task.vae
+    found = vae.encode(images).latent_dist
+    mean = (found.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    units = (drawn - mean) / (found.std * vae.config.scaling_factor)
+    assert abs(float(units.mean())) < 0.1 and abs(float(units.std()) - 1) < 0.1

@@ -20,10 +20,11 @@ from ...models.denoiser import posterior
 from ...models.flux import check_folder
 from ...models.lora.files import with_strength
 from ...samplers.gaussian import Transition
-from ..data.cache import fingerprint
+from ..data.cache import fingerprint, image_key
 from ..data.preprocess import Preprocessed
 from ..data.sample import Sample
 from ..runtime.fingerprints import files_stamp, stamp
+from ..runtime.random_streams import row_noise
 from . import adapters, initial, losses
 from .sampling import RolloutSettings
 
@@ -131,10 +132,18 @@ class Task:
     def check_widths(self, sample: Sample) -> None:
         """Raise ValueError for a precomputed row whose text is another model's."""
 
-    def latents(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images [B,3,H,W] in -1..1 to model-space latents [B,C,h,w] float32."""
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Images [B,3,H,W] in -1..1 to model-space latents [B,C,h,w] float32.
+
+        With `vae_sample` an image's draw from the posterior is a function of its pixels alone, as a cache
+        that runs of other seeds and other orders share has to hold it.
+        """
         found = posterior(self.vae, pixels.to(self.device, self.vae.dtype))
-        z = found.sample(generator) if self.config.vae_sample else found.mode()
+        z = found.mode()
+        if self.config.vae_sample:
+            seeds = [int(image_key(image.cpu(), "posterior")[:15], 16) for image in pixels]
+            noise = torch.cat([row_noise(seed, [0], tuple(z.shape[1:])) for seed in seeds])
+            z = z + found.std * noise.to(z)
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (z.float() - shift) * self.vae.config.scaling_factor
 
