@@ -16,7 +16,8 @@ from .runtime.disk import check_name
 from .runtime.options import group
 from .tiny.options import Neutral, TinyOptions, bundled
 
-TASKS = ("fill", "kontext", "sd_inpaint")
+TASKS = ("fill", "kontext", "sd_inpaint", "glid")
+FLUX = ("fill", "kontext")
 DTYPES = ("float32", "bfloat16", "float16")
 MANY = 100_000
 
@@ -58,7 +59,8 @@ class TrainConfig(Neutral):
     model: str = _model(
         "",
         "Base model: a diffusers folder or hub id with VAE and text encoders beside it; tiny:fill, "
-        "tiny:kontext and tiny:sd_inpaint are the bundled ones.",
+        "tiny:kontext, tiny:sd_inpaint and tiny:glid are the bundled ones. Full training of sd_inpaint and "
+        "glid also begins with a model of 4 channels.",
     )
     method: str = _model(
         "lora",
@@ -66,7 +68,7 @@ class TrainConfig(Neutral):
         choices=("lora", "moe_lora", "full"),
     )
     train_text_encoder: bool = _model(
-        False, "Train the text encoder(s) too (full: all weights; lora of sd_inpaint: q, k, v, out)."
+        False, "Train the text encoder(s) too (full: all weights; lora of sd_inpaint and glid: q, k, v, out)."
     )
     fuse_loras: list[str] = _model(
         [], "LoRA files of any format but MoE, merged into the frozen base, as PATH or PATH:STRENGTH."
@@ -124,7 +126,8 @@ class TrainConfig(Neutral):
     )
     mask_kinds: list[str] = _masks(
         ["noise", "rectangles", "ellipses", "strokes"],
-        "Random masks where a row has none: noise, rectangles, ellipses, strokes, full, half.",
+        "Random masks where a row has none: noise, rectangles, ellipses, strokes, full, half, "
+        "outpaint_sides, glid, dreambooth.",
     )
     mask_variants: int = _masks(1, "Random masks drawn (and cached) per row.", low=1, high=MANY)
     class_images: str = _masks(
@@ -205,7 +208,9 @@ class TrainConfig(Neutral):
     sample_every: int = _watching(1000, "Optimiser steps between sample images; 0 = none.", low=0)
     sample_count: int = _watching(4, "Sample images.", low=0, high=MANY)
     sample_steps: int = _watching(28, "Denoising steps of the sample images.", low=1, high=MANY)
-    sample_guidance: float = _watching(50.0, "Embedded guidance (cfg for sd_inpaint) of the sample images.")
+    sample_guidance: float = _watching(
+        50.0, "Embedded guidance (cfg for sd_inpaint, glid) of the sample images."
+    )
     log_every: int = _watching(10, "Optimiser steps between log lines.", low=1)
     log_with: list[str] = _watching(
         ["tensorboard"], "Trackers of accelerate: tensorboard, wandb, ...; `none` for none."
@@ -248,14 +253,14 @@ class TrainConfig(Neutral):
             raise ValueError(
                 f"moe_top_k is {self.moe_top_k}: it must lie in 1..moe_experts ({self.moe_experts})"
             )
-        if self.train_text_encoder and self.task != "sd_inpaint" and self.method != "full":
+        if self.train_text_encoder and self.task in FLUX and self.method != "full":
             raise ValueError(
                 "train_text_encoder with a FLUX LoRA: no loader reads it; use it with full training"
             )
         if self.init_lora and self.method == "full":
             raise ValueError("init_lora with method full: merge the LoRA with fuse_loras instead")
-        if self.edit_loss_weight and self.task == "sd_inpaint":
-            raise ValueError("edit_loss_weight is for fill and kontext: leave it out with sd_inpaint")
+        if self.edit_loss_weight and self.task not in FLUX:
+            raise ValueError(f"edit_loss_weight is for fill and kontext: leave it out with {self.task}")
 
     @property
     def needs_targets(self) -> bool:

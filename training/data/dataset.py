@@ -107,7 +107,7 @@ def prepare(corpora: Corpora, task: Any, processes: Processes, progress: Progres
 def needed_prompts(config: Any) -> set[str]:
     """The prompts that a run needs beside those of its rows."""
     dropped = {DROPPED_PROMPT} if config.prompt_drop else set()
-    return dropped | ({""} if config.task == "sd_inpaint" else set())  # of classifier-free guidance
+    return dropped | ({""} if config.task in ("sd_inpaint", "glid") else set())  # of classifier-free guidance
 
 
 class Batches:

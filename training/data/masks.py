@@ -2,7 +2,7 @@
 
 One function per kind, each drawing a whole batch at once; `random_masks` deals the kinds out. Every mask
 repaints something (a hole of no area teaches nothing, a known flaw of the DreamBooth inpainting script) and,
-except "full", keeps something. Not for masks read from files (`sample.read_mask`).
+except for kinds in `WHOLE`, keeps something. Not for masks read from files (`sample.read_mask`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from .published_masks import dreambooth, glid
 
 LEAST, MOST = 0.01, 0.95  # share of the image a partial mask may repaint
 
@@ -92,6 +94,15 @@ def half(batch: int, height: int, width: int, generator=None) -> torch.Tensor:
     return distance < band
 
 
+def outpaint_sides(batch: int, height: int, width: int, generator=None) -> torch.Tensor:
+    """Outpainting on several sides at once: bands of 1/8 to 1/2 at 1 to 4 of them. [B,H,W] bool."""
+    order = torch.rand(batch, 4, generator=generator).argsort(1)
+    chosen = order < torch.randint(1, 5, (batch, 1), generator=generator)
+    bands = (_uniform(generator, 1 / 8, 1 / 2, batch, 4) * chosen)[..., None, None]
+    y, x = (axis.expand(height, width) for axis in _grid(height, width))
+    return (torch.stack([y, 1 - y, x, 1 - x]) < bands).any(1)
+
+
 _DRAW = {
     "noise": noise,
     "rectangles": rectangles,
@@ -99,8 +110,12 @@ _DRAW = {
     "strokes": strokes,
     "full": full,
     "half": half,
+    "outpaint_sides": outpaint_sides,
+    "glid": glid,
+    "dreambooth": dreambooth,
 }
 KINDS = tuple(_DRAW)
+WHOLE = ("full", "glid")  # may repaint the whole image
 
 
 def random_masks(
@@ -140,7 +155,7 @@ def draw(
 
 def _draw(kind: str, batch: int, height: int, width: int, generator) -> torch.Tensor:
     masks = _DRAW[kind](batch, height, width, generator)
-    if kind == "full":
+    if kind in WHOLE:
         return masks
     share = masks.float().mean((1, 2))
     poor = (share < LEAST) | (share > MOST)

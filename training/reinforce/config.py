@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from .. import notation
-from ..config import DTYPES, TrainConfig
+from ..config import DTYPES, FLUX, TrainConfig
 from ..runtime.options import group
 from ..tiny.options import TinyOptions
 from .windows import Window
@@ -60,7 +60,7 @@ class GRPOConfig(TrainConfig):
 
     rollout_steps: int = _rollouts(10, "Sampling steps of a rollout.", low=1, high=MOST)
     rollout_guidance: float = _rollouts(
-        30.0, "Embedded guidance (cfg for sd_inpaint) of rollouts and updates."
+        30.0, "Embedded guidance (cfg for sd_inpaint and glid) of rollouts and updates."
     )
     group_size: int = _rollouts(12, "Samples per row (source and instruction), 2 or more.", high=MOST)
     groups_per_update: int = _rollouts(4, "Rows per process and update.", low=1, high=MOST)
@@ -166,8 +166,8 @@ class GRPOConfig(TrainConfig):
         for name in ("group_size", "micro_batch"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: a group needs two samples or more")
-        if self.shared_prefix and self.task == "sd_inpaint":
-            raise ValueError("shared_prefix is for flow models: switch it off for sd_inpaint")
+        if self.shared_prefix and self.task not in FLUX:
+            raise ValueError(f"shared_prefix is for flow models: switch it off for {self.task}")
 
     def _check_algorithm(self) -> None:
         if self.eta is not None and self.eta < 0:

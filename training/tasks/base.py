@@ -52,6 +52,7 @@ class Task:
     denoiser_part: folder of the trained part. denoiser_input: its input channels, and what has so many.
     text_parts: folders of text encoders and tokenizers. target_modules: regular expressions (full match) of
     the linears that a LoRA is trained on by default. lora_base: the model's name in the header of LoRA files.
+    pipeline: the class of diffusers that a trained folder is for, where the base's may be another.
     """
 
     name: str
@@ -60,15 +61,15 @@ class Task:
     text_parts: tuple[str, ...]
     target_modules: tuple[str, ...]
     lora_base: str
+    pipeline = ""
     default_template = "{instruction}"
 
     def __init__(self, config, device: torch.device | str = "cpu"):
         if not config.model:
             raise ValueError("model is empty: set it to a diffusers folder or hub id")
-        channels, what = self.denoiser_input
-        check_folder(config.model, self.denoiser_part, channels, what)
-        initial.check_loras(config)
         self.config, self.device = config, torch.device(device)
+        self.check_model()
+        initial.check_loras(config)
         self.lora_window: tuple[float, float] | None = (
             None  # noise levels outside of which samples go without
         )
@@ -78,6 +79,11 @@ class Task:
         self.parts: dict[str, Any] = {}  # text encoders and tokenizers
         self.module: nn.Module | None = None  # the denoiser's weights
         self.host: Any = None  # the denoiser of `models/` around them
+
+    def check_model(self) -> None:
+        """Raise ValueError or FileNotFoundError for a local base model that is not of this family."""
+        channels, what = self.denoiser_input
+        check_folder(self.config.model, self.denoiser_part, channels, what)
 
     # ---------------------------------------------------------------- frozen encoders
 

@@ -6,9 +6,10 @@ The file format is `models/lora/save.py`'s; here trained tensors are brought int
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +98,31 @@ def save_pipeline(
     parts: dict[str, nn.Module],
     states: dict[str, dict[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
+    pipeline: str = "",
 ) -> Path:
     """A complete diffusers folder: the trained parts, the rest copied from a local base; returns where it is.
 
     From a hub base only the trained parts and their configs are written. states: gathered weights of sharded
-    parts. dtype: of the trained parts' files.
+    parts. dtype: of the trained parts' files. pipeline: the class in model_index.json, the base's if empty.
     """
-    return disk.keep(folder, lambda place: _write_pipeline(place, model, parts, states, dtype))
+
+    def fill(place: Path) -> None:
+        _fill_pipeline(place, model, parts, states, dtype)
+        if pipeline:
+            _name_pipeline(place, pipeline)
+
+    return disk.keep(folder, lambda place: _write_folder(place, fill))
 
 
-def _write_pipeline(
-    final: Path,
-    model: str,
-    parts: dict[str, nn.Module],
-    states: dict[str, dict[str, Tensor]] | None,
-    dtype: torch.dtype,
-) -> None:
+def _name_pipeline(folder: Path, pipeline: str) -> None:
+    """A text-to-image base of which an inpainting model was made still names its own class."""
+    path = folder / "model_index.json"
+    if path.is_file():
+        content = {**json.loads(path.read_text(encoding="utf-8")), "_class_name": pipeline}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_folder(final: Path, fill: Callable[[Path], None]) -> None:
     """Beside its place first; an earlier folder there stays whole until the new one is."""
     folder, old = final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():  # killed between the two renames below
@@ -120,7 +130,7 @@ def _write_pipeline(
     for leftover in (folder, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        _fill_pipeline(folder, model, parts, states, dtype)
+        fill(folder)
         if final.exists():
             os.replace(final, old)
         os.replace(folder, final)
@@ -187,6 +197,7 @@ def write_run(
     if not processes.main:
         return path
     if full:
-        return save_pipeline(path, config.model, parts, states if processes.sharded else None, dtype)
+        gathered, pipeline = states if processes.sharded else None, FAMILIES[config.task].pipeline
+        return save_pipeline(path, config.model, parts, gathered, dtype, pipeline)
     tensors = {name: part_tensors(module, states[name]) for name, module in parts.items()}
     return save_lora(path, tensors, config, header, dtype)

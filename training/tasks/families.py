@@ -8,10 +8,13 @@ import torch
 
 from .base import Task
 from .fill import FillTask
+from .glid import GlidTask
 from .kontext import KontextTask
 from .sd_inpaint import SDInpaintTask
 
-FAMILIES: dict[str, type[Task]] = {family.name: family for family in (FillTask, KontextTask, SDInpaintTask)}
+FAMILIES: dict[str, type[Task]] = {
+    family.name: family for family in (FillTask, KontextTask, SDInpaintTask, GlidTask)
+}
 
 
 def make_task(config: Any, device: torch.device | str = "cpu") -> Task:

@@ -13,6 +13,9 @@ from .moe import MoELoRALinear
 
 logger = logging.getLogger(__name__)
 
+SD_WIDTHS = {"latents": 4, "mask": 1, "image": 4}
+SD_INPUTS = {4: ("latents",), 8: ("latents", "image"), 9: ("latents", "mask", "image")}
+
 
 def check_loras(config: Any) -> None:
     """Read the LoRAs of fuse_loras and init_lora, so that a wrong path is told before hours of caching.
@@ -66,6 +69,30 @@ def with_inputs(transformer: Any, channels: int) -> Any:
     config = {**transformer.config, "in_channels": channels, "out_channels": transformer.out_channels}
     fresh = type(transformer).from_config(config).to(transformer.dtype)
     fresh.load_state_dict(state)
+    return fresh
+
+
+@torch.no_grad()
+def with_image(unet: Any, channels: int) -> Any:
+    """A Stable Diffusion UNet of 4, 8 or 9 input channels, made one of `channels`.
+
+    Channels for the same thing (`SD_INPUTS`) keep their weights, new ones get zeros: what a text-to-image
+    model becomes predicts just what it did. Raises ValueError for a UNet of another width.
+    """
+    have = unet.config.in_channels
+    if have == channels:
+        return unet
+    if have not in SD_INPUTS:
+        raise ValueError(f"the UNet takes {have} channels: start from one of 4, 8 (glid) or 9 (inpainting)")
+    state, parts = unet.state_dict(), SD_INPUTS[have]
+    weight = state["conv_in.weight"]
+    widths = [SD_WIDTHS[part] for part in parts]
+    known = dict(zip(parts, weight.split(widths, dim=1), strict=True))
+    new = [known.get(p, weight.new_zeros(len(weight), SD_WIDTHS[p], 3, 3)) for p in SD_INPUTS[channels]]
+    state["conv_in.weight"] = torch.cat(new, dim=1)
+    fresh = type(unet).from_config({**unet.config, "in_channels": channels}).to(unet.dtype)
+    fresh.load_state_dict(state)
+    logger.info("the UNet's input of %d channels became one of %d", have, channels)
     return fresh
 
 

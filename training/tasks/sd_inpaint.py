@@ -1,17 +1,22 @@
-"""Stable Diffusion 1.5 / 2 inpainting as a training task: nine channels, epsilon (or v) targets."""
+"""Stable Diffusion 1.5 / 2 inpainting as a training task: nine channels, epsilon (or v) targets.
+
+All weights can also be trained from a text-to-image model of four channels, whose input is then widened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...models.flux import check_folder, read_config
 from ...samplers import ddim
 from ...samplers.gaussian import per_sample
 from ..data.preprocess import Preprocessed
-from . import losses
+from . import initial, losses
 from .base import Task, component
 from .sampling import lora_at
 
@@ -25,6 +30,7 @@ class SDInpaintTask(Task):
     name = "sd_inpaint"
     denoiser_part = "unet"
     denoiser_input = (9, "SD inpainting")
+    pipeline = "StableDiffusionInpaintPipeline"
     lora_base = "Stable Diffusion UNet"
     target_modules = (r".*\.attn[12]\.(to_[qkv]|to_out\.0)",)
     text_parts = ("text_encoder", "tokenizer")
@@ -50,11 +56,33 @@ class SDInpaintTask(Task):
         """As of `encode_masked`."""
         return self.encode_masked(rows)
 
-    def make_host(self, module: nn.Module) -> None:
-        """Wrap the (possibly distributed) UNet as `models.sd_inpaint.SDInpaint`."""
+    def check_model(self) -> None:
+        """Of other widths only what full training can widen (`initial.with_image`)."""
+        folder, (channels, what) = Path(self.config.model), self.denoiser_input
+        path = folder / self.denoiser_part / "config.json"
+        found = read_config(path).get("in_channels") if path.is_file() else channels
+        if found != channels and found in initial.SD_INPUTS:
+            if self.config.method != "full":
+                raise ValueError(
+                    f"model folder {folder} has {found} input channels where {what} has {channels}: give "
+                    "that model's folder, or train all of this one, which widens its input (method: full)"
+                )
+            channels = found
+        check_folder(self.config.model, self.denoiser_part, channels, what)
+
+    def fitted(self, module: nn.Module) -> nn.Module:
+        """As of `initial.with_image`."""
+        return initial.with_image(module, self.denoiser_input[0])
+
+    def host_class(self) -> type:
+        """`models.sd_inpaint.SDInpaint`."""
         from ...models.sd_inpaint import SDInpaint
 
-        self.host = SDInpaint(
+        return SDInpaint
+
+    def make_host(self, module: nn.Module) -> None:
+        """Wrap the (possibly distributed) UNet as the family's denoiser of `models/`."""
+        self.host = self.host_class()(
             self.module,
             self.vae,
             self.parts.get("tokenizer"),
@@ -67,16 +95,21 @@ class SDInpaintTask(Task):
             self.host.dtype = torch.float32
 
     def condition(self, batch: dict[str, Any], guidance: float) -> Any:
-        """Text, the latent mask and the masked image; guidance is that of classifier-free guidance."""
+        """Text and `features`; guidance is that of classifier-free guidance."""
         from ...models.denoiser import Condition, TextEmbedding
-        from ...models.sd_inpaint import latent_mask
+        from ...models.inpaint_masks import latent_mask
 
-        cells = latent_mask(batch["mask"].float())
-        features = torch.cat([cells.to(batch["masked_latents"]), batch["masked_latents"]], dim=1)
+        image = batch["masked_latents"]
+        features = self.features(latent_mask(batch["mask"].float()).to(image), image)
         negative = TextEmbedding(batch["empty_tokens"]) if "empty_tokens" in batch else None
         return Condition(
             text=TextEmbedding(batch["tokens"]), features=features, negative=negative, cfg=guidance
         )
+
+    def features(self, cells: Tensor, image: Tensor) -> Tensor:
+        """What goes beside the noisy latents: the mask [B,1,h,w], 1 = repaint, and the masked image
+        [B,4,h,w]."""
+        return torch.cat([cells, image], dim=1)
 
     def guided(self, batch: dict[str, Any], text: Callable, guidance: float) -> dict[str, Any]:
         """Adds `empty_tokens` [B,L,D], the empty prompt's text, where it is needed."""

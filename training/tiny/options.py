@@ -85,13 +85,14 @@ class TinyOptions:
         super().__post_init__()
         if self.init == "random" and self.method != "full":
             raise ValueError(f"init is random with method {self.method}: an adapter needs pretrained weights")
-        if self.init_from and (self.method != "full" or self.init == "random" or self.task == "sd_inpaint"):
+        flux = self.task in ("fill", "kontext")
+        if self.init_from and (self.method != "full" or self.init == "random" or not flux):
             raise ValueError("init_from is for method full of fill and kontext, with init: pretrained")
         if self.text_lengths and self.train_text_encoder:
             raise ValueError("text_lengths is for frozen T5 encoders: leave it empty")
         for name in ("text_lengths", "guidance_max"):
-            if getattr(self, name) and self.task == "sd_inpaint":
-                raise ValueError(f"{name} is for fill and kontext: leave it out with sd_inpaint")
+            if getattr(self, name) and not flux:
+                raise ValueError(f"{name} is for fill and kontext: leave it out with {self.task}")
 
 
 def bundled(text: str) -> str:
