@@ -63,12 +63,13 @@ def test_at_the_first_step_a_widened_model_is_the_one_of_four_channels(task, pla
 
 def test_inputs_for_the_same_thing_keep_their_weights(sd_inpaint_pipeline):
     nine = sd_inpaint_pipeline.unet
-    eight = initial.with_image(nine, 8)
+    eight = initial.with_image(copy.deepcopy(nine), 8)
     weight = nine.conv_in.weight
     assert torch.equal(eight.conv_in.weight, weight[:, [0, 1, 2, 3, 5, 6, 7, 8]])
+    assert eight.config.in_channels == 8 and torch.equal(eight.conv_in.bias, nine.conv_in.bias)
     back = initial.with_image(eight, 9).conv_in.weight
     assert not back[:, 4].any() and torch.equal(back[:, 5:], weight[:, 5:])
-    assert nine.config.in_channels == 9 and initial.with_image(nine, 9) is nine
+    assert initial.with_image(nine, 9) is nine
     odd = copy.deepcopy(nine)
     odd.register_to_config(in_channels=5)
     with pytest.raises(ValueError, match="5 channels: start from one of 4, 8"):

@@ -74,7 +74,7 @@ def with_inputs(transformer: Any, channels: int) -> Any:
 
 @torch.no_grad()
 def with_image(unet: Any, channels: int) -> Any:
-    """A Stable Diffusion UNet of 4, 8 or 9 input channels, made one of `channels`.
+    """Make a Stable Diffusion UNet of 4, 8 or 9 input channels one of `channels`; returns it.
 
     Channels for the same thing (`SD_INPUTS`) keep their weights, new ones get zeros: what a text-to-image
     model becomes predicts just what it did. Raises ValueError for a UNet of another width.
@@ -84,16 +84,17 @@ def with_image(unet: Any, channels: int) -> Any:
         return unet
     if have not in SD_INPUTS:
         raise ValueError(f"the UNet takes {have} channels: start from one of 4, 8 (glid) or 9 (inpainting)")
-    state, parts = unet.state_dict(), SD_INPUTS[have]
-    weight = state["conv_in.weight"]
-    widths = [SD_WIDTHS[part] for part in parts]
-    known = dict(zip(parts, weight.split(widths, dim=1), strict=True))
-    new = [known.get(p, weight.new_zeros(len(weight), SD_WIDTHS[p], 3, 3)) for p in SD_INPUTS[channels]]
-    state["conv_in.weight"] = torch.cat(new, dim=1)
-    fresh = type(unet).from_config({**unet.config, "in_channels": channels}).to(unet.dtype)
-    fresh.load_state_dict(state)
+    old = unet.conv_in
+    widths = [SD_WIDTHS[part] for part in SD_INPUTS[have]]
+    known = dict(zip(SD_INPUTS[have], old.weight.split(widths, dim=1), strict=True))
+    blank = old.weight.new_zeros(old.out_channels, 1, *old.kernel_size)
+    parts = [known.get(part, blank.expand(-1, SD_WIDTHS[part], -1, -1)) for part in SD_INPUTS[channels]]
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding)
+    new.weight, new.bias = nn.Parameter(torch.cat(parts, dim=1)), old.bias
+    unet.conv_in = new
+    unet.register_to_config(in_channels=channels)
     logger.info("the UNet's input of %d channels became one of %d", have, channels)
-    return fresh
+    return unet
 
 
 @torch.no_grad()
