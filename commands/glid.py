@@ -10,9 +10,10 @@ def add_parser(subparsers) -> None:
     """Add `diptych glid` and its options to the subcommands."""
     parser = subparsers.add_parser(
         "glid",
-        help="cut a checkpoint into glid-3-xl-stable's files, or put them back",
+        help="glid-3-xl-stable's files: from a checkpoint, back into one, or as a diffusers folder",
         description="glid-3-xl-stable keeps the denoiser (diffusion.pt) and the autoencoder (kl.pt) of a "
-        "Stable Diffusion 1.x checkpoint in files of their own. ComfyUI loads either.",
+        "Stable Diffusion 1.x checkpoint in files of their own. ComfyUI loads either; diptych outpaint and "
+        "inpaint want a folder.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     split = actions.add_parser("split", help="checkpoint -> diffusion.pt and kl.pt")
@@ -26,6 +27,12 @@ def add_parser(subparsers) -> None:
         "-o", "--output", type=Path, default=Path("model-merged.pt"), help="default model-merged.pt"
     )
     merge.set_defaults(run=run_merge)
+    folder = actions.add_parser("folder", help="inpaint.pt and kl.pt -> a folder for --engine glid --model")
+    folder.add_argument("model", type=Path, help="inpaint.pt")
+    folder.add_argument("autoencoder", type=Path, help="kl.pt")
+    folder.add_argument("base", type=Path, help="a Stable Diffusion 1.x diffusers folder: its text encoder")
+    folder.add_argument("-o", "--output", type=Path, default=Path("glid"), metavar="FOLDER")
+    folder.set_defaults(run=run_folder)
 
 
 def run_split(args: argparse.Namespace) -> int:
@@ -68,4 +75,13 @@ def run_merge(args: argparse.Namespace) -> int:
     entry = merged.get(f"{checkpoints.DENOISER}input_blocks.0.0.weight")
     if entry is not None and entry.shape[1] != 4:
         print(f"its denoiser takes {entry.shape[1]} channels: loaders of ordinary checkpoints refuse it")
+    return 0
+
+
+def run_folder(args: argparse.Namespace) -> int:
+    """Write a diffusers folder of glid's own files; returns 0. Raises ValueError for files that are not."""
+    from ..models.glid import files
+    from ..training.runtime.disk import check_folder
+
+    print(f"wrote {files.write_folder(args.model, args.autoencoder, args.base, check_folder(args.output))}")
     return 0

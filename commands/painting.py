@@ -23,21 +23,39 @@ if TYPE_CHECKING:
     from ..models.outpaint import Paint, Piece
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ENGINES = {"fill": 16, "sd_inpaint": 8}  # and what the sides of its images divide by
-SIZES = {"fill": 1024, "sd_inpaint": 512}  # pixels a side that it was trained at
-STEPS = {"fill": 28, "sd_inpaint": 50}
+ENGINES = {"fill": 16, "sd_inpaint": 8, "glid": 8}  # and what the sides of its images divide by
+SIZES = {"fill": 1024, "sd_inpaint": 512, "glid": 512}  # pixels a side that it was trained at
+STEPS = {"fill": 28, "sd_inpaint": 50, "glid": 50}
+PARTS = {"fill": ("transformer", 384), "sd_inpaint": ("unet", 9), "glid": ("unet", 8)}  # and its channels
+NAMES = {"fill": "FLUX.1 Fill", "sd_inpaint": "SD inpainting", "glid": "glid"}
+DIFFUSION = ("guidance", "offload")  # options that only Fill has
+OTHERS = {  # options that an engine does not have
+    "fill": ("negative", "cfg", "sampler", "plain_cfg"),
+    "sd_inpaint": (*DIFFUSION, "sampler", "plain_cfg"),
+    "glid": DIFFUSION,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """Add what `inpaint` and `outpaint` share; `output` is the default file."""
     add = parser.add_argument
     add("-o", "--output", type=Path, default=Path(output), metavar="OUT.png", help=f"default {output}")
-    add("--engine", choices=ENGINES, help="FLUX Fill, or Stable Diffusion inpainting (default: by the model)")
+    add(
+        "--engine",
+        choices=ENGINES,
+        help="FLUX Fill, SD inpainting or glid-3-xl-stable (default: by the model)",
+    )
     add("--model", metavar="DIR_OR_HUB_ID", help="diffusers folder or Hugging Face id (default: bundled)")
-    add("--steps", type=steps, help="sampling steps (default 28, or 50 for sd_inpaint)")
+    add("--steps", type=steps, help="sampling steps (default 28, or 50 for sd_inpaint and glid)")
     add("--guidance", type=finite, help="fill: embedded guidance (default 30)")
-    add("--negative", default="", help="sd_inpaint: negative prompt")
-    add("--cfg", type=finite, help="sd_inpaint: scale of the prompt against the negative one (default 7.5)")
+    add("--negative", default="", help="sd_inpaint, glid: negative prompt")
+    add(
+        "--cfg", type=finite, help="sd_inpaint, glid: scale against the negative prompt (default 7.5, glid 7)"
+    )
+    add(
+        "--sampler", choices=("plms", "ddim"), help="glid: plms (default), or ddim with steps such as 50, 250"
+    )
+    add("--plain-cfg", action="store_true", help="glid: guide all four latent channels, not the first three")
     add("--seed", type=seed, default=0, help="of the noise (default 0)")
     add("--feather", type=whole(0, 4096), default=0, help="px of known image over which the seam fades")
     add("--keep-colours", action="store_true", help="do not match the new part's colours to the image")
@@ -73,18 +91,16 @@ def check_engine(args: argparse.Namespace) -> Engine:
     images.check_writable(args.output)
     check_device(args.device)
     name = args.engine or _engine_of(args.model)
-    others = {"fill": ("negative", "cfg"), "sd_inpaint": ("guidance", "offload")}[name]
-    for option in others:
+    for option in OTHERS[name]:
         if getattr(args, option) not in (None, "", False):
-            raise ValueError(f"--{option} does nothing with --engine {name}: leave it out")
+            raise ValueError(f"--{option.replace('_', '-')} does nothing with --engine {name}: leave it out")
     card = None
     if not args.model:
         from ..models.tiny import build
 
         card = {"panel": build.PANEL, **tiny.card()}
     folder = args.model or str(tiny.folder() / name)
-    part, channels = ("transformer", 384) if name == "fill" else ("unet", 9)
-    check_folder(folder, part, channels, "FLUX.1 Fill" if name == "fill" else "SD inpainting")
+    check_folder(folder, *PARTS[name], NAMES[name])
     return Engine(name, folder, card)
 
 
@@ -94,7 +110,12 @@ def _engine_of(model: str | None) -> str:
         return (
             "sd_inpaint" if model and "inpaint" in model.lower() and "flux" not in model.lower() else "fill"
         )
-    return "sd_inpaint" if (Path(model) / "unet").is_dir() else "fill"
+    unet = Path(model) / "unet" / "config.json"
+    if not unet.is_file():
+        return "fill"
+    from ..models.flux import read_config
+
+    return "glid" if read_config(unet).get("in_channels") == PARTS["glid"][1] else "sd_inpaint"
 
 
 def check_prompt(prompt: str) -> str:
@@ -119,6 +140,8 @@ def paint(
     from tqdm import tqdm
 
     from ..models import editing
+    from ..models.outpaint import Piece
+    from ..models.repaint import Painter
 
     announce(engine)
     print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
@@ -130,6 +153,8 @@ def paint(
             how = _guidance(engine, args) | {"sampling": sampling, **options}
             if engine.name == "fill":
                 return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
+            if engine.name == "glid":
+                return Painter(denoiser, prompt, **how)(Piece(canvas, mask))
             return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)
 
 
@@ -186,14 +211,16 @@ def _guidance(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     if engine.name == "fill":
         usual = (engine.tiny or {}).get("guidance", {}).get("fill", editing.FILL_GUIDANCE)
         return {"guidance": usual if args.guidance is None else args.guidance}
-    usual = 2.5 if engine.tiny else 7.5
-    return {"negative": args.negative, "cfg": usual if args.cfg is None else args.cfg}
+    usual = 2.5 if engine.tiny else {"glid": 7.0}.get(engine.name, 7.5)
+    how = {"negative": args.negative, "cfg": usual if args.cfg is None else args.cfg}
+    return how | ({"sampler": args.sampler or "plms"} if engine.name == "glid" else {})
 
 
 def _load(engine: Engine, args: argparse.Namespace) -> Any:
     import torch
 
     from ..models.flux_fill import FluxFill
+    from ..models.glid.model import Glid
     from ..models.sd_inpaint import SDInpaint
 
     name = args.dtype if args.dtype != "auto" else "float32" if engine.tiny else "bfloat16"
@@ -201,7 +228,11 @@ def _load(engine: Engine, args: argparse.Namespace) -> Any:
     try:
         if engine.name == "fill":
             return FluxFill.load(engine.folder, getattr(torch, name), device, offload=args.offload)
-        return SDInpaint.load(engine.folder, getattr(torch, name), device)
+        kind = Glid if engine.name == "glid" else SDInpaint
+        denoiser = kind.load(engine.folder, getattr(torch, name), device)
+        if args.plain_cfg:
+            denoiser.glid_cfg = False
+        return denoiser
     except OSError as error:  # not downloaded, not allowed, or damaged
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model {engine.folder} cannot be loaded ({reason}): see diptych doctor") from error

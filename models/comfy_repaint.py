@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..samplers import schedule
 from ..samplers.comfy_tiles import TiledSampler
+from . import glid
 from .outpaint import Piece
 from .repaint import LARGEST_SEED, late_steps
 
@@ -65,7 +66,7 @@ class Repainter:
                 f"vae makes {latents.shape[-1]}x{latents.shape[-2]} latents of {piece.image.shape[2]}x"
                 f"{piece.image.shape[1]} pixels, not one for 8 x 8: connect the model's own image VAE."
             )
-        values = self._told(kind, piece.image, hard, cells, latents)
+        values = self._told(kind, piece.image, hard, cells)
         noise_mask = cells if kind == "plain" else None
         if piece.cells is not None:
             noise_mask = piece.cells[:, None].float()
@@ -91,13 +92,14 @@ class Repainter:
         )
         return self.vae.decode(made).float().cpu()
 
-    def _told(self, kind: str, image: Tensor, hard: Tensor, cells: Tensor, latents: Tensor) -> dict:
+    def _told(self, kind: str, image: Tensor, hard: Tensor, cells: Tensor) -> dict:
         """What goes into the conditionings: masked image and mask, in the model's own form."""
         if kind == "plain":
             return {}
         if kind == "glid":
+            known = glid.known_latents(self.vae.encode, image[..., :3], hard.expand(len(image), -1, -1))
             scale = self.model.model.latent_format.scale_factor
-            return {"concat_latent_image": latents * scale * (1 - cells).to(latents)}
+            return {"concat_latent_image": glid.image_embed(*known, scale)}
         gray = torch.lerp(image[..., :3], torch.tensor(0.5), hard[..., None].expand_as(image[..., :3]))
         if kind == "inpaint":  # whole cells, so that core's bilinear reduction finds just these
             hard = cells[:, 0].repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)

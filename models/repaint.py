@@ -20,6 +20,8 @@ from . import tiled
 from .denoiser import Condition
 from .editing import FILL_GUIDANCE, Sampling
 from .flux_fill import FluxFill
+from .glid import paint as glid
+from .glid.model import Glid
 from .outpaint import Piece
 
 LARGEST_SEED = 2**64
@@ -30,8 +32,8 @@ class Painter:
     """A callable Piece -> image [B,h,w,3] around FLUX Fill, Stable Diffusion inpainting or glid.
 
     `denoise`: below 1 the run starts from the filled image with some noise, in the same number of steps (not
-    for windows). `guidance` is Fill's; `negative` and `cfg` are Stable Diffusion's. `on_tile`: see
-    `tiled.paint`.
+    for windows). `guidance` is Fill's; `negative` and `cfg` are Stable Diffusion's. `sampler`: of
+    glid, where it paints a hole whole (`glid.paint`). `on_tile`: see `tiled.paint`.
     """
 
     denoiser: Any
@@ -41,6 +43,7 @@ class Painter:
     guidance: float = FILL_GUIDANCE
     negative: str = ""
     cfg: float = 7.5
+    sampler: str = "plms"
     on_tile: Callable[[int, int], None] | None = None
 
     @property
@@ -54,14 +57,36 @@ class Painter:
             if self.denoise != 1:
                 raise ValueError(f"denoise is {self.denoise}: windows are painted from noise, give 1.")
             sizes = {"window": piece.window, "stride": piece.stride}
+            if isinstance(self.denoiser, Glid):
+                return self._glid(piece, sampling)
             options = {"sampling": sampling, "on_tile": self.on_tile, **sizes}
             return tiled.paint(self.denoiser, piece.image, piece.mask, self.prompt, **options, **self._words)
+        if isinstance(self.denoiser, Glid) and piece.cells is None and self.denoise == 1:
+            return self._glid(piece, sampling)
         latents = self.denoiser.encode(piece.image)
         noise = torch.randn(latents.shape, generator=sampling.generator()).to(latents)
         cells = None if piece.cells is None else piece.cells[:, None].to(latents.device)
         run = self._flow if isinstance(self.denoiser, FluxFill) else self._diffusion
         made = run(latents, noise, self._condition(piece), cells, sampling)
         return self.denoiser.decode(made).cpu()
+
+    def _glid(self, piece: Piece, sampling: Sampling) -> Tensor:
+        report = sampling.callback
+        return glid.paint(
+            self.denoiser,
+            piece.image,
+            piece.mask,
+            self.prompt,
+            negative=self.negative,
+            cfg=self.cfg,
+            sampler=self.sampler,
+            steps=sampling.steps,
+            seed=sampling.seed,
+            window=piece.window,
+            stride=piece.stride,
+            callback=None if report is None else lambda i, n, x0: report({"i": i, "denoised": x0}),
+            on_tile=self.on_tile,
+        )
 
     def _condition(self, piece: Piece) -> Condition:
         text = self.denoiser.encode_text(self.prompt)

@@ -7,17 +7,25 @@ text, the VAE, one prediction. Pairs with `samplers/ddim.py`, not with the flow-
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .denoiser import Condition, TextEmbedding, decoded, model_pixels, posterior
+from .flux import check_folder, check_pipeline, default_device, dtype_argument
 from .packing import VAE_FACTOR
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class StableDiffusion:
     """epsilon(x, t | text, features) on latents [B,4,h,w], scaled by the VAE's factor (0.18215)."""
+
+    in_channels = 4
+    name = "Stable Diffusion"
 
     def __init__(
         self,
@@ -49,6 +57,26 @@ class StableDiffusion:
             scheduler_config=pipeline.scheduler.config,
             **kwargs,
         )
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load a diffusers folder or hub id, frozen, in eval mode. Raises ValueError or FileNotFoundError."""
+        check_folder(folder, "unet", cls.in_channels, cls.name)
+        check_pipeline(folder)
+        from diffusers import StableDiffusionInpaintPipeline
+
+        device = torch.device(device) if device is not None else default_device()
+        pipeline = StableDiffusionInpaintPipeline.from_pretrained(
+            str(folder), **dtype_argument(dtype), safety_checker=None, requires_safety_checker=False
+        ).to(device)
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.requires_grad_(False).eval()
+        return cls.from_pipeline(pipeline, device=device)
 
     @torch.no_grad()
     def encode_text(self, prompts: str | Sequence[str]) -> TextEmbedding:
@@ -97,8 +125,11 @@ class StableDiffusion:
         predicted = self._predict(joined, timestep, tokens.to(self.dtype).contiguous(), condition)
         if condition.uses_cfg:
             unguided, guided = predicted.chunk(2)
-            predicted = unguided + condition.cfg * (guided - unguided)
+            predicted = self._guide(guided, unguided, condition.cfg)
         return predicted.to(x.dtype)
+
+    def _guide(self, positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
+        return negative + cfg * (positive - negative)
 
     def _predict(self, joined: Tensor, timestep: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
         """One call of the UNet; with classifier-free guidance the batch holds every sample twice."""

@@ -6,14 +6,12 @@ base models, which know nothing of a mask: those are `sd_blend.py`'s.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .denoiser import Condition, TextEmbedding, model_pixels, same_batch, sized_mask
-from .flux import check_folder, check_pipeline, default_device, dtype_argument
 from .inpaint_masks import MASK_RESIZE, USUAL, MaskRule, latent_mask, tell
 from .packing import VAE_FACTOR
 from .pixels import as_image, rgb
@@ -27,6 +25,9 @@ IN_CHANNELS = 9
 class SDInpaint(StableDiffusion):
     """epsilon(x, t | text, masked image) on latents [B,4,h,w], scaled by the VAE's factor (0.18215)."""
 
+    in_channels = IN_CHANNELS
+    name = "SD inpainting"
+
     def __init__(self, unet: Any, *parts: Any, **kwargs: Any):
         """Parts and options of `StableDiffusion`. Raises ValueError unless the UNet takes nine channels."""
         if unet.config.in_channels != IN_CHANNELS:
@@ -35,26 +36,6 @@ class SDInpaint(StableDiffusion):
                 "load an inpainting checkpoint"
             )
         super().__init__(unet, *parts, **kwargs)
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype = torch.float16,
-        device: torch.device | str | None = None,
-    ) -> SDInpaint:
-        """Load a diffusers folder or hub id, frozen, in eval mode. Raises ValueError or FileNotFoundError."""
-        check_folder(folder, "unet", IN_CHANNELS, "SD inpainting")
-        check_pipeline(folder)
-        from diffusers import StableDiffusionInpaintPipeline
-
-        device = torch.device(device) if device is not None else default_device()
-        pipeline = StableDiffusionInpaintPipeline.from_pretrained(
-            str(folder), **dtype_argument(dtype), safety_checker=None, requires_safety_checker=False
-        ).to(device)
-        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            module.requires_grad_(False).eval()
-        return cls.from_pipeline(pipeline, device=device)
 
     @torch.no_grad()
     def condition(

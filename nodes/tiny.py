@@ -11,6 +11,13 @@ from .widgets import choice, integer
 OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background"]
 
 
+def models() -> list[str]:
+    """The tiny models; glid where its folder is there."""
+    from ..models import tiny
+
+    return ["fill", "kontext", "sd_inpaint", *(["glid"] if (tiny.folder() / "glid").is_dir() else [])]
+
+
 class DiptychTinyModelLoader:
     """`models/tiny/comfy.load`."""
 
@@ -36,7 +43,7 @@ class DiptychTinyModelLoader:
         """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
-                "which": choice(["fill", "kontext", "sd_inpaint"], "fill")(
+                "which": choice(models(), "fill")(
                     "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill "
                     "Conditioner). kontext: FLUX Kontext in small, edits a reference image (with the Kontext "
                     "Conditioner). sd_inpaint: Stable Diffusion inpainting in small (with the "

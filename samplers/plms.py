@@ -30,6 +30,23 @@ def plms_timesteps(steps: int) -> Tensor:
     return torch.tensor([round(i * (TRAINED - 1) / (steps - 1)) for i in range(int(steps))])
 
 
+def plms_levels(steps: int) -> dict[float, float]:
+    """{timestep: cumulative alpha} of everything that `plms` asks the model at, half steps too."""
+    times = plms_timesteps(steps).double()
+    alphas = alphas_cumprod()[times.long()]
+    points = [*zip(times.tolist(), alphas.tolist(), strict=True)]
+    half = [
+        ((points[i][0] + points[i - 1][0]) / 2, (points[i][1] + points[i - 1][1]) / 2) for i in (-1, -2, -3)
+    ]
+    return dict(points + half)
+
+
+def ddim_levels(steps: int) -> dict[float, float]:
+    """{timestep: cumulative alpha} of everything that `ddim` asks the model at."""
+    times = ddim_timesteps(steps)
+    return dict(zip(times.double().tolist(), alphas_cumprod()[times].tolist(), strict=True))
+
+
 def ddim_timesteps(steps: int) -> Tensor:
     """0, k, 2k, ..., int64 [steps], all below 1000. Raises ValueError where no whole k does that."""
     if steps == int(steps) and steps >= 1:

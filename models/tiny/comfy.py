@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from .comfy_text import load_clip
 
 PATCH = 2  # ComfyUI counts channels per latent pixel and packs 2x2 inside the model; diffusers packs outside
+GLID_CHANNELS = 8
 _DTYPE = torch.float32  # a few MB: never worth the rounding, and both hosts agree
 
 
 def load(folder: Path) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of a diffusers folder (FLUX Fill, FLUX Kontext, SD inpainting), all float32.
+    """MODEL, CLIP and VAE of a diffusers folder (FLUX Fill, FLUX Kontext, SD inpainting, glid), all float32.
 
     Raises ValueError if the folder is not a complete diffusers pipeline of one of these.
     """
@@ -83,7 +84,7 @@ class DiffusersUNet(nn.Module):
         control: dict | None = None,
         **_: Any,
     ) -> Tensor:
-        """Latents (of an inpainting model with mask and masked latents) [B,C,h,w] at timesteps 0..999 to
+        """Latents (of an inpainting model with what tells of the hole) [B,C,h,w] at timesteps 0..999 to
         epsilon [B,4,h,w].
 
         control: what a ControlNet adds, `output` to the connections and `middle` behind the middle block.
@@ -96,12 +97,17 @@ class DiffusersUNet(nn.Module):
 
 
 def load_unet(folder: Path, vae: Any | None = None):
-    """An SD UNet as a ModelPatcher: ComfyUI samples epsilon, and of nine channels joins the last five."""
+    """An SD UNet as a ModelPatcher: ComfyUI samples epsilon, and of nine channels joins the last five.
+
+    Of eight, glid's, it joins the last four, the known latents.
+    """
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(str(folder / "unet"), torch_dtype=_DTYPE)
     sizes = {"in_channels": unet.config.in_channels, "disable_unet_model_creation": True}
-    model = _new_model(comfy.supported_models.SD15(sizes), folder, vae)
+    glid = unet.config.in_channels == GLID_CHANNELS
+    family = comfy.supported_models.SD15_instructpix2pix if glid else comfy.supported_models.SD15
+    model = _new_model(family(sizes), folder, vae)
     model.diffusion_model = DiffusersUNet(unet.eval())
     return _patcher(model)
 

@@ -1,4 +1,4 @@
-"""glid-3-xl-stable's geometry and its conventions, which stand nowhere else in the pack.
+"""glid-3-xl-stable's canvases, masks and guidance, on plain tensors.
 
 In glid a mask is True where pixels are *kept*; everywhere else in the pack 1 is what is repainted. It has no
 mask channel: unknown latent cells are exact zeros.
@@ -7,12 +7,14 @@ mask channel: unknown latent cells are exact zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .geometry import check_choice
+from ..geometry import check_choice
 
 GROWS = {  # direction -> (left, top, right, bottom)
     "expand": (1, 1, 1, 1),
@@ -26,6 +28,9 @@ GROWS = {  # direction -> (left, top, right, bottom)
 }
 DIRECTIONS = tuple(GROWS)
 AMOUNT = 32  # cells, 256 pixels
+CELL = 8  # pixels
+CHANNELS = 4  # of a latent
+WHITE = ("keep", "repaint")
 SCALE = 0.18215  # glid's canvas is unscaled; what the model sees is scaled
 
 
@@ -75,24 +80,46 @@ def glid_canvas(latent: Tensor, direction: str, amount: int | float | str = AMOU
 
 
 def known_from_mask(mask: Tensor, known: Tensor, white_means: str = "keep") -> Tensor:
-    """glid's `--mask`: which cells [H,W] stay known, given a mask image [H,W] in 0..1.
+    """glid's `--mask`: what stays known [...,H,W], given a mask image [...,H,W] in 0..1 of that shape.
 
-    The mask has the shape of the enlarged canvas; values above 0.5 are white. `white_means`: `keep`, as in
-    glid's own files, or `repaint`, as everywhere else. Raises ValueError for a mask of another size.
+    `white_means`: `keep`, as in glid's own files (above 0.5), or `repaint`, as everywhere else (from 0.5 on).
     """
-    check_choice("white_means", white_means, ("keep", "repaint"))
+    check_choice("white_means", white_means, WHITE)
     if mask.shape != known.shape:
         raise ValueError(
-            f"mask is {mask.shape[-1]}x{mask.shape[-2]} but the canvas has {known.shape[1]}x{known.shape[0]}"
-            " cells: resize the mask to the enlarged canvas."
+            f"mask is {mask.shape[-1]}x{mask.shape[-2]} but the canvas has {known.shape[-1]}x"
+            f"{known.shape[-2]} cells: resize the mask to the enlarged canvas."
         )
-    white = mask > 0.5
-    return known & (white if white_means == "keep" else ~white)
+    return known & ((mask > 0.5) if white_means == "keep" else (mask < 0.5))
 
 
-def image_embed(canvas: Tensor, known: Tensor) -> Tensor:
+def known_latents(
+    encode: Callable[[Tensor], Tensor], image: Tensor, mask: Tensor, white_means: str = "repaint"
+) -> tuple[Tensor, Tensor]:
+    """An image [B,H,W,3] and its mask [B,H,W] as glid's canvas: latents [B,4,h,w], and bool [B,1,h,w].
+
+    Cells with an unknown pixel are unknown, exactly 0 and False. Only the rectangle around the known ones is
+    encoded (`encode`: [B,H,W,3] to latents, one for 8 x 8 pixels), so that the gray of an empty canvas does
+    not leak into its edge. Sides divide by 8. Raises ValueError if all of it is known.
+    """
+    everything = torch.ones(mask.shape, dtype=torch.bool, device=mask.device)
+    unknown = (~known_from_mask(mask, everything, white_means)).float()[:, None]
+    known = F.max_pool2d(unknown, CELL) == 0
+    if bool(known.all()):
+        raise ValueError("mask is empty, so nothing would be repainted: mark a part of the image.")
+    if not bool(known.any()):
+        return image.new_zeros(len(image), CHANNELS, *known.shape[2:]), known
+    rows, columns = (known.any(dim=(0, 1)).any(dim=axis).nonzero().flatten() for axis in (1, 0))
+    top, left, bottom, right = (int(end) for end in (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1))
+    part = encode(image[:, CELL * top : CELL * bottom, CELL * left : CELL * right])
+    latents = part.new_zeros(max(len(part), len(known)), part.shape[1], *known.shape[2:])
+    latents[:, :, top:bottom, left:right] = part
+    return latents * known.to(latents), known
+
+
+def image_embed(canvas: Tensor, known: Tensor, scale: float = SCALE) -> Tensor:
     """The four extra channels of the model [B,4,h,w]: the scaled canvas, exact zeros where unknown."""
-    return canvas * SCALE * known
+    return canvas * scale * known
 
 
 def guided(positive: Tensor, negative: Tensor, scale: float, quirk: bool = True) -> Tensor:
