@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import ROOT, SkipCase, case, workflow, workflow_names
+from . import ROOT, SkipCase, case, glid, workflow, workflow_names
 
 # Where a loader looks for its files, and which of the tiny loader's outputs takes its place.
 LOADERS = {
@@ -81,8 +81,8 @@ def tiny_lora(host, *, moe: bool) -> Path:
     return match[0]
 
 
-def swapped(prompt: dict) -> dict:
-    """The same prompt on the tiny model, on small images, in two steps."""
+def swapped(host, prompt: dict) -> dict:
+    """The same prompt on the tiny model, on small images, in two steps (glid's sampler takes four)."""
     used = {node["class_type"] for node in prompt.values()}
     slots = {key: SLOTS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SLOTS}
     small = {key: node for key, node in prompt.items() if key not in slots}
@@ -96,11 +96,24 @@ def swapped(prompt: dict) -> dict:
         inputs.update({key: few for key, few in FEW.items() if key in inputs})
         if inputs.get("panel_width", 0) > SIDE:
             inputs["panel_width"] = SIDE
+        if node["class_type"] == "DiptychGlidSampler":
+            inputs["steps"] = 4
+        if node["class_type"] == "DiptychTiledSampler":
+            inputs.update(window=SIDE, stride=SIDE // 2)
         if node["class_type"] == "DiptychContextCrop":
             inputs["size"] = min(inputs["size"], SIDE)
         if "size_policy" in inputs:
             inputs["size_policy"] = "keep"
-    if slots:
+    if "DiptychGlidConditioner" in used:
+        for slot, value in enumerate(glid.load(host)):
+            graph = host.graph()
+            node, _ = graph.given(value)
+            small[f"glid {slot}"] = graph.prompt[node]
+        for node in small.values():
+            for key, value in node["inputs"].items():
+                if isinstance(value, list) and value[0] == "tiny":
+                    node["inputs"][key] = [f"glid {value[1]}", 0]
+    elif slots:
         which = "kontext" if "DiptychKontextConditioner" in used else "fill"
         which = "sd_inpaint" if used & SD_NODES else which
         small["tiny"] = {"class_type": "DiptychTinyModelLoader", "inputs": {"which": which}}
@@ -166,9 +179,9 @@ def it_runs_changes_no_input_and_is_cached_after(host, name):
     prompt = convert(host, name)
     placeholders(host, prompt)
     small_example(host)
-    prompt = swapped(prompt)
     TinyControlNet.host = host
     host.nodes["TestTinyControlNet"] = TinyControlNet
+    prompt = swapped(host, prompt)
     changed: list[str] = []
     with watch({node: host.nodes[node] for node in host.pack_nodes}, changed):
         first = host.run(prompt)
