@@ -11,6 +11,20 @@ from types import ModuleType
 
 def modules() -> list[ModuleType]:
     """The subcommand modules, in the order of the help text."""
-    from . import doctor, edit, glid, grpo, inpaint, merge_inpaint, outpaint, precompute, resize, score, train
+    from . import (
+        doctor,
+        edit,
+        glid,
+        grpo,
+        inpaint,
+        merge_inpaint,
+        outpaint,
+        powerpaint,
+        precompute,
+        resize,
+        score,
+        train,
+    )
 
-    return [edit, outpaint, inpaint, train, grpo, precompute, score, resize, merge_inpaint, glid, doctor]
+    makers = [edit, outpaint, inpaint, train, grpo, precompute, score]
+    return [*makers, resize, merge_inpaint, powerpaint, glid, doctor]

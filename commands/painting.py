@@ -131,11 +131,13 @@ def paint(
     mask: Tensor,
     prompt: str,
     args: argparse.Namespace,
+    words: Callable[[Any], tuple] | None = None,
     **options: Any,
 ) -> Tensor:
     """The canvas [1,H,W,3] with its hole [1,H,W] painted; loads the model and shows its progress.
 
-    options: more of the engine's own function in `models/editing.py`.
+    options: more of the engine's own function in `models/editing.py`; words: given the loaded model, its
+    encoded prompt and negative prompt.
     """
     from tqdm import tqdm
 
@@ -155,6 +157,8 @@ def paint(
                 return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
             if engine.name == "glid":
                 return Painter(denoiser, prompt, **how)(Piece(canvas, mask))
+            if words is not None:
+                prompt, how["negative"] = words(denoiser)
             return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)
 
 

@@ -18,7 +18,7 @@ from ..samplers.gaussian import sde_seed
 from ..samplers.schedule import sigmas, token_count
 from . import diptych, geometry, pixels
 from .condition import reference
-from .denoiser import Condition
+from .denoiser import Condition, TextEmbedding
 from .flux import FluxDenoiser
 from .flux_fill import FluxFill
 from .flux_kontext import FluxKontext
@@ -290,9 +290,9 @@ def inpaint_sd(
     denoiser: SDInpaint,
     image: Tensor,
     mask: Tensor,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | TextEmbedding,
     *,
-    negative: str = "",
+    negative: str | TextEmbedding = "",
     cfg: float = 7.5,
     rule: MaskRule = USUAL,
     strength: float = 1.0,
@@ -306,7 +306,7 @@ def inpaint_sd(
     """
     schedule = ddim.late(ddim.schedule(sampling.steps, denoiser.scheduler_config), strength)
     generator = sampling.generator()
-    text = denoiser.encode_text(prompts)
+    text = _embedding(denoiser, prompts)
     batch = max(len(text), pixels.as_image(image).shape[0], pixels.as_mask(mask).shape[0])
     start = None
     if strength < 1:
@@ -316,7 +316,7 @@ def inpaint_sd(
         text,
         image,
         mask,
-        negative=denoiser.encode_text(negative),
+        negative=_embedding(denoiser, negative),
         cfg=cfg,
         rule=rule,
         generator=sampling.encoder_generator(generator),
@@ -337,3 +337,7 @@ def inpaint_sd(
         callback=sampling.callback,
     )
     return denoiser.decode(latents).cpu()
+
+
+def _embedding(denoiser: SDInpaint, text: str | Sequence[str] | TextEmbedding) -> TextEmbedding:
+    return text if isinstance(text, TextEmbedding) else denoiser.encode_text(text)

@@ -193,3 +193,20 @@ def _lama_choices() -> dict[str, Path]:
                 if file.suffix.lower() in LAMA_SUFFIXES and file.is_file():
                     found.setdefault(f"{folder}/{file.relative_to(place).as_posix()}", file)
     return found
+
+
+# textual inversions
+
+
+def check_embedding(name: str) -> None:
+    """Raise ValueError unless ComfyUI's models/embeddings holds one of that name, in any of its folders.
+
+    ComfyUI itself leaves out an embedding that is not there, with a line in the console.
+    """
+    folders = comfy_folders()
+    files = folders.get_filename_list("embeddings") if folders else []
+    if name not in {Path(file.replace("\\", "/")).stem for file in files}:
+        raise ValueError(
+            f"embedding {name} is not in models/embeddings: cut it out of PowerPaint's text encoder with "
+            "`diptych powerpaint split`, and refresh."
+        )

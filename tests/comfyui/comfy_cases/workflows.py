@@ -69,6 +69,10 @@ def placeholders(host, prompt: dict) -> None:
             shutil.copy(tiny_lora(host, moe="moe" in name), path)
         else:
             path.touch()
+    if any(node["class_type"] == "DiptychPowerPaintPrompt" for node in prompt.values()):
+        from .powerpaint import write_embeddings
+
+        write_embeddings(host, 64)
     folder_paths.filename_list_cache.clear()
 
 
