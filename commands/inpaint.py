@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from ..models.inpaint_masks import MASK_RESIZE
-from ..models.powerpaint import TASKS
-from . import images, painting
+from . import images, inpaint_options, painting
 from .values import LARGEST_SIDE, number, whole
 
 
@@ -38,25 +33,7 @@ def add_parser(subparsers) -> None:
         default=8,
         help="px inside the mask over which it fades in (default 8)",
     )
-    add(
-        "--strength",
-        type=number(0.01, 1),
-        help="sd_inpaint: below 1 what is there is changed, not replaced (default 1)",
-    )
-    add(
-        "--mask-resize",
-        choices=MASK_RESIZE,
-        help="sd_inpaint: which cells of 8 x 8 px are repainted: touched at all (max, default), by their "
-        "first pixel (nearest, as diffusers), their middle, their mean",
-    )
-    add(
-        "--powerpaint",
-        type=Path,
-        metavar="FOLDER",
-        help="sd_inpaint: PowerPaint v1 (unet/ and text_encoder/) in the place of the model's own weights",
-    )
-    add("--task", choices=TASKS, help="for --powerpaint: what to do with the masked part (default text)")
-    add("--fitting", type=number(0, 1), help="for --task shape: how closely it fills the mask (default 1)")
+    inpaint_options.add_arguments(parser)
     painting.add_arguments(parser, "inpainted.png")
     parser.set_defaults(run=run)
 
@@ -66,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models import outpaint
 
     engine = painting.check_engine(args)
-    how = _sd_options(args, engine)
+    how, fill = inpaint_options.checked(args, engine), inpaint_options.prefill(args)
     prompt = args.prompt.strip()
     if args.task not in ("remove", "outpaint"):
         prompt = painting.check_prompt(prompt)
@@ -81,45 +58,11 @@ def run(args: argparse.Namespace) -> int:
         multiple=engine.multiple,
         blend=args.blend,
     )
+    if fill is not None:
+        how["filled"] = fill(crop, mask)
     result = painting.paint(engine, crop, mask, prompt, args, **how)
     finished = outpaint.paste_back(
         result, image, layout, feather=args.feather, match_colour=not args.keep_colours
     )
     painting.save(image, finished, prompt, args.output)
     return 0
-
-
-def _sd_options(args: argparse.Namespace, engine: painting.Engine) -> dict[str, Any]:
-    """Options of `editing.inpaint_sd` that FLUX Fill has not. Raises ValueError for them with Fill."""
-    from ..models.inpaint_masks import MaskRule
-
-    for option, needed in (("task", "powerpaint"), ("fitting", "task")):
-        if getattr(args, option) is not None and getattr(args, needed) is None:
-            raise ValueError(f"--{option} needs --{needed}: give that too, or leave it out")
-    if engine.name != "sd_inpaint":
-        for option in ("strength", "mask_resize", "powerpaint", "task", "fitting"):
-            if getattr(args, option) is not None:
-                name = option.replace("_", "-")
-                raise ValueError(f"--{name} does nothing with --engine {engine.name}: leave it out")
-        return {}
-    how = {"strength": args.strength or 1.0, "rule": MaskRule(args.mask_resize or "max")}
-    return how | ({} if args.powerpaint is None else {"words": _task_words(args)})
-
-
-def _task_words(args: argparse.Namespace) -> Callable[[Any], tuple]:
-    """What makes PowerPaint of a loaded model and encodes its prompts. Raises ValueError or FileNotFoundError
-    for a folder that lacks a file."""
-    from ..models import powerpaint
-
-    for name in (powerpaint.UNET, powerpaint.ENCODER):
-        if not (args.powerpaint / name).is_file():
-            raise FileNotFoundError(
-                f"--powerpaint {args.powerpaint} has no {name}: give PowerPaint v1's folder"
-            )
-    fitting = 1.0 if args.fitting is None else args.fitting
-
-    def words(denoiser: Any) -> tuple:
-        powerpaint.load_onto(denoiser, args.powerpaint)
-        return powerpaint.encode(denoiser, args.task or "text", args.prompt.strip(), args.negative, fitting)
-
-    return words

@@ -23,16 +23,27 @@ if TYPE_CHECKING:
     from ..models.outpaint import Paint, Piece
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ENGINES = {"fill": 16, "sd_inpaint": 8, "glid": 8}  # and what the sides of its images divide by
-SIZES = {"fill": 1024, "sd_inpaint": 512, "glid": 512}  # pixels a side that it was trained at
-STEPS = {"fill": 28, "sd_inpaint": 50, "glid": 50}
-PARTS = {"fill": ("transformer", 384), "sd_inpaint": ("unet", 9), "glid": ("unet", 8)}  # and its channels
-NAMES = {"fill": "FLUX.1 Fill", "sd_inpaint": "SD inpainting", "glid": "glid"}
+ENGINES = {"fill": 16, "sd_inpaint": 8, "glid": 8, "sd": 8}  # and what the sides of its images divide by
+SIZES = {"fill": 1024, "sd_inpaint": 512, "glid": 512, "sd": 512}  # pixels a side that it was trained at
+STEPS = {"fill": 28, "sd_inpaint": 50, "glid": 50, "sd": 50}
+PARTS = {  # the part that denoises, and its channels
+    "fill": ("transformer", 384),
+    "sd_inpaint": ("unet", 9),
+    "glid": ("unet", 8),
+    "sd": ("unet", 4),
+}
+NAMES = {
+    "fill": "FLUX.1 Fill",
+    "sd_inpaint": "SD inpainting",
+    "glid": "glid",
+    "sd": "Stable Diffusion",
+}
 DIFFUSION = ("guidance", "offload")  # options that only Fill has
 OTHERS = {  # options that an engine does not have
     "fill": ("negative", "cfg", "sampler", "plain_cfg"),
     "sd_inpaint": (*DIFFUSION, "sampler", "plain_cfg"),
     "glid": DIFFUSION,
+    "sd": (*DIFFUSION, "sampler", "plain_cfg"),
 }
 
 
@@ -43,15 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     add(
         "--engine",
         choices=ENGINES,
-        help="FLUX Fill, SD inpainting or glid-3-xl-stable (default: by the model)",
+        help="FLUX Fill, SD inpainting, glid-3-xl-stable, or for inpaint plain SD (default: by the model)",
     )
     add("--model", metavar="DIR_OR_HUB_ID", help="diffusers folder or Hugging Face id (default: bundled)")
-    add("--steps", type=steps, help="sampling steps (default 28, or 50 for sd_inpaint and glid)")
+    add("--steps", type=steps, help="sampling steps (default 28 for fill, 50 for the others)")
     add("--guidance", type=finite, help="fill: embedded guidance (default 30)")
-    add("--negative", default="", help="sd_inpaint, glid: negative prompt")
-    add(
-        "--cfg", type=finite, help="sd_inpaint, glid: scale against the negative prompt (default 7.5, glid 7)"
-    )
+    add("--negative", default="", help="all but fill: negative prompt")
+    add("--cfg", type=finite, help="all but fill: scale against the negative prompt (default 7.5, glid 7)")
     add(
         "--sampler", choices=("plms", "ddim"), help="glid: plms (default), or ddim with steps such as 50, 250"
     )
@@ -91,11 +100,15 @@ def check_engine(args: argparse.Namespace) -> Engine:
     images.check_writable(args.output)
     check_device(args.device)
     name = args.engine or _engine_of(args.model)
+    if name == "sd" and args.command != "inpaint":
+        raise ValueError("--engine sd knows no mask: use it with diptych inpaint, or choose another engine")
     for option in OTHERS[name]:
         if getattr(args, option) not in (None, "", False):
             raise ValueError(f"--{option.replace('_', '-')} does nothing with --engine {name}: leave it out")
     card = None
     if not args.model:
+        if name == "sd":
+            raise ValueError("--engine sd has no bundled model: give --model")
         from ..models.tiny import build
 
         card = {"panel": build.PANEL, **tiny.card()}
@@ -115,7 +128,8 @@ def _engine_of(model: str | None) -> str:
         return "fill"
     from ..models.flux import read_config
 
-    return "glid" if read_config(unet).get("in_channels") == PARTS["glid"][1] else "sd_inpaint"
+    channels = read_config(unet).get("in_channels")
+    return next((name for name in ("glid", "sd") if PARTS[name][1] == channels), "sd_inpaint")
 
 
 def check_prompt(prompt: str) -> str:
@@ -136,7 +150,7 @@ def paint(
 ) -> Tensor:
     """The canvas [1,H,W,3] with its hole [1,H,W] painted; loads the model and shows its progress.
 
-    options: more of the engine's own function in `models/editing.py`; words: given the loaded model, its
+    options: more of the engine's own function in `models/`; words: given the loaded model, its
     encoded prompt and negative prompt.
     """
     from tqdm import tqdm
@@ -144,6 +158,7 @@ def paint(
     from ..models import editing
     from ..models.outpaint import Piece
     from ..models.repaint import Painter
+    from ..models.sd_blend import inpaint_blend
 
     announce(engine)
     print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
@@ -157,6 +172,8 @@ def paint(
                 return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
             if engine.name == "glid":
                 return Painter(denoiser, prompt, **how)(Piece(canvas, mask))
+            if engine.name == "sd":
+                return inpaint_blend(denoiser, canvas, mask, prompt, **how)
             if words is not None:
                 prompt, how["negative"] = words(denoiser)
             return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)
@@ -225,6 +242,7 @@ def _load(engine: Engine, args: argparse.Namespace) -> Any:
 
     from ..models.flux_fill import FluxFill
     from ..models.glid.model import Glid
+    from ..models.sd_blend import SDBlend
     from ..models.sd_inpaint import SDInpaint
 
     name = args.dtype if args.dtype != "auto" else "float32" if engine.tiny else "bfloat16"
@@ -232,6 +250,8 @@ def _load(engine: Engine, args: argparse.Namespace) -> Any:
     try:
         if engine.name == "fill":
             return FluxFill.load(engine.folder, getattr(torch, name), device, offload=args.offload)
+        if engine.name == "sd":
+            return SDBlend.load(engine.folder, getattr(torch, name), device, args.controlnet)
         kind = Glid if engine.name == "glid" else SDInpaint
         denoiser = kind.load(engine.folder, getattr(torch, name), device)
         if args.plain_cfg:

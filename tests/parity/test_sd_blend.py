@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfyui_diptych import cli
+from comfyui_diptych.commands import images
 from comfyui_diptych.models import control_inpaint
 from comfyui_diptych.models.editing import Sampling
+from comfyui_diptych.models.outpaint import fill
 from comfyui_diptych.models.sd_blend import SDBlend, inpaint_blend
 
 PROMPTS = ["make the sky red", "remove the cat"]
@@ -107,3 +110,67 @@ def test_the_controlnet_changes_the_image_and_known_latents_do_not(parts, random
 def test_an_inpainting_model_is_refused(sd_inpaint_pipeline):
     with pytest.raises(ValueError, match="takes 9 channels but a plain model 4"):
         SDBlend.from_pipeline(sd_inpaint_pipeline)
+
+
+@pytest.fixture(scope="module")
+def folders(parts, tmp_path_factory):
+    """A plain pipeline's folder and a ControlNet's."""
+    from diffusers import StableDiffusionPipeline
+
+    modules, control = parts
+    root = tmp_path_factory.mktemp("plain")
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**modules, **checker).save_pretrained(root / "sd")
+    control.save_pretrained(root / "controlnet")
+    return root
+
+
+def test_the_command_inpaints_with_a_plain_model(folders, tmp_path, random_image, capsys):
+    photo, mask = random_image(1, 48, 64), torch.zeros(48, 64, 3)
+    mask[16:40, 24:56] = 1
+    images.to_pil(photo[0]).save(tmp_path / "photo.png")
+    images.to_pil(mask).save(tmp_path / "mask.png")
+    fixed = [
+        "--mask",
+        tmp_path / "mask.png",
+        "--blend",
+        0,
+        "--keep-colours",
+        "--steps",
+        4,
+        "--dtype",
+        "float32",
+    ]
+    fixed += ["--device", "cpu", "--model", folders / "sd", "-o", tmp_path / "out.png"]
+
+    def run(*more, command="inpaint"):
+        words = [command, tmp_path / "photo.png", "a cat", *fixed, *more]
+        return cli.main([str(word) for word in words])
+
+    more = ["--controlnet", folders / "controlnet", "--control-scale", 0.7]
+    assert run(*more, "--prefill", "blur", "--strength", 0.75) == 0
+    image, hole = images.load_image(tmp_path / "photo.png"), mask[None, ..., 0]
+    expected = inpaint_blend(
+        SDBlend.load(folders / "sd", torch.float32, "cpu", folders / "controlnet"),
+        image,
+        hole,
+        "a cat",
+        filled=fill(image, hole, "blur"),
+        scale=0.7,
+        strength=0.75,
+        sampling=Sampling(4),
+    )
+    made = images.load_image(tmp_path / "out.png")
+    assert float((made - torch.where(mask > 0, expected, image)).abs().max()) <= 1.01 / 255
+    for words, message in (
+        (["--control-scale", "2"], "--control-scale needs --controlnet"),
+        (["--prefill", "magic"], "--prefill is 'magic'"),
+        (["--prefill", "lama"], "--lama is None: give LaMa's file"),
+        (["--task", "remove"], "--task does nothing with --engine sd"),
+        (["--guidance", "3"], "--guidance does nothing with --engine sd"),
+    ):
+        assert run(*words) == 2
+        assert message in capsys.readouterr().err
+    words = ["outpaint", tmp_path / "photo.png", "a cat", "--left", "8", "--model", folders / "sd"]
+    assert cli.main([str(word) for word in words]) == 2
+    assert "--engine sd knows no mask: use it with diptych inpaint" in capsys.readouterr().err
