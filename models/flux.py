@@ -17,7 +17,7 @@ from torch import Tensor
 from . import model_index
 from .denoiser import Condition, TextEmbedding, as_sigma, decoded, model_pixels, posterior
 from .flux_text import FluxText
-from .packing import image_ids, pack_latents, unpack_latents
+from .packing import fill_features, image_ids, pack_latents, unpack_latents
 
 
 def default_device() -> torch.device:
@@ -225,7 +225,8 @@ class FluxDenoiser:
         noisy = pack_latents(x)
         tokens, ids = noisy, image_ids(height, width).to(x.device)
         if condition.features is not None:
-            tokens = torch.cat([noisy, condition.features.to(noisy)], dim=-1)
+            masked, mask = condition.features.tensor_split([noisy.shape[-1]], dim=-1)
+            tokens = fill_features(noisy, masked, mask)
         if condition.references is not None:
             tokens = torch.cat([noisy, condition.references.to(noisy)], dim=1)
             ids = torch.cat([ids, condition.reference_ids.to(ids)], dim=0)

@@ -236,30 +236,78 @@ def the_full_size_file_is_recognised_by_its_686_keys(host, form):
     assert theirs.keys() == state.keys()
 
 
+UNET = {
+    "in_channels": 4, "out_channels": 4, "sample_size": 8, "layers_per_block": 2, "attention_head_dim": 8,
+    "block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 64, "norm_num_groups": 32,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [32, 64, 128, 128], "layers_per_block": 2, "norm_num_groups": 32,
+    "latent_channels": 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.18215, "sample_size": 64,
+}  # fmt: skip
+
+
+def autoencoder(width: int, device: str = "cpu"):
+    """ComfyUI's AutoencoderKL of Stable Diffusion, `width` channels at its outermost (128 in full)."""
+    import comfy.ldm.models.autoencoder as room
+
+    sizes = {
+        "double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": width,
+        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    with torch.device(device):
+        return room.AutoencoderKL(ddconfig=sizes, embed_dim=4)
+
+
+def randomised(module):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.copy_(torch.randn(value.shape) * 0.05)
+    return module.eval()
+
+
 @case
-def the_shells_unet_has_the_files_weights_under_diffusers_names(host):
-    """A narrow UNet with LDM's names: ComfyUI's network and the converted diffusers one predict the same."""
+def the_full_size_autoencoder_has_248_keys(host):
+    assert len(autoencoder(128, "meta").state_dict()) == 248
+
+
+@case
+def glids_own_files_become_a_folder_that_the_shell_loads(host):
+    """Narrow networks under LDM's names, as .pt files: ComfyUI's and the converted ones compute the same."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
     config, build, operations = full_size()
     narrow = {**config, "model_channels": 32, "context_dim": 64}
-    torch.manual_seed(0)
-    ours = build(**narrow, operations=operations, dtype=torch.float32)
-    with torch.no_grad():
-        for value in ours.parameters():
-            value.copy_(torch.randn(value.shape) * 0.05)
-    diffusers_config = {
-        "in_channels": 4, "out_channels": 4, "sample_size": 8, "layers_per_block": 2, "attention_head_dim": 8,
-        "block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 64, "norm_num_groups": 32,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    }  # fmt: skip
-    theirs = host.pack("models.glid.files").unet_of(ours.state_dict(), diffusers_config).eval()
-    x, text = torch.randn(2, 8, 8, 8), torch.randn(2, 77, 64)
+    unet = randomised(build(**narrow, operations=operations, dtype=torch.float32))
+    vae = randomised(autoencoder(32))
+    place = host.base.parent / "glid_files"
+    base = place / "sd15"
+    shutil.copytree(folder(host), base, ignore=shutil.ignore_patterns("unet", "vae"), dirs_exist_ok=True)
+    UNet2DConditionModel(**UNET).save_config(base / "unet")
+    AutoencoderKL(**VAE).save_config(base / "vae")
+    torch.save(unet.state_dict(), place / "inpaint.pt")
+    torch.save(vae.state_dict(), place / "kl.pt")
+    words = ["glid", "folder", place / "inpaint.pt", place / "kl.pt", base, "-o", place / "glid"]
+    assert host.pack("cli").main(list(map(str, words))) == 0
+
+    denoiser = host.pack("models.glid.model").Glid.load(place / "glid", torch.float32, "cpu")
+    x, text, image = torch.randn(2, 8, 8, 8), torch.randn(2, 77, 64), torch.rand(1, 64, 64, 3)
     times = torch.tensor([500.0, 20.5])
     with torch.no_grad():
-        expected = ours(x, times, context=text)
-        made = theirs(x, times, encoder_hidden_states=text).sample
-    assert expected.std() > 0.01
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 * max(1.0, float(expected.abs().max())))
+        expected = unet(x, times, context=text)
+        made = denoiser.unet(x, times, encoder_hidden_states=text).sample
+        moments = vae.quant_conv(vae.encoder(image.movedim(-1, 1) * 2 - 1))[:, :4] * 0.18215
+        latents = denoiser.encode(image)
+        shown = vae.decoder(vae.post_quant_conv(latents / 0.18215)).movedim(1, -1) / 2 + 0.5
+    for one, other in ((made, expected), (latents, moments), (denoiser.decode(latents), shown.clamp(0, 1))):
+        assert other.std() > 1e-3
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * max(1.0, float(other.abs().max())))
+    torch.save({"input_blocks.0.0.weight": torch.zeros(4, 9, 3, 3)}, place / "wrong.pt")
+    words[2] = place / "wrong.pt"
+    assert host.pack("cli").main(list(map(str, words))) == 2
 
 
 @case
