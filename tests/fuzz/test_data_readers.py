@@ -20,9 +20,9 @@ KINDS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG
 
 def encoded(mode, kind, exif=b""):
     array = np.random.default_rng(0).integers(0, 255, (18, 21, 4), dtype=np.uint8)
-    picture = Image.fromarray(array).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode)
+    image = Image.fromarray(array).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode)
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **({"exif": exif} if exif else {}))
+    image.save(buffer, kind, **({"exif": exif} if exif else {}))
     return buffer.getvalue()
 
 

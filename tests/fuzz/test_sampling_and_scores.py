@@ -183,7 +183,7 @@ def test_reward_and_score(data):
         return
     both = tried(NODES["DiptychReward"]().choose, name="jpeg_size", weight=0.5, also=made[0])
     reward = (both or made)[0] if draw(st.booleans()) else made[0]
-    pictures = draw(images())
+    batch = draw(images())
     beside = {
         key: draw(kind)
         for key, kind in {"source": images(), "mask": masks(), "target": images()}.items()
@@ -191,12 +191,12 @@ def test_reward_and_score(data):
     }
     prompt = draw(st.sampled_from(["", "make the red circle blue", "x" * 3000]))
     score = NODES["DiptychRewardScore"]().score
-    judged = tried(score, images=pictures, reward=reward, prompt=prompt, **beside)
+    judged = tried(score, images=batch, reward=reward, prompt=prompt, **beside)
     if judged is None:
         return
     best, report, ranked, sheet = judged["result"]
     assert math.isfinite(best) and len(report) < 20_000 and sheet.ndim == 4
-    count = len(pictures) if pictures.ndim == 4 else 1
+    count = len(batch) if batch.ndim == 4 else 1
     assert len(ranked) == count and report.count("image ") >= count
 
 

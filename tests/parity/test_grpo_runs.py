@@ -174,9 +174,9 @@ def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_pat
         return real(x, timestep, condition)
 
     denoiser.epsilon = epsilon
-    picture, mask = torch.rand(1, 32, 32, 3), torch.ones(1, 32, 32)
+    image, mask = torch.rand(1, 32, 32, 3), torch.ones(1, 32, 32)
     sampling = editing.Sampling(steps=4, at_sigma=handle.at_sigma)
-    editing.inpaint_sd(denoiser, picture, mask, "red", cfg=1.0, sampling=sampling)
+    editing.inpaint_sd(denoiser, image, mask, "red", cfg=1.0, sampling=sampling)
     assert active == [(751, False), (501, True), (251, True), (1, False)]
 
 
@@ -593,10 +593,10 @@ def test_a_reward_with_nothing_to_judge_neither_hides_the_best_nor_stops_it(fold
 def pairs_without_masks(folder, count=4):
     folder.mkdir()
     for number in range(count):
-        picture = np.full((32, 32, 3), 40 * number, np.uint8)
-        Image.fromarray(picture).save(folder / f"{number}_source.png")
-        picture[:16] = 255 - picture[:16]
-        Image.fromarray(picture).save(folder / f"{number}_target.png")
+        pixels = np.full((32, 32, 3), 40 * number, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}_source.png")
+        pixels[:16] = 255 - pixels[:16]
+        Image.fromarray(pixels).save(folder / f"{number}_target.png")
         (folder / f"{number}.txt").write_text("make it red", encoding="utf-8")
     return f"pairs:{folder}"
 
@@ -630,10 +630,10 @@ def test_a_mask_keeps_its_place_where_images_are_cropped_to_buckets(folders, tmp
     """The row's mask at the same crop as its image: white where the image is white."""
     folder = tmp_path / "wide"
     folder.mkdir()
-    picture = np.zeros((32, 96, 3), np.uint8)
-    picture[8:24, 40:72] = 255
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[8:24, 40:72] = 255
     for name in ("source", "target", "mask"):
-        Image.fromarray(picture).save(folder / f"a_{name}.png")
+        Image.fromarray(pixels).save(folder / f"a_{name}.png")
     (folder / "a.txt").write_text("make it red", encoding="utf-8")
     options = {"data": [f"pairs:{folder}"], "sizing": "buckets", "bucket_step": 16}
     trainer = grpo.GRPOTrainer(toy(folders, tmp_path / "run", **options))

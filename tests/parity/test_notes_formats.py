@@ -132,9 +132,9 @@ def omniedit(world, tmp_path_factory):
     return folder
 
 
-def png(picture):
+def png(image):
     buffer = io.BytesIO()
-    to_pil(picture).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -207,7 +207,7 @@ def test_icedit_moe_trains_and_edits(omniedit, tmp_path, capsys):
 
 
 def test_inference_with_the_plain_lora(tmp_path, capsys):
-    """inference.py: a picture of another width, the edited half comes back at the picture's size."""
+    """inference.py: an image of another width, the edited half comes back at the size of the image."""
     source = Image.new("RGB", (96, 64), "blue")
     source.save(tmp_path / "in.png")
     argv = (

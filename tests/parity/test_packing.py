@@ -86,8 +86,8 @@ def test_a_stretched_reference_is_the_pipelines_lanczos_to_a_few_levels():
     levels = (image * 255).round().to(torch.uint8)
     ours = condition.reference(levels[None] / 255)
     assert ours.image.shape[1:3] == geometry.kontext_size((300, 480))
-    picture = VaeImageProcessor(vae_scale_factor=16).resize(
+    resized = VaeImageProcessor(vae_scale_factor=16).resize(
         Image.fromarray(levels.numpy()), *ours.image.shape[1:3]
     )
-    theirs = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(ours.image.shape) / 255
+    theirs = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(ours.image.shape) / 255
     assert float((ours.image - theirs).abs().max()) < 3 / 255

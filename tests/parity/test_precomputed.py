@@ -215,7 +215,7 @@ def test_soft_masks_keep_their_values(write, tmp_path):
     assert (trainer.data.batches([0], [False])["mask"] == 0.25).all()
 
 
-def test_judges_see_the_decoded_masked_picture(write, tmp_path):
+def test_judges_see_the_decoded_masked_image(write, tmp_path):
     spec, (parts, *_) = write(**WIDE)
     trainer = trainer_of(tmp_path, spec)
     row = scoring.read_row(trainer.data.batches, 0)
@@ -458,10 +458,10 @@ def test_a_stroke_thinner_than_a_cell_is_still_repainted_and_targets_train(pairs
     cells = torch.zeros(8, 8)
     cells[:, 2] = 1
     assert torch.equal(batch["mask"][0, 0].float(), cells.repeat_interleave(8, 0).repeat_interleave(8, 1))
-    picture = read_image(pairs / "0_target.png", "").movedim(-1, 0)[None] * 2 - 1
+    image = read_image(pairs / "0_target.png", "").movedim(-1, 0)[None] * 2 - 1
     with torch.no_grad():
-        assert torch.allclose(batch["latents"], trainer.task.latents(picture), atol=1e-5)
-        hidden = trainer.task.latents(picture * (1 - batch["mask"].float()))
+        assert torch.allclose(batch["latents"], trainer.task.latents(image), atol=1e-5)
+        hidden = trainer.task.latents(image * (1 - batch["mask"].float()))
     assert torch.allclose(batch["masked_latents"], hidden, atol=1e-5) and batch["weight"] == 2
     trainer.train_step()
 

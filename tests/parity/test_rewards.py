@@ -218,7 +218,7 @@ def test_yes_no_judge_compares_first_tokens():
         def forward(self, x):
             return SimpleNamespace(logits=torch.tensor([[[9.0] * 5, [0.0, 1.0, 2.0, 0.5, -1.0]]]))
 
-    picture = torch.zeros(1, 8, 8, 3)
-    score = YesNo(Judge(), Processor()).score(picture, Context(["make it blue"], picture))
+    image = torch.zeros(1, 8, 8, 3)
+    score = YesNo(Judge(), Processor()).score(image, Context(["make it blue"], image))
     yes, no = math.exp(1) + math.exp(2), math.exp(0.5) + math.exp(-1)
     assert score.item() == pytest.approx(yes / (yes + no), rel=1e-6)

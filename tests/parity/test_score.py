@@ -50,7 +50,7 @@ def test_an_icedit_score_looks_at_the_right_half_of_fluxfillpipeline(fill_pipeli
 
 
 @pytest.mark.parametrize("engine", ["fill", "kontext"])
-def test_every_engine_gives_one_row_per_picture(engine, fill_pipeline, kontext_pipeline, cases):
+def test_every_engine_gives_one_row_per_image(engine, fill_pipeline, kontext_pipeline, cases):
     host = (
         FluxFill.from_pipeline(fill_pipeline)
         if engine == "fill"

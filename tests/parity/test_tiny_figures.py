@@ -30,10 +30,8 @@ def pipeline_of(kind, folder):
     return pipeline
 
 
-def success(pictures, pairs):
-    return (
-        shapes.edit_success(pictures.movedim(1, -1), [pair.edit for pair in pairs])["success"].float().mean()
-    )
+def success(images, pairs):
+    return shapes.edit_success(images.movedim(1, -1), [pair.edit for pair in pairs])["success"].float().mean()
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,15 @@ def prepared(folder, output, **options):
     return trainer
 
 
-def picture(path, colour, size):
+def write_image(path, colour, size):
     Image.new("RGB", size, colour).save(path)
 
 
 def pairs(folder, sizes):
     folder.mkdir()
     for number, size in enumerate(sizes):
-        picture(folder / f"{number}_source.png", (255, 0, 0), size)
-        picture(folder / f"{number}_target.png", (0, 0, 255), size)
+        write_image(folder / f"{number}_source.png", (255, 0, 0), size)
+        write_image(folder / f"{number}_target.png", (0, 0, 255), size)
         (folder / f"{number}.txt").write_text(f"make it blue {number}", encoding="utf-8")
     return f"pairs:{folder}"
 
@@ -70,7 +70,7 @@ def test_buckets_never_mix_sizes_and_two_runs_share_their_cache(fill_folder, tmp
 
 
 def test_jsonl_rows_keep_their_masks_weights_and_drawn_masks(fill_folder, tmp_path):
-    picture(tmp_path / "a.png", (10, 20, 30), (32, 32))
+    write_image(tmp_path / "a.png", (10, 20, 30), (32, 32))
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (0, 0, 16, 32))
     mask.save(tmp_path / "m.png")
@@ -132,7 +132,7 @@ def test_a_mix_keeps_its_shares(fill_folder, tmp_path):
 
 def test_broken_rows_are_named_and_too_many_of_them_stop_the_run(fill_folder, tmp_path, caplog):
     data = pairs(tmp_path / "p", [(32, 32)] * 24)
-    (tmp_path / "p" / "7_target.png").write_bytes(b"no picture")
+    (tmp_path / "p" / "7_target.png").write_bytes(b"no image")
     trainer = prepared(fill_folder, tmp_path / "one", data=[data])
     assert len(trainer.data.batches.entries) == 23 and "1 of 24" in caplog.text and "7" in caplog.text
     (tmp_path / "p" / "8.txt").unlink()
@@ -149,7 +149,7 @@ def test_a_missing_column_is_one_sentence(fill_folder, tmp_path):
         prepared(fill_folder, tmp_path / "out", data=[f"magicbrush:{tmp_path}"])
 
 
-def test_tensorboard_gets_loss_and_sample_pictures(fill_folder, tmp_path):
+def test_tensorboard_gets_loss_and_sample_images(fill_folder, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

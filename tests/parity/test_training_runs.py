@@ -370,7 +370,7 @@ def test_an_interrupted_cache_keeps_every_finished_row_with_all_its_masks(folder
     assert len(trainer.data.batches.entries) == 36
 
 
-def test_prior_preservation_makes_just_the_missing_class_pictures(folders, tmp_path):
+def test_prior_preservation_makes_just_the_missing_class_images(folders, tmp_path):
     wanted = f"{tmp_path / 'class'}?prompt=a dog&count="
     options = {"class_images": f"{wanted}3"}
     options |= {"sample_steps": 2, "max_steps": 1, "data": ["shapes:4?size=32&task=inpaint"]}
@@ -407,7 +407,7 @@ def test_gradient_checkpointing_changes_no_gradient(folders, tmp_path, gate):
 @pytest.mark.parametrize(
     ("task", "method"), [("fill", "lora"), ("fill", "moe_lora"), ("kontext", "lora"), ("sd_inpaint", "full")]
 )
-def test_a_few_pictures_are_learned(folders, tmp_path, task, method):
+def test_a_few_images_are_learned(folders, tmp_path, task, method):
     data = ["shapes:2?size=32&task=inpaint"] if task == "sd_inpaint" else ["shapes:2?size=32"]
     options = {"data": data, "max_steps": 60, "batch_size": 8, "rank": 16, "lr": 1e-2, "prompt_drop": 0.0}
     options |= {"method": method, "save_every": 60}

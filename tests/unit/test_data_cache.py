@@ -1,4 +1,4 @@
-"""The cache is keyed by content: no order of the data can pair a prompt with another picture."""
+"""The cache is keyed by content: no order of the data can pair a prompt with another image."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def encoder(seed=0):
 
 
 def numbered(n):
-    """n prompts and pictures that say their own number."""
+    """n prompts and images that say their own number."""
     return [(f"prompt {i}", torch.full((4, 4, 3), i / n)) for i in range(n)]
 
 
-def test_reshuffled_epochs_never_mix_prompt_and_picture(tmp_path):
+def test_reshuffled_epochs_never_mix_prompt_and_image(tmp_path):
     cache, data = ContentCache(tmp_path, shard_bytes=16), numbered(20)
     cache.fill(
         [(text_key(p, "t"), p) for p, _ in data],

@@ -18,14 +18,14 @@ from comfyui_diptych.training.data.specs import spec_of
 from PIL import Image
 
 
-def picture(value, size=(12, 8)):
+def grey(value, size=(12, 8)):
     return Image.new("RGB", size, (value, value, value))
 
 
 def write_pairs(folder, count=3):
     for i in range(count):
-        picture(i).save(folder / f"{i:02}_source.png")
-        picture(100 + i).save(folder / f"{i:02}_target.jpg", quality=100)
+        grey(i).save(folder / f"{i:02}_source.png")
+        grey(100 + i).save(folder / f"{i:02}_target.jpg", quality=100)
         (folder / f"{i:02}.txt").write_text(f"\ufeffmake it {i}\n", encoding="utf-8")
 
 
@@ -40,7 +40,7 @@ def table(folder, **columns):
 
 def test_a_folder_of_pairs(tmp_path):
     write_pairs(tmp_path)
-    picture(255).convert("L").save(tmp_path / "01_mask.png")
+    grey(255).convert("L").save(tmp_path / "01_mask.png")
     source = open_source(f"pairs:{tmp_path}")
     sample = source[1]
     assert len(source) == 3 and sample.prompt == "make it 1" and tuple(source[1].target.shape[:2]) == (8, 12)
@@ -54,7 +54,7 @@ def test_a_folder_of_pairs(tmp_path):
 def test_jsonl_carries_what_inpainting_needs(tmp_path):
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-    picture(255).save(tmp_path / "images/a.png")
+    grey(255).save(tmp_path / "images/a.png")
     hole = np.zeros((4, 6), dtype=np.uint8)  # half the image's size: resized by nearest
     hole[:, :3] = 200
     Image.fromarray(hole).save(tmp_path / "masks/a.png")
@@ -79,7 +79,7 @@ def test_jsonl_carries_what_inpainting_needs(tmp_path):
 
 
 def test_a_bad_jsonl_line_is_named_with_its_number(tmp_path):
-    picture(0).save(tmp_path / "a.png")
+    grey(0).save(tmp_path / "a.png")
     good = json.dumps({"prompt": "p", "image": "a.png"})
     bad = ["{oops", '{"prompt": "p"}', '{"prompt": "p", "image": "missing.png"}', "[]"]
     file = tmp_path / "data.jsonl"
@@ -93,8 +93,8 @@ def test_a_bad_jsonl_line_is_named_with_its_number(tmp_path):
 def test_magicbrush_loses_its_noise_rows(tmp_path):
     table(
         tmp_path,
-        source_img=[picture(1, (32, 64))] * 2,
-        target_img=[picture(2, (32, 64))] * 2,
+        source_img=[grey(1, (32, 64))] * 2,
+        target_img=[grey(2, (32, 64))] * 2,
         instruction=["a", "b"],
     )
     source = open_source(f"magicbrush:{tmp_path}")
@@ -110,8 +110,8 @@ def test_omniedit_filters_tasks_and_draws_a_wording_by_content(tmp_path):
     n = 40
     table(
         tmp_path,
-        src_img=[picture(1)] * n,
-        edited_img=[picture(2)] * n,
+        src_img=[grey(1)] * n,
+        edited_img=[grey(2)] * n,
         edited_prompt_list=[[f"short {i}", f"long {i}"] for i in range(n)],
         task=["swap", "removal"] * (n // 2),
     )
@@ -315,7 +315,7 @@ def test_wrong_specs_say_what_to_write(tmp_path, spec, message):
         open_source(spec)
 
 
-def test_fit_applies_one_geometry_to_all_pictures():
+def test_fit_applies_one_geometry_to_all_images():
     ramp = torch.linspace(0, 1, 40)[None, :, None].expand(20, 40, 3)
     sample = Sample("p", target=ramp, source=ramp[::2, ::2], mask=(ramp[..., 0] > 0.5).float())
     cropped = fit(sample, (16, 16))
@@ -361,7 +361,7 @@ def test_system_files_and_every_suffix_in_a_folder_of_pairs(tmp_path):
     for stem, suffix in (("a", ".tif"), ("b", ".jfif"), ("c", ".GIF"), ("d.v2", ".Png")):
         kind = {".tif": "TIFF", ".jfif": "JPEG", ".gif": "GIF", ".png": "PNG"}[suffix.lower()]
         for role in ("source", "target"):
-            picture(9).save(tmp_path / f"{stem}_{role}{suffix}", kind)
+            grey(9).save(tmp_path / f"{stem}_{role}{suffix}", kind)
             (tmp_path / f"._{stem}_{role}{suffix}").write_bytes(b"\0\5\x16\7")
         (tmp_path / f"{stem}.TXT").write_text("make it red")
         (tmp_path / f"._{stem}.txt").write_bytes(b"\xff" * 60)
@@ -372,8 +372,8 @@ def test_system_files_and_every_suffix_in_a_folder_of_pairs(tmp_path):
 
 
 def test_names_may_be_spelt_with_composed_or_separate_accents(tmp_path):
-    picture(1).save(tmp_path / "e\u0301_source.png")
-    picture(1).save(tmp_path / "\u00e9_target.png")
+    grey(1).save(tmp_path / "e\u0301_source.png")
+    grey(1).save(tmp_path / "\u00e9_target.png")
     (tmp_path / "\u00e9.txt").write_text("x")
     assert open_source(f"pairs:{tmp_path}")[0].prompt == "x"
 
@@ -382,7 +382,7 @@ def test_an_unreadable_suffix_and_two_files_for_one_part_are_named(tmp_path):
     write_pairs(tmp_path, 2)
     (tmp_path / "00_source.png").unlink()
     (tmp_path / "00_source.svg").write_text("<svg/>")
-    picture(1).save(tmp_path / "01_source.webp")
+    grey(1).save(tmp_path / "01_source.webp")
     source = open_source(f"pairs:{tmp_path}")
     with pytest.raises(BrokenSample, match=r"\.svg images are not read here"):
         source[0]
@@ -428,8 +428,8 @@ def test_words_in_an_unknown_encoding_are_named_with_their_line(tmp_path, data, 
 
 def test_metadata_of_hugging_face_image_folders(tmp_path):
     (tmp_path / "train").mkdir()
-    picture(9).save(tmp_path / "train/a.png")
-    picture(255).save(tmp_path / "train/m.png")
+    grey(9).save(tmp_path / "train/a.png")
+    grey(255).save(tmp_path / "train/m.png")
     rows = [
         {"file_name": "train/a.png", "text": "a red circle"},
         {"file_name": "train\\a.png", "prompt": "a red circle", "mask": "train\\m.png"},
@@ -474,8 +474,8 @@ def test_metadata_of_hugging_face_image_folders(tmp_path):
     ],
 )
 def test_a_row_of_the_wrong_kind_is_broken_and_the_run_goes_on(tmp_path, row, reason):
-    picture(3).save(tmp_path / "1.png")
-    picture(0).save(tmp_path / "black.png")
+    grey(3).save(tmp_path / "1.png")
+    grey(0).save(tmp_path / "black.png")
     (tmp_path / "d.jsonl").write_text(row + '\n{"prompt": "a", "image": "1.png"}')
     source = open_source(f"jsonl:{tmp_path / 'd.jsonl'}")
     with pytest.raises(BrokenSample, match=rf"d\.jsonl:1: .*{reason}") as error:
@@ -489,7 +489,7 @@ def test_a_row_of_the_wrong_kind_is_broken_and_the_run_goes_on(tmp_path, row, re
 def test_a_row_leaves_its_folder_only_where_that_is_allowed(tmp_path, where):
     folder = tmp_path / "data"
     folder.mkdir()
-    picture(3).save(tmp_path / "x.png")
+    grey(3).save(tmp_path / "x.png")
     (folder / "d.jsonl").write_text(json.dumps({"prompt": "a", "image": where}))
     with pytest.raises(BrokenSample, match="outside of the data folder"):
         open_source(f"jsonl:{folder / 'd.jsonl'}?inside=true")[0]
@@ -499,7 +499,7 @@ def test_a_row_leaves_its_folder_only_where_that_is_allowed(tmp_path, where):
 
 
 def test_a_thin_stroke_of_a_mask_survives_every_resizing(tmp_path):
-    picture(1, (64, 64)).save(tmp_path / "a.png")
+    grey(1, (64, 64)).save(tmp_path / "a.png")
     mask = np.zeros((512, 512), np.uint8)
     mask[:, 301] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -511,8 +511,8 @@ def test_a_thin_stroke_of_a_mask_survives_every_resizing(tmp_path):
 
 
 def test_captioned_images_are_a_source_and_without_words_broken(tmp_path):
-    picture(7).save(tmp_path / "a.webp")
-    picture(7).save(tmp_path / "b.png")
+    grey(7).save(tmp_path / "a.webp")
+    grey(7).save(tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("a grey wall")
     source = open_source(f"images:{tmp_path}")
     assert len(source) == 2 and source[0].prompt == "a grey wall" and source[0].source is None
@@ -523,14 +523,14 @@ def test_captioned_images_are_a_source_and_without_words_broken(tmp_path):
 
 def test_an_image_is_not_its_own_mask(tmp_path):
     """ComfyUI's mask editor hides the painted part under alpha, where nothing is read."""
-    picture(3).save(tmp_path / "a.png")
+    grey(3).save(tmp_path / "a.png")
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "p", "image": "a.png", "mask": "a.png"}))
     with pytest.raises(BrokenSample, match="image and mask are one file"):
         open_source(f"jsonl:{tmp_path / 'd.jsonl'}")[0]
 
 
 def test_instructions_that_are_no_text_are_broken_rows(tmp_path):
-    table(tmp_path, source_img=[picture(1)] * 2, target_img=[picture(2)] * 2, instruction=[5, None])
+    table(tmp_path, source_img=[grey(1)] * 2, target_img=[grey(2)] * 2, instruction=[5, None])
     source = open_source(f"magicbrush:{tmp_path}")
     for index in range(2):
         with pytest.raises(BrokenSample, match="instruction is empty or no text"):
@@ -544,8 +544,8 @@ def brush(folder, name, colour, count=1):
 
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
-    picture = {"bytes": buffer.getvalue(), "path": None}
-    rows = [{"source_img": picture, "target_img": picture, "instruction": name}] * count
+    image = {"bytes": buffer.getvalue(), "path": None}
+    rows = [{"source_img": image, "target_img": image, "instruction": name}] * count
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
 

@@ -1,4 +1,4 @@
-"""Reward training as ordered from the graph: choices become a recipe, and data needs no wanted pictures."""
+"""Reward training as ordered from the graph: choices become a recipe, and data needs no target images."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_folder_of_sources_and_instructions_is_enough(tmp_path):
     assert specs.has_targets(folder)
 
 
-def test_a_batch_of_pictures_with_one_or_as_many_instructions(tmp_path):
+def test_a_batch_of_images_with_one_or_as_many_instructions(tmp_path):
     images = torch.rand(2, 16, 24, 4, generator=torch.Generator().manual_seed(0))
     source = open_source(specs.save_sources(images, "make it blue\n", tmp_path))
     assert [source[i].prompt for i in range(2)] == ["make it blue"] * 2

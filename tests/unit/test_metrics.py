@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-def pictures(seed, n=2, height=19, width=26):
+def image_and_noisy(seed, n=2, height=19, width=26):
     generator = torch.Generator().manual_seed(seed)
     a = torch.rand(n, height, width, 3, generator=generator)
     return a, (a + 0.2 * torch.randn(a.shape, generator=generator)).clamp(0, 1)
@@ -31,7 +31,7 @@ def ssim_by_definition(x, y):
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 999))
 def test_ssim_equals_its_definition(seed):
-    a, b = pictures(seed)
+    a, b = image_and_noisy(seed)
     got = metrics.ssim_map(a, b)
     for n in range(2):
         channels = [ssim_by_definition(*(p[n, ..., c].double().numpy() for p in (a, b))) for c in range(3)]
@@ -40,8 +40,8 @@ def test_ssim_equals_its_definition(seed):
         assert metrics.ssim(a, b)[n].item() == pytest.approx(inside, abs=1e-4)
 
 
-def test_equal_pictures_score_best_and_inverted_ones_badly():
-    a, _ = pictures(0)
+def test_equal_images_score_best_and_inverted_ones_badly():
+    a, _ = image_and_noisy(0)
     assert metrics.ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-5)
     assert metrics.psnr(a, a).tolist() == [metrics.PSNR_CAP] * 2
     assert metrics.ssim(a, 1 - a).max() < 0
@@ -62,7 +62,7 @@ def test_preservation_counts_only_what_lies_outside_the_mask():
     assert kept[0].item() == pytest.approx(0.1) and kept[1].isnan()
 
 
-def test_pictures_that_cannot_be_compared_are_refused():
+def test_images_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="one size"):
         metrics.psnr(torch.zeros(1, 4, 4, 3), torch.zeros(1, 4, 5, 3))
     with pytest.raises(ValueError, match="10x12.*at least 11x11"):

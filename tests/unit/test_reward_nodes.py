@@ -1,4 +1,4 @@
-"""Rewards as a person chooses them, on pictures at hand: nodes and judges without ComfyUI."""
+"""Rewards as a person chooses them, on images at hand: nodes and judges without ComfyUI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from comfyui_diptych.training.tiny import shapes
 
 
 class Bright(Reward):
-    """Mean brightness; pictures without any light cannot be judged."""
+    """Mean brightness; images without any light cannot be judged."""
 
     name = "test_bright"
 
@@ -202,7 +202,7 @@ def test_what_a_reward_lacks_is_said_in_one_sentence():
         Judge.of(choose("shapes"), "make it red")
 
 
-def test_sources_of_another_size_are_brought_to_the_pictures():
+def test_sources_of_another_size_are_brought_to_the_images():
     out = nodes.DiptychRewardScore().score(
         greys(0.5, 0.25), choose("keep_l1"), source=greys(0.5, size=(32, 48)), mask=corner(8, 12)
     )["result"]

@@ -30,7 +30,7 @@ class Fixed(Reward):
         return self.values[: len(images)]
 
 
-def pictures(count, size=16):
+def random_images(count, size=16):
     return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(count))
 
 
@@ -48,13 +48,13 @@ def test_kept_area_counts_only_pixels_outside_the_mask():
 
 def test_kept_area_of_a_full_mask_is_nan():
     score = rewards.create("keep_l1").score(
-        pictures(2), Context(sources=pictures(2), masks=torch.ones(2, 16, 16))
+        random_images(2), Context(sources=random_images(2), masks=torch.ones(2, 16, 16))
     )
     assert score.isnan().all()
 
 
 def test_jpeg_size_is_the_size_of_the_file():
-    image = pictures(1)
+    image = random_images(1)
     buffer = io.BytesIO()
     Image.fromarray(np.round(image[0].numpy() * 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
     assert rewards.create("jpeg_size").score(image).item() == pytest.approx(-len(buffer.getvalue()) / 500_000)
@@ -62,9 +62,9 @@ def test_jpeg_size_is_the_size_of_the_file():
 
 def test_missing_input_and_wrong_count_are_one_sentence():
     with pytest.raises(ValueError, match="keep_l1 needs sources"):
-        rewards.create("keep_l1").score(pictures(2), Context(masks=torch.zeros(2, 16, 16)))
+        rewards.create("keep_l1").score(random_images(2), Context(masks=torch.zeros(2, 16, 16)))
     with pytest.raises(ValueError, match="1 prompts were given for 2 images"):
-        rewards.create("jpeg_size").score(pictures(2), Context(["one"]))
+        rewards.create("jpeg_size").score(random_images(2), Context(["one"]))
     with pytest.raises(ValueError, match="choose one of"):
         rewards.create("nonsense")
 
@@ -82,10 +82,10 @@ def test_group_normalisation_equals_numpy_and_skips_nan():
 def test_composite_is_scale_free_and_judges_by_what_succeeded():
     wide = Fixed("wide", [0.0, 100.0, 200.0, float("nan")])
     narrow = Fixed("narrow", [0.2, 0.1, 0.0, 0.3])
-    scores = Composite([wide, narrow], {"wide": 1.0, "narrow": 1.0}).score(pictures(4))
+    scores = Composite([wide, narrow], {"wide": 1.0, "narrow": 1.0}).score(random_images(4))
     assert scores.failures == {"wide": 1, "narrow": 0}
     assert scores.combined.isfinite().all()
-    alone = Composite([narrow]).score(pictures(4)).combined
+    alone = Composite([narrow]).score(random_images(4)).combined
     torch.testing.assert_close(scores.combined[3], alone[3] * 2)
 
 
@@ -93,7 +93,7 @@ def test_failed_callable_is_nan_and_a_recipe_can_name_one():
     def broken(*_):
         raise RuntimeError("no judge today")
 
-    assert CallableReward(broken, "broken").score(pictures(2)).isnan().all()
+    assert CallableReward(broken, "broken").score(random_images(2)).isnan().all()
     reward = Spec("math:fsum", external=True).create()
     assert isinstance(reward, CallableReward)
     with pytest.raises(ValueError, match="module:function"):
@@ -150,11 +150,11 @@ def test_http_reward_sends_png_and_reads_json_with_null_as_nan(endpoint):
         seen.append(body)
         answer(handler, {"scores": [0.5, None]}, 500 if number == 0 else 200)
 
-    scores = endpoint(reply).score(pictures(2), Context(["a", "b"]))
+    scores = endpoint(reply).score(random_images(2), Context(["a", "b"]))
     assert scores[0] == 0.5 and scores[1].isnan() and len(seen) == 2
     assert seen[1]["prompts"] == ["a", "b"]
     sent = Image.open(io.BytesIO(base64.b64decode(seen[1]["images"][0])))
-    assert np.array_equal(np.asarray(sent), np.round(pictures(2)[0].numpy() * 255))
+    assert np.array_equal(np.asarray(sent), np.round(random_images(2)[0].numpy() * 255))
 
 
 @pytest.mark.parametrize(
@@ -177,12 +177,12 @@ def test_http_reward_sends_png_and_reads_json_with_null_as_nan(endpoint):
 )
 def test_a_reply_that_is_no_list_of_scores_is_no_score(endpoint, content):
     reward = endpoint(lambda handler, body, number: answer(handler, content), retries=0)
-    assert reward.score(pictures(2)).isnan().all()
+    assert reward.score(random_images(2)).isnan().all()
 
 
 def test_scores_that_are_not_finite_are_none(endpoint):
     reward = endpoint(lambda handler, body, number: answer(handler, b'{"scores": [NaN, 1e999, 2]}'))
-    scores = reward.score(pictures(3))
+    scores = reward.score(random_images(3))
     assert scores[:2].isnan().all() and scores[2] == 2
 
 
@@ -197,8 +197,8 @@ def test_a_reply_that_breaks_off_is_no_score(endpoint):
     def hang_up(handler, body, number):
         handler.connection.close()
 
-    assert endpoint(hang_up, retries=1).score(pictures(2)).isnan().all()
-    assert endpoint(reply, retries=0).score(pictures(2)).isnan().all()
+    assert endpoint(hang_up, retries=1).score(random_images(2)).isnan().all()
+    assert endpoint(reply, retries=0).score(random_images(2)).isnan().all()
 
 
 @pytest.mark.parametrize("where", ["status", "header", "body"])
@@ -213,13 +213,13 @@ def test_a_dripping_reply_ends_at_the_deadline(endpoint, where):
             handler.wfile.flush()
 
     started = time.monotonic()
-    assert endpoint(reply, retries=0, timeout=0.3).score(pictures(1)).isnan().all()
+    assert endpoint(reply, retries=0, timeout=0.3).score(random_images(1)).isnan().all()
     assert time.monotonic() - started < 30  # it ends
 
 
 def test_unreachable_endpoint_is_nan_not_zero():
     reward = HttpReward("http://127.0.0.1:9", retries=0, timeout=1.0)
-    assert reward.score(pictures(1)).isnan().all()
+    assert reward.score(random_images(1)).isnan().all()
 
 
 def test_shapes_reward_tells_success_from_near_miss():

@@ -27,7 +27,7 @@ def cases():
 
 
 def editor(monkeypatch, cases, paint):
-    """Replace the model by `paint(case) -> picture`, found by source and instruction."""
+    """Replace the model by `paint(case) -> image`, found by source and instruction."""
     table = {(c.sample.prompt, c.sample.source.sum().item()): c for c in cases}
 
     def edit(denoiser, sources, instructions, settings, number):
@@ -56,10 +56,10 @@ def test_an_editor_that_spoils_the_rest_does_not_succeed(monkeypatch, cases):
     local = [case for case in cases if len(case.edit.places) == 1]
 
     def elsewhere(case):
-        picture = case.sample.target.clone()
+        image = case.sample.target.clone()
         rows, columns = (case.sample.mask == 0).nonzero(as_tuple=True)
-        picture[rows, columns] = picture[rows, columns] * 0.2 + 0.4
-        return picture
+        image[rows, columns] = image[rows, columns] * 0.2 + 0.4
+        return image
 
     editor(monkeypatch, local, elsewhere)
     figures = score(HOST, local, QUESTIONS["edit"], QUIET).figures()
@@ -99,7 +99,7 @@ def test_the_report_is_strict_json_and_the_sheet_shows_the_first_rows(monkeypatc
     assert Image.open(tmp_path / "out/contact-sheet.png").width > 3 * 128
 
 
-def test_pictures_of_different_sizes_are_batched_apart(cases):
+def test_images_of_different_sizes_are_batched_apart(cases):
     small = shapes_cases(5, size=32)
     mixed = [case for pair in zip(cases, small, strict=False) for case in pair]
     groups = list(batches(mixed, 3))
@@ -116,7 +116,7 @@ def test_data_without_a_mask_is_judged_outside_what_changed():
     assert numbers["kept_l1"].item() == 0 and "success" not in numbers
 
 
-def test_a_mask_over_all_of_the_picture_is_said_and_no_figure(monkeypatch, cases):
+def test_a_mask_over_all_of_the_image_is_said_and_no_figure(monkeypatch, cases):
     whole = [c._replace(sample=dataclasses.replace(c.sample, mask=torch.ones(64, 64))) for c in cases[:2]]
     editor(monkeypatch, whole, lambda case: case.sample.target)
     scores = score(HOST, whole, QUESTIONS["edit"], QUIET)

@@ -19,7 +19,7 @@ def scenes() -> list[shapes.Scene]:
 
 
 @pytest.fixture(scope="module")
-def pictures(scenes) -> torch.Tensor:
+def rendered(scenes) -> torch.Tensor:
     return shapes.render_many(scenes)
 
 
@@ -51,8 +51,8 @@ def test_a_drawn_shape_equals_its_geometry_sampled_eight_times_finer(kind, size)
     assert difference.mean() < 0.002 and difference.max() < 0.35
 
 
-def test_the_checker_reads_its_own_targets_and_rejects_shuffled_ones(scenes, pictures):
-    reading = shapes.read(pictures)
+def test_the_checker_reads_its_own_targets_and_rejects_shuffled_ones(scenes, rendered):
+    reading = shapes.read(rendered)
     assert reading.matches(scenes).float().mean() >= 0.995
     assert reading.matches(scenes[1:] + scenes[:1]).float().mean() <= 0.01
     assert [reading.scene(i) for i in range(50)] == scenes[:50]
@@ -64,18 +64,18 @@ def test_the_checker_reads_other_sizes(scenes, size):
 
 
 @pytest.mark.parametrize("blur, noise, least", ((0.7, 0.05, 0.99), (1.0, 0.05, 0.99), (1.5, 0.02, 0.9)))
-def test_the_checker_survives_the_blur_and_noise_of_a_vae(scenes, pictures, blur, noise, least):
+def test_the_checker_survives_the_blur_and_noise_of_a_vae(scenes, rendered, blur, noise, least):
     line = torch.exp(-(torch.arange(-4, 5) ** 2) / (2 * blur**2))
     kernel = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 9, 9)
-    padded = F.pad(pictures.permute(0, 3, 1, 2), (4, 4, 4, 4), mode="replicate")
+    padded = F.pad(rendered.permute(0, 3, 1, 2), (4, 4, 4, 4), mode="replicate")
     soft = F.conv2d(padded, kernel, groups=3).permute(0, 2, 3, 1)
     soft = soft + noise * torch.randn(soft.shape, generator=torch.Generator().manual_seed(0))
     assert shapes.read(soft.clamp(0, 1)).matches(scenes).float().mean() >= least
 
 
-def test_grey_noise_and_mixtures_are_unreadable(scenes, pictures):
+def test_grey_noise_and_mixtures_are_unreadable(scenes, rendered):
     noise = torch.rand(100, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-    for wrong in (noise, torch.full((1, 64, 64, 3), 0.5), pictures[:100] / 2 + pictures[100:200] / 2):
+    for wrong in (noise, torch.full((1, 64, 64, 3), 0.5), rendered[:100] / 2 + rendered[100:200] / 2):
         assert shapes.read(wrong).matches(scenes[: len(wrong)]).sum() == 0
 
 
@@ -125,11 +125,11 @@ def test_instructions_name_what_they_change_in_several_wordings():
     assert all(len(first_words) >= 3 for first_words in seen.values())
 
 
-def test_splits_share_no_picture_and_are_reproducible():
+def test_splits_share_no_image_and_are_reproducible():
     drawn = {split: list(shapes.random_edits(1, 400, split)) for split in shapes.SPLITS}
-    pictured = {split: {s for e in edits for s in (e.source, e.target)} for split, edits in drawn.items()}
-    assert not pictured["train"] & pictured["test"] and not pictured["train"] & pictured["val"]
-    assert not pictured["val"] & pictured["test"]
+    seen = {split: {s for e in edits for s in (e.source, e.target)} for split, edits in drawn.items()}
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"]
+    assert not seen["val"] & seen["test"]
     assert list(shapes.random_edits(1, 400, "val")) == drawn["val"]
 
 
@@ -139,8 +139,8 @@ def test_a_caption_tells_scenes_apart(scenes):
     assert len({s.caption for s in many}) == len(many)
 
 
-def test_places_match_looks_only_where_it_is_asked_to(scenes, pictures):
-    spoilt = pictures.clone()
+def test_places_match_looks_only_where_it_is_asked_to(scenes, rendered):
+    spoilt = rendered.clone()
     spoilt[:, :32, :32] = 0.5
     assert shapes.places_match(spoilt, scenes, [("bottom left", "bottom right")] * len(scenes)).all()
     assert not shapes.places_match(spoilt, scenes, [("top left",)] * len(scenes)).any()

@@ -80,10 +80,10 @@ def test_the_vae_reconstructs_held_out_scenes():
     vae = diffusers.AutoencoderKL.from_pretrained(tiny.folder() / "fill" / "vae")
     rng = random.Random(11)
     scenes = [shapes.random_scene(rng, "test") for _ in range(40)]
-    pictures = shapes.render_many(scenes)
-    latents = vae.encode(pictures.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mode()
+    images = shapes.render_many(scenes)
+    latents = vae.encode(images.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mode()
     out = (vae.decode(latents).sample.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
-    assert -10 * (out - pictures).square().mean().log10() >= 30
+    assert -10 * (out - images).square().mean().log10() >= 30
     assert shapes.read(out).matches(scenes).float().mean() >= 0.99
     model_space = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     assert abs(model_space.mean()) < 0.1 and 0.9 < model_space.std() < 1.1

@@ -18,6 +18,7 @@ from comfyui_diptych.commands.train import WORLD_TASKS
 from comfyui_diptych.training import config, recipes
 from comfyui_diptych.training.reinforce.config import GRPOConfig, TinyGRPOConfig
 from comfyui_diptych.training.runtime import options
+from comfyui_diptych.training.tasks import families
 from comfyui_diptych.training.tiny.options import TinyOptions
 
 
@@ -97,6 +98,10 @@ def test_recipes_of_the_bundled_models_find_them_from_any_folder(path, tmp_path,
     assert all(Path(name).is_file() for name in [made.init_lora, *made.fuse_loras] if name)
     fused = recipes.from_dict({"fuse_loras": ["tiny:loras/icedit.safetensors:0.5"]}).fuse_loras[0]
     assert fused.endswith("loras/icedit.safetensors:0.5") and Path(fused.rpartition(":")[0]).is_file()
+
+
+def test_every_task_has_its_family():
+    assert config.TASKS == tuple(families.FAMILIES)
 
 
 def test_icedit_recipe_is_the_papers():

@@ -53,8 +53,9 @@ def add_lora(module: nn.Module, patterns: Iterable[str], config) -> list[str]:
             target_modules="|".join(re.escape(n) for n in plain),
         )
         inject_adapter_in_model(lora, module, adapter_name=ADAPTER)
-    for name in moe:
-        module.set_submodule(name, MoELoRALinear(module.get_submodule(name), config))
+    for name in moe:  # torch 2.4 has no set_submodule
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, MoELoRALinear(module.get_submodule(name), config))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:

@@ -21,7 +21,7 @@ def test_the_example_runs_without_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"images": torch.rand(2, 64, 64, 3), "captions": ["a red circle", "a circle"]}
     exec("\n".join(lines), names)  # noqa: S102
-    assert names["pictures"].shape == (2, 56, 56, 3)
+    assert names["drawn"].shape == (2, 56, 56, 3)
     assert [len(row) for row in names["captions"]] == [3, 3]
     assert names["scores"].shape == (2, 2)
     assert names["losses"].diffusion.isfinite()
