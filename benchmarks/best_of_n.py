@@ -1,8 +1,9 @@
-"""Claim: on the tiny models best-of-6 (judged after a third of the steps) edits better than one start.
+"""Claim: on the tiny models best-of-6 (judged after a third of the steps) edits better than one sample.
 
-Named peers, in the same run and on the same held-out pairs and seeds: the plain sampler (one start), and
-finishing all six starts before judging them. The judge is the checker of the shapes world on the instruction
-and the source alone, so a figure is what a good judge is worth. Prints success and model evaluations.
+Named peers, in the same run and on the same held-out pairs and seeds: the plain sampler (one sample), and
+finishing all six candidates before judging them. The judge is the checker of the shapes world on the
+instruction and the source alone, so a figure is what a good judge is worth. Prints success and model
+evaluations.
 
     python benchmarks/best_of_n.py --rows 500
 """
@@ -68,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     denoiser, n = load(options.engine, options.lora), options.candidates
     ways = {
-        "one start": (1, options.steps),
+        "one sample": (1, options.steps),
         f"best of {n}": (n, max(1, round(options.steps / 3))),
         f"all {n} finished": (n, options.steps),
     }

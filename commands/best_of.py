@@ -14,7 +14,9 @@ MOST = 4096  # candidates
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --best-of, --judge and --judge-steps, in a group of their own."""
-    add = parser.add_argument_group("best of N", "start several images, finish the one a judge likes best")
+    add = parser.add_argument_group(
+        "best of N", "sample several candidates, finish the one a judge likes best"
+    )
     add = add.add_argument
     add(
         "--best-of",

@@ -135,7 +135,7 @@ def run(
 
 
 def _best_of(denoiser, velocity, noise: Tensor, schedule: Tensor, sampling: Sampling) -> Tensor:
-    """The winner's latents [1,16,h,w]; noise [1,...] is that of the first start."""
+    """The best candidate's latents [1,16,h,w]; noise [1,...] is that of the first."""
     best = sampling.best_of
     if len(noise) != 1:
         raise ValueError(f"best_of works on one image at a time but the batch is {len(noise)}: pass one.")

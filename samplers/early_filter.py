@@ -1,6 +1,6 @@
 """Best of N: judge several candidates after a few steps, and finish only the best.
 
-N noises advance for m of n steps, the data each is heading for (predicted x0) is judged, and the winners go
+N noises advance for m of n steps, the data each is heading for (predicted x0) is judged, and the best go
 on with their remaining steps of the same schedule: nothing is computed twice. After ICEdit's early filter
 (arXiv 2504.20690), which samples M previews of m steps and then samples the best anew with n.
 What a judge is stands in `training/rewards`; the ComfyUI loop is `comfy_early_filter.py`.

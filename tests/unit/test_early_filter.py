@@ -1,4 +1,4 @@
-"""Best of N while sampling: the winner is the plain sampler's own image, and nothing is computed twice."""
+"""Best of N while sampling: the best is the plain sampler's own image, and nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_one_candidate_is_the_plain_sampler_to_the_last_bit(rule, judged):
 
 @pytest.mark.parametrize("rule", flow_match.RULES)
 @pytest.mark.parametrize("batch", [0, 1, 4])
-def test_the_winner_is_the_image_of_its_own_seed(rule, batch):
+def test_the_best_is_the_image_of_its_own_seed(rule, batch):
     made = best_of(
         velocity, noises(6), SIGMAS, brightness, judge_steps=JUDGED, rule=rule, batch=batch,
         generators=sde_generators(5, 6),
     )  # fmt: skip
-    winner = candidate_seed(5, int(made.chosen[0]))
-    alone = flow_match.sample(velocity, noises(1, winner), SIGMAS, rule=rule,
-                              generator=sde_generators(winner, 1))  # fmt: skip
+    best = candidate_seed(5, int(made.chosen[0]))
+    alone = flow_match.sample(velocity, noises(1, best), SIGMAS, rule=rule,
+                              generator=sde_generators(best, 1))  # fmt: skip
     torch.testing.assert_close(made.latents, alone, rtol=0, atol=1e-6)
 
 

@@ -49,7 +49,7 @@ def one_candidate_is_the_plain_sampler_bit_for_bit(host, setting):
 
 
 @case(each=lambda: [f"{setting}, {rule}" for setting in SETTINGS for rule in ("ode", "flow")])
-def the_winner_is_the_plain_samplers_image_of_its_seed(host, setting):
+def the_best_is_the_plain_samplers_image_of_its_seed(host, setting):
     """Seeds 11, 12, 13 compete; the kept latent of every sample is one of the three plain ones."""
     setting, _, rule = setting.partition(", ")
     contest = Contest(host, **SETTINGS[setting])
@@ -93,7 +93,7 @@ def the_judge_prefers_what_the_reward_prefers(host):
 
 
 @case
-def every_step_shows_all_starts_and_then_the_winner(host):
+def every_step_shows_all_candidates_and_then_the_best(host):
     import comfy.utils
 
     seen = []
@@ -110,7 +110,7 @@ def every_step_shows_all_starts_and_then_the_winner(host):
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert [value for value, _ in seen] == [1, 2, 2, 3, 4, 5]
-    # three starts in a grid of two by two, then one image
+    # three candidates in a grid of two by two, then one image
     assert seen[0][1] == seen[1][1] and seen[2][1] == seen[5][1]
     assert seen[0][1][0] == 2 * seen[5][1][0] or seen[0][1][0] == seen[5][1][0]  # previews are capped
 

@@ -284,7 +284,7 @@ def best_of_six_mends_the_edit_that_one_start_gets_wrong(host):
         kept = {"value": [f"judge {key}", 3], "name": key}
         prompt[f"keep {key}"] = {"class_type": "TestKeepValue", "inputs": kept}
     kept = host.run(prompt).kept
-    assert [kept[key] for key in splits] == [0.0, 1.0]  # one start, best of six
+    assert [kept[key] for key in splits] == [0.0, 1.0]  # one sample, best of six
 
 
 @case
