@@ -429,11 +429,14 @@ def test_an_interrupted_precompute_goes_on_and_never_mixes(encoded, pairs, tmp_p
     assert precompute(f"pairs:{pairs}", tmp_path) == 0
     assert written == [f"fill_{number}.pt" for number in range(4)]
     assert (tmp_path / "index.json").read_text() == (encoded / "index.json").read_text()
-    # A later run that is stopped forgets nothing that is there.
+    # A later run that is stopped forgets nothing that is there. Shells start what is in the background with
+    # SIGINT ignored, and the command leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     (tmp_path / "text_ids" / "fill_1.pt").unlink()
     real = module._encode
     monkeypatch.setattr(module, "_encode", lambda *args: signal.raise_signal(signal.SIGINT) or real(*args))
     assert precompute(f"pairs:{pairs}", tmp_path) == 130
+    signal.signal(signal.SIGINT, before)
     assert [row["text_ids"] for row in json.loads((tmp_path / "index.json").read_text())] == [
         f"fill_{number}.pt" for number in (0, 2, 3)
     ]
