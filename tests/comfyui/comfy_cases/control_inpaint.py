@@ -160,6 +160,42 @@ def it_equals_the_shells_half(host, prefill):
     assert (kept["finished"][far] - image[far]).abs().max() <= host.within(1e-6)
 
 
+@case
+def inpaint_only_with_lama_starts_from_what_lama_fills_in(host):
+    import folder_paths
+
+    inpainters = host.pack("models.outpaint.inpainters")
+    file = host.base / "models" / "inpaint" / "big-lama.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    folder_paths.filename_list_cache.clear()
+
+    class Network:
+        """In the place of a LaMa file: paints everything one colour."""
+
+        def to(self, device):
+            return self
+
+        def __call__(self, image, mask):
+            return torch.full_like(image, 0.25)
+
+    load, inpainters._load_lama = inpainters._load_lama, lambda path: Network()
+    try:
+        mask = slanted()
+        chain = Chain(host, mask)
+        made = chain.ours(prefill="lama", lama_file="inpaint/big-lama.pt")
+        kept = host.run(chain.graph.keep(latent=made[2], image=made[3])).kept
+    finally:
+        inpainters._load_lama = load
+        file.unlink()
+        folder_paths.filename_list_cache.clear()
+    image = random_image(1, 64, 96)
+    with torch.inference_mode():
+        expected = chain.plain.vae.encode(torch.where(mask[..., None] > 0, 0.25, image))
+    torch.testing.assert_close(kept["latent"]["samples"], expected)
+    torch.testing.assert_close(kept["image"], image)  # the composite still takes the image itself
+
+
 class Recorder:
     """A control_net with a channel for a mask, as core makes of AliMama's file; keeps what it gets."""
 

@@ -214,6 +214,24 @@ def the_demo_as_shipped_makes_the_edit_it_asks_for(host, name):
     assert host.run(prompt).kept["success"] == 1.0
 
 
+@case
+def the_sd_demo_as_shipped_fills_in_what_its_caption_says(host):
+    if not host.pack("models.tiny").card().get("trained"):
+        raise SkipCase("the bundled tiny models are not trained yet")
+    prompt = convert(host, "sd_fill_tiny")
+    number = {node["class_type"]: key for key, node in prompt.items()}
+    demo = number["DiptychDemoImage"]
+    kept = {"filled": [number["VAEDecode"], 0], "image": [demo, 0], "mask": [demo, 2], "expected": [demo, 3]}
+    for key, value in kept.items():
+        prompt[f"keep {key}"] = {"class_type": "TestKeepValue", "inputs": {"value": value, "name": key}}
+    seen = host.run(prompt).kept
+    hole = seen["mask"] > 0
+    filled, image, expected = (seen[key].float()[hole] for key in ("filled", "image", "expected"))
+    wrong = ((filled - expected).abs().amax(dim=-1) > 0.25).float().mean()
+    asked = ((image - expected).abs().amax(dim=-1) > 0.25).float().mean()
+    assert wrong < 0.3 * asked, (wrong, asked)
+
+
 @case(each=lambda: ["outpaint_tiny", "panorama_tiny", "context_crop_tiny"])
 def what_an_outpaint_does_not_repaint_is_the_image_itself(host, name):
     prompt = convert(host, name)
