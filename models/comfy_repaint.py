@@ -60,12 +60,7 @@ class Repainter:
         kind = kind_of(self.model)
         hard = (piece.mask >= 0.5).float()
         cells = F.max_pool2d(hard[:, None], CELL)
-        latents = self.vae.encode(piece.image[..., :3])
-        if tuple(latents.shape[-2:]) != tuple(cells.shape[-2:]):
-            raise ValueError(
-                f"vae makes {latents.shape[-1]}x{latents.shape[-2]} latents of {piece.image.shape[2]}x"
-                f"{piece.image.shape[1]} pixels, not one for 8 x 8: connect the model's own image VAE."
-            )
+        latents = self._encoded(piece.image[..., :3])
         values = self._told(kind, piece.image, hard, cells)
         noise_mask = cells if kind == "plain" else None
         if piece.cells is not None:
@@ -91,6 +86,18 @@ class Repainter:
             seed=(self.seed + piece.seed) % LARGEST_SEED,
         )
         return self.vae.decode(made).float().cpu()
+
+    def _encoded(self, image: Tensor) -> Tensor:
+        """Latents. Raises ValueError for a VAE of another model, before anything is sampled."""
+        latents = self.vae.encode(image)
+        channels = self.model.model.latent_format.latent_channels
+        wanted = (channels, image.shape[1] // CELL, image.shape[2] // CELL)
+        if tuple(latents.shape[1:]) != wanted:
+            raise ValueError(
+                f"vae makes latents of {'x'.join(map(str, latents.shape[1:]))} where the model takes"
+                f" {'x'.join(map(str, wanted))}: connect the model's own VAE."
+            )
+        return latents
 
     def _told(self, kind: str, image: Tensor, hard: Tensor, cells: Tensor) -> dict:
         """What goes into the conditionings: masked image and mask, in the model's own form."""

@@ -7,12 +7,34 @@ from typing import Any
 from torch import Tensor
 
 from . import widgets
-from .widgets import choice, integer, number, socket, switch
+from .widgets import Row, choice, integer, number, socket, switch
 
 CATEGORY = "diptych/outpaint"
 MOST = 16384  # pixels
 SCHEDULERS = ("auto", "simple", "normal", "karras", "exponential", "sgm_uniform", "ddim_uniform", "beta")
 OWN = -1  # mask_blur: the method's own
+
+
+def _details() -> dict[str, Row]:
+    """The widgets that are seldom needed."""
+    return {
+        "scheduler": choice(SCHEDULERS, "auto", advanced=True)(
+            "auto: FLUX's, with the shift of the real size; for Stable Diffusion evenly spaced steps."
+        ),
+        "mask_blur": integer(OWN, OWN, 64, advanced=True)(
+            "For mk2 and poor man, in px. -1: their own, 8 and 4. Less for small images."
+        ),
+        "overlap": integer(0, 0, 1024, advanced=True)(
+            "For direct and tiles: so many px of the image's own edge are repainted too."
+        ),
+        "feather": integer(0, 0, 1024, advanced=True)(
+            "For direct, tiles and mosaic: fade the result out over so many px of known image."
+        ),
+        "noise_q": number(1.0, 0.0, 4.0, step=0.05, advanced=True)("For mk2's noise: 0 is rough, 2 smooth."),
+        "color_variation": number(0.05, 0.0, 1.0, step=0.01, advanced=True)(
+            "For mk2's noise: 0 starts from gray noise, 1 from independent channels."
+        ),
+    }
 
 
 class DiptychOutpaint:
@@ -77,24 +99,7 @@ class DiptychOutpaint:
                 "match_colour": switch(True)(
                     "For direct and tiles: correct the new part's colours at the seam."
                 ),
-                "scheduler": choice(SCHEDULERS, "auto", advanced=True)(
-                    "auto: FLUX's, with the shift of the real size; for Stable Diffusion evenly spaced steps."
-                ),
-                "mask_blur": integer(OWN, OWN, 64, advanced=True)(
-                    "For mk2 and poor man, in px. -1: their own, 8 and 4. Less for small images."
-                ),
-                "overlap": integer(0, 0, 1024, advanced=True)(
-                    "For direct and tiles: so many px of the image's own edge are repainted too."
-                ),
-                "feather": integer(0, 0, 1024, advanced=True)(
-                    "For direct, tiles and mosaic: fade the result out over so many px of known image."
-                ),
-                "noise_q": number(1.0, 0.0, 4.0, step=0.05, advanced=True)(
-                    "For mk2's noise: 0 is rough, 2 smooth."
-                ),
-                "color_variation": number(0.05, 0.0, 1.0, step=0.01, advanced=True)(
-                    "For mk2's noise: 0 starts from gray noise, 1 from independent channels."
-                ),
+                **_details(),
             },
         }
 

@@ -88,3 +88,16 @@ def what_cannot_be_outpainted_is_one_sentence(host):
     load(host, "fill")
     failed = host.run(graph_of(host, "fill", random_image(1, 64, 64)), may_fail=True)
     assert "nothing is to be painted, give a side more than 0" in failed.error
+
+
+@case
+def a_vae_of_another_model_is_refused_before_sampling(host):
+    load(host, "fill")
+    graph = host.graph()
+    model, clip, *_ = graph.add("DiptychTinyModelLoader", which="fill")
+    vae = graph.add("DiptychTinyModelLoader", which="sd_inpaint")[2]
+    text = graph.add("CLIPTextEncode", clip=clip, text=PROMPT)[0]
+    given = {"model": model, "positive": text, "negative": text, "vae": vae, "right": 16}
+    made = graph.add("DiptychOutpaint", image=graph.given(random_image(1, 64, 64)), **given)[0]
+    failed = host.run(graph.keep(image=made), may_fail=True)
+    assert "vae makes latents of 4x8x10 where the model takes 16x8x10" in failed.error
