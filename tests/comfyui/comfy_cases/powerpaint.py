@@ -135,3 +135,23 @@ def a_missing_embedding_is_said_where_comfyui_would_leave_it_out(host):
             assert "embedding P_shape is not in models/embeddings" in str(error)
         else:
             raise AssertionError("a missing embedding was left out in silence")
+
+
+@case
+def core_takes_its_unet_for_nine_channel_stable_diffusion(host):
+    import comfy.model_detection
+    import comfy.utils
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):  # shapes are all that is looked at
+        unet = UNet2DConditionModel(
+            in_channels=9,
+            block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        )
+    state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in unet.state_dict().items()}
+    config = comfy.model_detection.model_config_from_diffusers_unet(state)
+    assert type(config).__name__ == "SD15" and config.inpaint_model()
+    known = comfy.utils.unet_to_diffusers(config.unet_config)
+    assert state.keys() <= known.keys(), sorted(state.keys() - known.keys())[:3]
