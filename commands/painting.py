@@ -113,6 +113,8 @@ def check_engine(args: argparse.Namespace) -> Engine:
 
         card = {"panel": build.PANEL, **tiny.card()}
     folder = args.model or str(tiny.folder() / name)
+    if not args.model and not Path(folder).is_dir():
+        raise ValueError(f"no tiny {name} model is bundled: give a folder with --model")
     check_folder(folder, *PARTS[name], NAMES[name])
     return Engine(name, folder, card)
 

@@ -164,6 +164,15 @@ def test_wrong_engines_and_options_are_one_sentence(folder, tmp_path, random_ima
     assert message in capsys.readouterr().err
 
 
+def test_without_a_bundled_glid_the_engine_asks_for_a_folder(tmp_path, random_image, capsys, monkeypatch):
+    monkeypatch.setenv("DIPTYCH_TINY_FOLDER", str(tmp_path))
+    photo = tmp_path / "photo.png"
+    images.to_pil(random_image(1, 48, 64)[0]).save(photo)
+    words = ["outpaint", photo, PROMPT, "--right", 64, "--engine", "glid", "-o", tmp_path / "out.png"]
+    assert cli.main(list(map(str, words))) == 2
+    assert "no tiny glid model is bundled: give a folder with --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
