@@ -244,7 +244,7 @@ def test_shapes_reward_tells_success_from_near_miss():
         (
             "pickscore",
             {},
-            "huggingface-cli download yuvalkirstain/PickScore_v1 and .* laion/CLIP",
+            "hf download yuvalkirstain/PickScore_v1 and .* laion/CLIP",
         ),
         ("hpsv2", {}, "hpsv2 needs the option path"),
         (

@@ -33,7 +33,7 @@ def places(options: Mapping[str, object]) -> dict[str, str]:
 def remedy(options: Mapping[str, object]) -> str:
     """What to do about weights that are not there, naming the repositories."""
     ids = [place for place in dict.fromkeys(places(options).values()) if is_hub_id(place)]
-    commands = " and ".join(f"huggingface-cli download {place}" for place in ids)
+    commands = " and ".join(f"hf download {place}" for place in ids)
     return f"get them with {commands}, or give a folder as path" if ids else "give a file or folder as path"
 
 
