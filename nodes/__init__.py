@@ -12,6 +12,7 @@ from . import (
     diptych,
     glid,
     grpo,
+    inspect,
     lora,
     masks,
     outpaint,
@@ -44,6 +45,7 @@ NODE_CLASSES = [
     *training.NODES,
     *score.NODES,
     *grpo.NODES,
+    *inspect.NODES,
     *tiny.NODES,
 ]
 

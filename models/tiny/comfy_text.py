@@ -61,13 +61,22 @@ class WeightedTokenizer:
         """The padded ids of a text without weights, exactly as the tokenizer itself gives them."""
         return self.tokenizer(text, padding="max_length", max_length=self.length, truncation=True).input_ids
 
-    def __call__(self, text: str, return_word_ids: bool = False) -> Weighted:
+    def specials(self) -> tuple[int | None, int | None]:
+        """The ids of the first and the last special token around a text."""
+        return (self.prefix[0] if self.prefix else None), (self.suffix[-1] if self.suffix else None)
+
+    def uncut(self, text: str) -> list[tuple]:
+        """All tokens of a text as (id, weight, word number from 1), however many; no special ones."""
         parsed = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
         tokens = []
         for word, (segment, weight) in enumerate(parsed, start=1):
             segment = comfy.sd1_clip.unescape_important(segment)
             ids = self.tokenizer(segment, add_special_tokens=False).input_ids
             tokens += [(number, weight, word) for number in ids]
+        return tokens
+
+    def __call__(self, text: str, return_word_ids: bool = False) -> Weighted:
+        tokens = self.uncut(text)
         room = self.length - len(self.prefix) - len(self.suffix)
         tokens = [*self._special(self.prefix), *tokens[:room], *self._special(self.suffix)]
         tokens += self._special([self.tokenizer.pad_token_id] * (self.length - len(tokens)))
