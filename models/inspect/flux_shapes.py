@@ -183,8 +183,8 @@ def _blocks(size: FluxSizes, batch: int, image: int, text: int) -> list[Stage]:
     vector = "timestep, pooled CLIP" + (", guidance" if size.guidance else "")
     vector += ": scales, shifts and gates of every block"
     return [
-        Stage("image tokens widened", ((batch, image, hidden),), wider[0], (name["image_in"],)),
-        Stage("text tokens widened", ((batch, text, hidden),), wider[1], (name["text_in"],)),
+        Stage("image tokens embedded", ((batch, image, hidden),), wider[0], (name["image_in"],)),
+        Stage("text tokens embedded", ((batch, text, hidden),), wider[1], (name["text_in"],)),
         Stage("modulation vector", ((batch, hidden),), vector, (name["vector"],)),
         Stage(
             f"{size.double} double blocks",

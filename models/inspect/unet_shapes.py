@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,11 +83,11 @@ def walk(
         Stage("text", ((call.batch, call.text_tokens, call.text_width),), "read by every cross-attention"),
         Stage("first convolution", ((call.batch, width, *size),), f"{channels} -> {width}", (first,)),
     ]
-    layers: list[Attention] = []
+    layers: Counter = Counter()
     earlier: list[Shape] = []
     for part in parts(shapes):
         if part.attention:
-            layers += _attention(part, size, call, heads or {})
+            layers[size, part.attention[0][1], (heads or {}).get(part.attention[0][0])] += len(part.attention)
         if part.down:
             earlier.append(size)
             size = tuple(math.ceil(side / 2) for side in size)
@@ -96,16 +97,17 @@ def walk(
         stages.append(Stage(part.name, ((call.batch, part.channels, *size),), note, (part.name,)))
     out = (call.batch, shapes[f"{last}.weight"][0], *size)
     stages.append(Stage("result", (out,), "the noise (epsilon) or velocity", (last,)))
-    return Walk(_kind(call, channels), call, tuple(stages), tuple(layers), None, weight_bytes)
+    return Walk(_kind(call, channels), call, tuple(stages), _attention(layers, call), None, weight_bytes)
 
 
-def _attention(part: Part, size: Shape, call: Call, heads: Mapping[str, int]) -> list[Attention]:
-    cells, (name, width), layers = math.prod(size), part.attention[0], len(part.attention)
-    count = heads.get(name)
-    return [
-        Attention(f"{part.name} self-attention", layers, cells, cells, width, count),
-        Attention(f"{part.name} cross-attention", layers, cells, call.text_tokens, width, count),
-    ]
+def _attention(layers: Mapping[tuple, int], call: Call) -> tuple[Attention, ...]:
+    """Equal layers together. layers: how many there are of each (size, width, heads)."""
+    found = []
+    for (size, width, heads), count in layers.items():
+        cells, where = math.prod(size), f"at {size[0]} x {size[1]}"
+        found.append(Attention(f"self-attention {where}", count, cells, cells, width, heads))
+        found.append(Attention(f"cross-attention {where}", count, cells, call.text_tokens, width, heads))
+    return tuple(found)
 
 
 def _kind(call: Call, channels: int) -> str:

@@ -153,6 +153,7 @@ def test_sd_stages_and_attention_are_those_of_the_running_model(monkeypatch):
                 assert seen[name][0] == stage.shapes[0], name
         assert len(seen) == 7
         assert walk.attention_flops == attention[0] > 0
+        assert sum(layer.layers for layer in walk.attention) == 2 * len(heads)
         assert "9 channels" in walk.kind and all(layer.heads for layer in walk.attention)
 
 
