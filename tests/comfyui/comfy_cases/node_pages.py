@@ -27,7 +27,7 @@ def the_pack_loads_under_a_hyphenated_folder_name(host):
 
 
 @case(each=node_ids)
-def its_face_is_complete(host, node):
+def it_explains_itself(host, node):
     cls = host.nodes[node]
     assert cls.__name__ == node and host.comfy_nodes.NODE_DISPLAY_NAME_MAPPINGS[node] == cls.DISPLAY_NAME
     assert cls.CATEGORY.split("/")[0] == "diptych"
