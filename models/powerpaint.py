@@ -129,21 +129,20 @@ def load_onto(denoiser: Any, folder: str | Path) -> None:
     """
     folder = Path(folder)
     tokens = task_tokens(folder / ENCODER)
-    with checkpoints.opened(folder / ENCODER) as file:
-        state = {n.replace(_WRAPPED, "token_embedding."): file.read(n) for n in file.names()}
-    state = {name: tensor for name, tensor in state.items() if not _TRAINED.fullmatch(name)}
-    with checkpoints.opened(folder / UNET) as file:
-        unet = {name: file.read(name) for name in file.names()}
-    for part, weights, path in (
-        (denoiser.text_encoder, state, folder / ENCODER),
-        (denoiser.unet, unet, folder / UNET),
-    ):
-        own = part.state_dict().keys()
-        # position_ids became a buffer that newer transformers do not save
-        if lacking := sorted(own - weights.keys()):
-            raise ValueError(f"{path} lacks {lacking[0]}: it belongs to another model than --model")
-        part.load_state_dict({name: weights[name] for name in own})
+    for part, path in ((denoiser.text_encoder, folder / ENCODER), (denoiser.unet, folder / UNET)):
+        with checkpoints.opened(path) as file:
+            names = {_short(name): name for name in file.names() if not _TRAINED.fullmatch(name)}
+            own = part.state_dict()
+            if lacking := sorted(name for name in own if _short(name) not in names):
+                raise ValueError(f"{path} lacks {lacking[0]}: it belongs to another model than --model")
+            # Not strict the other way: older transformers also saved positions as a buffer.
+            part.load_state_dict({name: file.read(names[_short(name)]) for name in own})
     teach(denoiser.tokenizer, denoiser.text_encoder, tokens)
+
+
+def _short(name: str) -> str:
+    """A weight's name without PowerPaint's wrapper, and without the prefix that transformers 5 dropped."""
+    return name.replace(_WRAPPED, "token_embedding.").removeprefix("text_model.")
 
 
 def encode(

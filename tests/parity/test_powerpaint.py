@@ -23,7 +23,11 @@ def power(sd_inpaint_pipeline, tmp_path):
             parameter.add_(torch.randn_like(parameter) * 0.02)
     width = encoder.config.hidden_size
     tokens = {token: torch.randn(10, width) * 0.5 for token in powerpaint.TOKENS}
-    state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    state = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor.clone()  # as transformers 4 named them
+        for name, tensor in encoder.state_dict().items()
+    }
+    state["text_model.embeddings.position_ids"] = torch.arange(16)[None]
     prefix = next(name for name in state if name.endswith("token_embedding.weight")).removesuffix("weight")
     state[f"{prefix}wrapped.weight"] = state.pop(f"{prefix}weight")
     state |= {f"{prefix}trainable_embeddings.{token}": vectors for token, vectors in tokens.items()}
