@@ -31,7 +31,7 @@ def paint(
     denoiser: FluxFill | SDInpaint,
     image: Tensor,
     mask: Tensor,
-    prompt: str,
+    prompt: str | Callable[[tiles.Tile], str],
     *,
     sampling: Sampling,
     window: int,
@@ -46,6 +46,7 @@ def paint(
 ) -> Tensor:
     """One canvas [1,H,W,3], hole [1,H,W] filled before: the whole IMAGE [1,H,W,3] that the windows make.
 
+    prompt: of every window, or what says each window's own; a Tile's places are in cells of 8 pixels.
     window, stride (half the window by default), blend: pixels, multiples of 8. guidance is Fill's; negative
     and cfg are Stable Diffusion's. The schedule is that of a window's tokens. sampling.callback is called at
     every step, on_tile(index, count) before every window. Raises ValueError for what does not fit.
@@ -61,7 +62,7 @@ def paint(
     plan = tiles.plan(unknown, window=window // VAE_FACTOR, stride=stride // VAE_FACTOR, order=order)
 
     fill = isinstance(denoiser, FluxFill)
-    text = denoiser.encode_text(prompt)
+    text = denoiser.encode_text("" if callable(prompt) else prompt)
     generator = sampling.generator()
     latents = denoiser.encode(image).float()
     noise = torch.randn(latents.shape, generator=generator)
@@ -82,7 +83,10 @@ def paint(
         at = (tile.rows, tile.columns)
         painted = (unknown[at] & ~left[at]).to(context.device)
         left[at] = False
-        return run(denoiser, cut(tile, painted, context), part, sampling)
+        told = cut(tile, painted, context)
+        if callable(prompt):
+            told = replace(told, text=denoiser.encode_text(prompt(tile)))
+        return run(denoiser, told, part, sampling)
 
     made = tiles.sample(
         window_of, latents, unknown, plan, known=known, blend=blend // VAE_FACTOR, noise=noise
