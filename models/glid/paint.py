@@ -5,12 +5,13 @@ Equal to Glid Conditioner and Glid Sampler on the same weights and seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...samplers import plms, tiles
+from ..denoiser import TextEmbedding
 from ..geometry import check_choice
 from ..packing import VAE_FACTOR
 from .model import CFG, Glid
@@ -24,7 +25,7 @@ def paint(
     denoiser: Glid,
     image: Tensor,
     mask: Tensor,
-    prompt: str,
+    prompt: str | Sequence[str] | Callable[[tiles.Tile], str],
     *,
     negative: str = "",
     cfg: float = CFG,
@@ -41,6 +42,7 @@ def paint(
 ) -> Tensor:
     """Image [B,H,W,3] with the mask's hole [B,H,W] painted (1 = repaint), sides divide by 8.
 
+    prompt: one, one per image, or what says each window's own (a Tile's places are in cells of 8 pixels).
     sampler: `plms` (4 steps or more) or `ddim` (steps of an even stride through 1000). window, stride (half
     the window by default), blend: pixels, for one image at a time; without a window all is painted at once.
     order, known: see `samplers/tiles.py`; glid itself is `glid` and `overwrite`. callback(step, steps, x0)
@@ -48,12 +50,12 @@ def paint(
     does not fit.
     """
     check_choice("sampler", sampler, SAMPLERS)
-    text, unguided = denoiser.encode_text(prompt), denoiser.encode_text(negative)
+    text, unguided = denoiser.encode_text("" if callable(prompt) else prompt), denoiser.encode_text(negative)
     latents, seen = denoiser.known(image, mask)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
 
-    def sample(context: Tensor, start: Tensor) -> Tensor:
-        condition = denoiser.told(text, context, negative=unguided, cfg=cfg)
+    def sample(context: Tensor, start: Tensor, words: TextEmbedding = text) -> Tensor:
+        condition = denoiser.told(words, context, negative=unguided, cfg=cfg)
         return SAMPLERS[sampler](
             lambda x, time: denoiser.epsilon(x, time, condition), start, steps, callback=callback
         )
@@ -73,7 +75,7 @@ def paint(
     def window_of(context: Tensor, hole: Tensor, part: Tensor, tile: tiles.Tile) -> Tensor:
         if on_tile is not None:
             on_tile(next(count), len(plan))
-        return sample(context, part)
+        return sample(context, part, denoiser.encode_text(prompt(tile)) if callable(prompt) else text)
 
     made = tiles.sample(
         window_of, latents, unknown, plan, known=known, blend=blend // VAE_FACTOR, noise=noise

@@ -89,3 +89,21 @@ def test_what_cannot_be_painted_is_one_sentence(denoiser, canvas, change, words)
     given = {"image": canvas[0], "mask": canvas[1], "window": 64} | change
     with pytest.raises(ValueError, match=words):
         tiled.paint(denoiser, prompt="x", sampling=STEPS, **given)
+
+
+def test_windows_may_have_prompts_of_their_own(denoiser, canvas, monkeypatch):
+    image, mask = canvas
+    options = {"window": 64, "stride": 32, "sampling": STEPS}
+    one = tiled.paint(denoiser, image, mask, "a red circle", **options)
+    asked = []
+
+    def prompt(tile):
+        asked.append((tile.x, tile.y))
+        return "a red circle"
+
+    assert torch.equal(tiled.paint(denoiser, image, mask, prompt, **options), one)
+    assert asked == [(4, 0), (8, 0)]
+    other = tiled.paint(
+        denoiser, image, mask, lambda tile: "blue cat" if tile.x == 8 else "a red circle", **options
+    )
+    assert not torch.allclose(other[:, :, 96:], one[:, :, 96:], atol=1e-3)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from comfyui_diptych.models.sd import StableDiffusion
+from comfyui_diptych.models.glid.model import Glid
 from comfyui_diptych.models.sd_inpaint import SDInpaint
 from comfyui_diptych.training import recipes
 from comfyui_diptych.training import trainer as sft
@@ -90,7 +90,7 @@ def test_glid_sees_the_known_latents_and_exact_zeros_elsewhere(plain, tmp_path):
     assert torch.equal(features[~hidden], batch["masked_latents"][~hidden])
 
 
-@pytest.mark.parametrize("task, loads", [("glid", StableDiffusion), ("sd_inpaint", SDInpaint)])
+@pytest.mark.parametrize("task, loads", [("glid", Glid), ("sd_inpaint", SDInpaint)])
 def test_twenty_steps_learn_two_images_and_leave_a_folder_of_the_new_kind(task, loads, plain, tmp_path):
     seen = []
     options = {"data": ["shapes:2?size=32&task=inpaint"], "max_steps": 20, "batch_size": 8, "lr": 1e-2}
@@ -107,8 +107,7 @@ def test_twenty_steps_learn_two_images_and_leave_a_folder_of_the_new_kind(task, 
     with torch.no_grad():
         one, two = (t.task.predict(noise, 300, batch, 1.0) for t in (trainer, again))
     assert torch.allclose(one, two, atol=1e-5)
-    if loads is SDInpaint:
-        assert SDInpaint.load(folder, torch.float32, "cpu").unet.config.in_channels == 9
+    assert loads.load(folder, torch.float32, "cpu").unet.config.in_channels == CHANNELS[task]
 
 
 def test_a_glid_lora_changes_adapters_alone(plain, tmp_path):

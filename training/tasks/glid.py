@@ -19,10 +19,10 @@ class GlidTask(SDInpaintTask):
     pipeline = "StableDiffusionPipeline"  # no pipeline of diffusers has a use for the four channels
 
     def host_class(self) -> type:
-        """`models.sd.StableDiffusion`."""
-        from ...models.sd import StableDiffusion
+        """`models.glid.model.Glid`."""
+        from ...models.glid.model import Glid
 
-        return StableDiffusion
+        return Glid
 
     def features(self, cells: Tensor, image: Tensor) -> Tensor:
         """The known latents [B,4,h,w], exact zeros where cells [B,1,h,w] are to be painted."""
