@@ -179,7 +179,7 @@ def tiny() -> Iterator[Finding]:
     from ..models import tiny as bundled
 
     folder = bundled.folder()
-    names = ("fill", "kontext", "sd_inpaint")
+    names = ("fill", "kontext", "sd_inpaint", "glid")
     found = [name for name in names if (folder / name / "model_index.json").is_file()]
     if len(found) < len(names):
         lost = ", ".join(name for name in names if name not in found)

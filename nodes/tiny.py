@@ -9,13 +9,7 @@ from torch import Tensor
 from .widgets import choice, integer
 
 OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background"]
-
-
-def models() -> list[str]:
-    """The tiny models; glid where its folder is there."""
-    from ..models import tiny
-
-    return ["fill", "kontext", "sd_inpaint", *(["glid"] if (tiny.folder() / "glid").is_dir() else [])]
+MODELS = ["fill", "kontext", "sd_inpaint", "glid"]
 
 
 class DiptychTinyModelLoader:
@@ -43,11 +37,11 @@ class DiptychTinyModelLoader:
         """The table of inputs, as ComfyUI's schema has it."""
         return {
             "required": {
-                "which": choice(models(), "fill")(
+                "which": choice(MODELS, "fill")(
                     "fill: FLUX Fill in small, for diptych edits and masked fills (with the Flux Fill "
                     "Conditioner). kontext: FLUX Kontext in small, edits a reference image (with the Kontext "
                     "Conditioner). sd_inpaint: Stable Diffusion inpainting in small (with the "
-                    "SD Inpaint Conditioner)."
+                    "SD Inpaint Conditioner). glid: glid-3-xl-stable in small (with the Glid Conditioner)."
                 )
             }
         }

@@ -1,5 +1,7 @@
 """Writes the standard diffusers folders that the tiny models ship in: fill, kontext, sd_inpaint.
 
+`glid/` is sd_inpaint's folder with the UNet that its own training wrote (`training/tasks/export.py`).
+
 Files hold float16, config files say float32: every loader then computes in float32 unless told otherwise.
 Each folder is complete on its own (a VAE and the text encoders are a few hundred kilobytes), so that the
 stock pipelines load it as they load the real thing.

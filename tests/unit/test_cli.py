@@ -288,7 +288,7 @@ def test_the_doctor_is_content_without_comfyui_and_models(monkeypatch, tmp_path,
     said = capsys.readouterr().out
     assert "no ComfyUI found" in said
     assert "FLUX.1 Fill is not on this machine" in said
-    assert "bundled tiny models (fill, kontext, sd_inpaint) are not in" in said
+    assert "bundled tiny models (fill, kontext, sd_inpaint, glid) are not in" in said
     assert "The pack can run." in said
 
 

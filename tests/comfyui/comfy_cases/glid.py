@@ -179,27 +179,12 @@ def every_method_of_outpaint_paints_with_it(host):
 
 
 @case
-def the_loader_offers_it_where_its_folder_is(host):
-    import os
-
-    tiny = host.pack("models.tiny").folder()
-    place = host.base.parent / "tiny_with_glid"
-    place.mkdir(exist_ok=True)
-    if not (place / "glid").exists():
-        shutil.copytree(folder(host), place / "glid")
-    before = os.environ.get("DIPTYCH_TINY_FOLDER")
-    os.environ["DIPTYCH_TINY_FOLDER"] = str(place)
-    try:
-        node = host.nodes["DiptychTinyModelLoader"]
-        assert "glid" in node.INPUT_TYPES()["required"]["which"][0]
-        with torch.inference_mode():
-            model, _, _ = node().load("glid")
-    finally:
-        os.environ.pop("DIPTYCH_TINY_FOLDER") if before is None else os.environ.update(
-            DIPTYCH_TINY_FOLDER=before
-        )
+def the_loader_offers_the_bundled_one(host):
+    node = host.nodes["DiptychTinyModelLoader"]
+    assert "glid" in node.INPUT_TYPES()["required"]["which"][0]
+    with torch.inference_mode():
+        model, _, _ = node().load("glid")
     assert type(model.model).__name__ == "SD15_instructpix2pix"
-    assert tiny == host.pack("models.tiny").folder()
 
 
 def full_size():
