@@ -53,6 +53,32 @@ def flux_tokens_are_those_of_the_published_tokenizers(host):
     assert found["warning"] == "" and found["image"].shape[0] == 1
 
 
+# A prompt and its ids, printed by transformers' tokenizers of FLUX.1-Kontext-dev.
+SHOT = (
+    "Transform the input photo of a person wearing clothes into a professional flat lay product shot.\n\n"
+    "Extract only the clothing (top + pants set, or a single dress). Ignore body, background, shoes, "
+    "jewelry, bags, and all other items.\n\nVirtually flatten the garment: remove perspective distortion, "
+    "complete hidden parts, keep contours, prints, and design features accurate and symmetrical.\n\n"
+    "Output a clean, commercial-grade image"
+)
+SHOT_CLIP = """49406 12288 518 16952 1125 539 320 2533 3309 7080 1095 320 4774 6313 6360 4306 2000 269 18962
+1033 518 7425 263 1253 266 5003 1167 267 541 320 2688 2595 1818 12304 1774 267 5994 267 4079 267 6039 267
+6136 267 537 615 1010 6207 269 22475 1082 32408 518 31418 281 9709 8996 43690 267 3263 7029 5149 267 1726
+2036 1491 267 7704 267 537 1681 4643 8858 537 3645 40704 49407"""
+SHOT_T5 = """4946 2032 8 3785 1202 13 3 9 568 5119 4954 139 3 9 771 2667 8260 556 2538 5 18742 163 8 5698 41
+2916 1768 12792 356 6 42 3 9 712 3270 137 27 6715 60 643 6 2458 6 4439 6 8064 6 5621 6 11 66 119 1173 5
+11143 120 2667 324 8 15885 10 2036 3503 26095 6 743 5697 1467 6 453 17643 7 6 11384 6 11 408 753 4034 11
+3 23596 138 5 3387 2562 3 9 1349 6 1328 18 6801 1023"""
+
+
+@case
+def a_long_prompt_has_the_ids_that_kontext_was_seen_to_get(host):
+    lines = tokens_of(host, SHOT.replace("(", "\\(").replace(")", "\\)"))["report"].splitlines()
+    t5 = next(k for k, line in enumerate(lines) if line.startswith("T5"))
+    assert [line.split()[1] for line in lines[1:78]] == SHOT_CLIP.split()
+    assert [line.split()[1] for line in lines[t5 + 1 :]][: len(SHOT_T5.split())] == SHOT_T5.split()
+
+
 @case
 def flux_loses_what_lies_beyond_the_first_chunk_and_beyond_512(host):
     middle = tokens_of(host, "a red circle on green, " * 20)["warning"]
