@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = painting.check_prompt(args.prompt)
     image = images.load_image(args.image)
     images.check_writable(args.output, image)
+    if engine.name == "sd" and args.method == "tiles":
+        raise ValueError("--engine sd knows no mask: use another --method than tiles, or another engine")
     method, options = args.method.replace("-", " "), _options(args, engine)
     sides = _sides(args, image.shape[1:3])
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     add(
         "--engine",
         choices=ENGINES,
-        help="FLUX Fill, SD inpainting, glid-3-xl-stable, or for inpaint plain SD (default: by the model)",
+        help="FLUX Fill, SD inpainting, glid-3-xl-stable, or plain SD (default: by the model)",
     )
     add("--model", metavar="DIR_OR_HUB_ID", help="diffusers folder or Hugging Face id (default: bundled)")
     add("--steps", type=steps, help="sampling steps (default 28 for fill, 50 for the others)")
@@ -100,8 +100,6 @@ def check_engine(args: argparse.Namespace) -> Engine:
     images.check_writable(args.output)
     check_device(args.device)
     name = args.engine or _engine_of(args.model)
-    if name == "sd" and args.command != "inpaint":
-        raise ValueError("--engine sd knows no mask: use it with diptych inpaint, or choose another engine")
     for option in OTHERS[name]:
         if getattr(args, option) not in (None, "", False):
             raise ValueError(f"--{option.replace('_', '-')} does nothing with --engine {name}: leave it out")
@@ -253,7 +251,9 @@ def _load(engine: Engine, args: argparse.Namespace) -> Any:
         if engine.name == "fill":
             return FluxFill.load(engine.folder, getattr(torch, name), device, offload=args.offload)
         if engine.name == "sd":
-            return SDBlend.load(engine.folder, getattr(torch, name), device, args.controlnet)
+            return SDBlend.load(
+                engine.folder, getattr(torch, name), device, getattr(args, "controlnet", None)
+            )
         kind = Glid if engine.name == "glid" else SDInpaint
         denoiser = kind.load(engine.folder, getattr(torch, name), device)
         if args.plain_cfg:

@@ -17,19 +17,21 @@ from torch import Tensor
 from ..samplers import ddim, flow_match
 from ..samplers.schedule import sigmas, token_count, total_steps
 from . import tiled
-from .denoiser import Condition
+from .denoiser import Condition, hard_mask
 from .editing import FILL_GUIDANCE, Sampling
 from .flux_fill import FluxFill
 from .glid import paint as glid
 from .glid.model import Glid
+from .inpaint_masks import latent_mask
 from .outpaint import Piece
+from .sd_blend import SDBlend
 
 LARGEST_SEED = 2**64
 
 
 @dataclass(frozen=True)
 class Painter:
-    """A callable Piece -> image [B,h,w,3] around FLUX Fill, Stable Diffusion inpainting or glid.
+    """A callable Piece -> image [B,h,w,3] around FLUX Fill, Stable Diffusion (inpainting or plain) or glid.
 
     `denoise`: below 1 the run starts from the filled image with some noise, in the same number of steps (not
     for windows). `guidance` is Fill's; `negative` and `cfg` are Stable Diffusion's. `sampler`: of
@@ -54,6 +56,8 @@ class Painter:
     def __call__(self, piece: Piece) -> Tensor:
         sampling = replace(self.sampling, seed=(self.sampling.seed + piece.seed) % LARGEST_SEED)
         if piece.window is not None:
+            if isinstance(self.denoiser, SDBlend):
+                raise ValueError("windows need a model that knows masks: use sd_inpaint, or direct.")
             if self.denoise != 1:
                 raise ValueError(f"denoise is {self.denoise}: windows are painted from noise, give 1.")
             sizes = {"window": piece.window, "stride": piece.stride}
@@ -66,6 +70,8 @@ class Painter:
         latents = self.denoiser.encode(piece.image)
         noise = torch.randn(latents.shape, generator=sampling.generator()).to(latents)
         cells = None if piece.cells is None else piece.cells[:, None].to(latents.device)
+        if cells is None and isinstance(self.denoiser, SDBlend):  # it knows no mask
+            cells = (latent_mask(hard_mask(piece.mask, *piece.image.shape[1:3])) > 0).to(latents.device)
         run = self._flow if isinstance(self.denoiser, FluxFill) else self._diffusion
         made = run(latents, noise, self._condition(piece), cells, sampling)
         return self.denoiser.decode(made).cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from comfyui_diptych import cli
@@ -91,6 +93,22 @@ def test_webuis_methods_are_those_of_the_room_on_the_same_model(command, photo, 
     assert made.shape == (1, 48, 80 if method == "mosaic" else 128, 3)
     assert float((made - seen(expected)).abs().max()) <= 1 / 255 + 1e-6
     assert torch.equal(made[:, :, :40], images.load_image(photo)[:, :, :40])
+
+
+def test_a_plain_model_outpaints_around_what_is_known(photo, models, tmp_path, capsys):
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path / "sd"
+    shutil.copytree(models / "sd_inpaint", folder)
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config({**config, "in_channels": 4}).save_pretrained(folder / "unet")
+    words = ["outpaint", photo, "a red circle", "--right", 16, "--model", folder, "--steps", 2]
+    words += ["--dtype", "float32", "--device", "cpu", "-o", tmp_path / "out.png"]
+    assert cli.main(list(map(str, words))) == 0
+    made = images.load_image(tmp_path / "out.png")
+    assert made.shape == (1, 48, 80, 3) and torch.equal(made[:, :, :64], images.load_image(photo))
+    assert cli.main(list(map(str, [*words, "--method", "tiles", "--window", 64]))) == 2
+    assert "--engine sd knows no mask: use another --method than tiles" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [[], ["--size", "32"]], ids=["whole", "cropped"])

@@ -171,6 +171,3 @@ def test_the_command_inpaints_with_a_plain_model(folders, tmp_path, random_image
     ):
         assert run(*words) == 2
         assert message in capsys.readouterr().err
-    words = ["outpaint", tmp_path / "photo.png", "a cat", "--left", "8", "--model", folders / "sd"]
-    assert cli.main([str(word) for word in words]) == 2
-    assert "--engine sd knows no mask: use it with diptych inpaint" in capsys.readouterr().err

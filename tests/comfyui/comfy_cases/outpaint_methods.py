@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import torch
 
 from . import SkipCase, case
@@ -81,6 +84,40 @@ def a_plain_model_paints_around_what_is_known(host, method):
     seam = 14 if method == "mk2" else 0
     assert torch.equal(made[:, :, width - 64 + seam :].cpu(), image[:, :, seam:])
     assert float((made[:, :, :8] - made[:, :, 8:16]).abs().mean()) > 0
+
+
+@case(each=lambda: ["direct", "mk2"])
+def the_shell_makes_the_same_image_with_a_plain_sd_model(host, method):
+    """A random tiny UNet of four channels: the known latents are put back at every step."""
+    from diffusers import UNet2DConditionModel
+
+    load(host, "sd_inpaint")
+    tiny, place = host.pack("models.tiny").folder() / "sd_inpaint", host.base.parent / "random_sd"
+    if not place.is_dir():
+        shutil.copytree(tiny, place, ignore=shutil.ignore_patterns("unet"))
+        config = json.loads((tiny / "unet" / "config.json").read_text(encoding="utf-8"))
+        torch.manual_seed(0)
+        UNet2DConditionModel.from_config({**config, "in_channels": 4}).save_pretrained(place / "unet")
+    with torch.inference_mode():
+        model, clip, vae = host.pack("models.tiny.comfy").load(place)
+    image, run = random_image(1, 64, 64), {"method": method, "steps": STEPS, "denoise": 0.8, "seed": SEED}
+    graph = host.graph()
+    positive, negative = (
+        graph.add("CLIPTextEncode", clip=graph.given(clip), text=text)[0] for text in (PROMPT, "")
+    )
+    given = {"model": graph.given(model), "vae": graph.given(vae), "image": graph.given(image)}
+    sizes = {"window": 64, "mask_blur": 1}
+    made = graph.add(
+        "DiptychOutpaint", positive=positive, negative=negative, cfg=2.5, right=32, **given, **run, **sizes
+    )[0]
+    ours = host.run(graph.keep(image=made)).kept["image"]
+    outpaint, editing = host.pack("models.outpaint"), host.pack("models.editing")
+    denoiser = host.pack("models.sd_blend").SDBlend.load(place, torch.float32, "cpu")
+    sampling = editing.Sampling(steps=STEPS, seed=SEED)
+    paint = host.pack("models.repaint").Painter(denoiser, PROMPT, sampling, 0.8, cfg=2.5)
+    sides = {"left": 0, "right": 32, "top": 0, "bottom": 0}
+    shell = outpaint.outpaint(paint, image, sides, method, outpaint.Options(seed=SEED, **sizes))
+    assert_same_image(host, ours, shell)
 
 
 @case
