@@ -12,8 +12,10 @@ from types import ModuleType
 def modules() -> list[ModuleType]:
     """The subcommand modules, in the order of the help text."""
     from . import (
+        caption,
         doctor,
         edit,
+        generate,
         glid,
         grpo,
         inpaint,
@@ -26,5 +28,5 @@ def modules() -> list[ModuleType]:
         train,
     )
 
-    makers = [edit, outpaint, inpaint, train, grpo, precompute, score]
+    makers = [edit, outpaint, inpaint, generate, caption, train, grpo, precompute, score]
     return [*makers, resize, merge_inpaint, powerpaint, glid, doctor]

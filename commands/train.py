@@ -47,7 +47,13 @@ def run(args: argparse.Namespace) -> int:
     values = recipes.read(args.recipe, overrides)
     if values.get("task") in WORLD_TASKS:
         return _train_world(values)
-    config = recipes.from_dict(values)
+    for config in recipes.from_dict(values).runs():
+        _train(config, args)
+    return 0
+
+
+def _train(config: Any, args: argparse.Namespace) -> None:
+    """One run of the trainer. Raises `Stopped` after a signal."""
     with training_stop() as stop:
         from ..training.trainer import Trainer
 
@@ -64,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
             raise stopped(args, trainer, path, stop)
     if trainer.processes.main:
         sys.stdout.write(f"{path}\n")
-    return 0
 
 
 def speak() -> None:

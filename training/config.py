@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from . import notation
+from .multimodal.options import MultimodalOptions
 from .runtime import options
 from .runtime.disk import check_name
 from .runtime.options import group
 from .tiny.options import Neutral, TinyOptions, bundled
 
-TASKS = ("fill", "kontext", "sd_inpaint", "glid")
+TASKS = ("fill", "kontext", "sd_inpaint", "glid", "multimodal")
 FLUX = ("fill", "kontext")
 DTYPES = ("float32", "bfloat16", "float16")
 MANY = 100_000
@@ -54,6 +55,7 @@ class TrainConfig(Neutral):
     essentials: ClassVar[tuple[str, ...]] = ("model", "data", "output_dir", "max_steps", "lr")
     unused: ClassVar[tuple[str, ...]] = ()  # inherited options that say nothing here
     tiny: ClassVar[type]  # the same with the options of the tiny models
+    families: ClassVar[dict[str, type]] = {}  # and with those of a family that has some, by its name
 
     task: str = _model("fill", "Model family, and with it the training target.", choices=TASKS)
     model: str = _model(
@@ -109,8 +111,8 @@ class TrainConfig(Neutral):
     )
     sizing: str = _data(
         "squash",
-        "Squash to a square like ICEdit, or aspect buckets of equal area.",
-        choices=("squash", "buckets"),
+        "Squash to a square like ICEdit, crop to its middle square, or aspect buckets of equal area.",
+        choices=("squash", "crop", "buckets"),
     )
     bucket_step: int = _data(64, "buckets: sides are multiples of this many pixels, itself one of 16.", low=1)
     prompt_template: str = _data(
@@ -262,6 +264,10 @@ class TrainConfig(Neutral):
         if self.edit_loss_weight and self.task not in FLUX:
             raise ValueError(f"edit_loss_weight is for fill and kontext: leave it out with {self.task}")
 
+    def runs(self) -> list[TrainConfig]:
+        """The runs of the trainer that make up this training, in their order."""
+        return [self]
+
     @property
     def needs_targets(self) -> bool:
         """Whether rows without a target image are of no use."""
@@ -298,4 +304,10 @@ class TinyTrainConfig(TinyOptions, TrainConfig):
     """Supervised training with the options that only the tiny models have."""
 
 
+@dataclass
+class MultimodalTrainConfig(MultimodalOptions, TinyTrainConfig):
+    """Training of the multimodal model."""
+
+
 TrainConfig.tiny = TinyTrainConfig
+TrainConfig.families = {"multimodal": MultimodalTrainConfig}

@@ -53,6 +53,7 @@ def prepare_model(task: Any, config: Any, processes: Processes) -> TrainedModel:
         parts |= {name: part for name, part in task.parts.items() if isinstance(part, nn.Module)}
     for name, part in parts.items():
         adapters.attach(part, task.targets(name), config)
+    task.freeze(module)
     if config.init_lora:
         initial.from_lora(module, config.init_lora, config)
     parameters = adapters.named(parts)

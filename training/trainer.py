@@ -36,6 +36,7 @@ from .trained import prepare_model
 
 logger = logging.getLogger(__name__)
 
+TASK_STATE = "task.safetensors"  # in a checkpoint, of a task that has a state
 CLASS_ROWS = 1 << 40  # where class rows take their numbers in the random stream; instance rows count from 0
 
 
@@ -228,8 +229,7 @@ class Trainer:
         """The tensors of these rows and the noise of these places in the random stream, on the device."""
         batch = self.data.batches(numbers, drop) | self.task.draw(self.config.seed, positions)
         batch = self._to_device(batch)
-        shape = tuple(batch["latents"].shape[1:])
-        noise = row_noise(self.config.seed, positions, shape, self.config.noise_offset)
+        noise = row_noise(self.config.seed, positions, self.task.noise_shape(batch), self.config.noise_offset)
         return batch, noise.to(self.processes.device)
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -287,10 +287,10 @@ class Trainer:
             rows_per_second=c.batch_size * c.accumulation * self.processes.world / pace,
             seconds_left=pace * (c.max_steps - self.step),
         )
-        values = {k: v for k, v in dataclasses.asdict(report).items() if k not in ("step", "steps")}
-        self.accelerator.log(values, step=self.step)
+        line = dataclasses.asdict(report) | self.task.told()
+        self.accelerator.log({k: v for k, v in line.items() if k not in ("step", "steps")}, step=self.step)
         with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(report)) + "\n")
+            file.write(json.dumps(line) + "\n")
         if self.callbacks.on_report is not None:
             self.callbacks.on_report(report)
 
@@ -364,12 +364,13 @@ class Trainer:
     def export(self) -> Path:
         """Write the final weights: a LoRA file or a diffusers folder."""
         with self.final_weights():
+            self.task.measure(self.data.batches)
             parts = (self.model.parts, self.model.prepared)
             path = export.write_run(self.config, self.output, *parts, self.processes, self.header())
         self.processes.wait()
         return path
 
-    # What another kind of training overrides, beside the methods above.
+    # What another kind of training overrides, beside the methods above. A task's own state is kept here too.
 
     def check(self) -> None:
         """What another kind of training refuses before anything is loaded."""
@@ -380,7 +381,8 @@ class Trainer:
 
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What another kind of training keeps beside, {file name: tensors}."""
-        return {}
+        state = self.task.state()
+        return {TASK_STATE: state} if state else {}
 
     def extra_state(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -388,3 +390,5 @@ class Trainer:
 
     def load_extra(self, found: checkpoint.Found, state: dict[str, Any]) -> None:
         """Read back what `extra_tensors` and `extra_state` gave."""
+        if self.task.state():
+            self.task.load_state(checkpoint.read_tensors(found.folder, TASK_STATE))

@@ -56,7 +56,14 @@ def save(
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """transformers 5 gives its general tokenizer class a name that transformers 4 does not know."""
+    """Without the padding of its last call, so that equal models are equal files.
+
+    transformers 5 gives its general tokenizer class a name that transformers 4 does not know.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ FLOORS = [
     "models",
     "training.runtime",
     "training.notation",
-    "training.tiny",
+    "training.tiny training.multimodal",
     "training.config",
     "training.data",
     "training.tasks training.rewards",

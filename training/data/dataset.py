@@ -123,12 +123,13 @@ class Batches:
         self.longest = _common_length(entries, task)
 
     def __call__(self, numbers: list[int], drop: list[bool]) -> dict[str, Any]:
-        """One batch; rows marked in `drop` get the dropped prompt.
+        """One batch; rows marked in `drop` get the dropped prompt, unless the model has a vector for it.
 
         Floats in float32, text as the model takes it (`Task.text_dtype`).
         `latents` is in it unless a precomputed row has none; see `latents_like` for their shape.
         """
         entries = [self.entries[i] for i in numbers]
+        drop = [d and not self.task.null_text for d in drop]
         prompts = [DROPPED_PROMPT if d else e.prompt for e, d in zip(entries, drop, strict=True)]
         if self.caches is None:
             batch: dict[str, Any] = self.task.encode_images(

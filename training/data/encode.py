@@ -69,7 +69,7 @@ class Caches:
         self.dtype = getattr(torch, config.cache_dtype)
         how = ("sample" if config.vae_sample else "mode", config.cache_dtype, task.name)
         self.task, self.folder = task, folder
-        self.image_print = fingerprint(task.vae, *how)
+        self.image_print = fingerprint(*filter(None, [task.vae]), *how)
         self.images = ContentCache(folder / "pictures")
         self.texts = ContentCache(folder / "texts")
         self.memory: dict[str, dict[str, Tensor]] | None = None

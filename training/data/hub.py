@@ -1,4 +1,4 @@
-"""Edit datasets read by Hugging Face `datasets`: MagicBrush and OmniEdit, from the hub or from local files.
+"""Datasets read by Hugging Face `datasets`, from the hub or local files: MagicBrush, OmniEdit, captions.
 
 Images are decoded here, one at a time, not by `datasets`, so that one broken image is one named broken
 example.
@@ -105,6 +105,41 @@ def _words(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
+def _wording(listed: object, seed: int) -> str:
+    """One of several wordings, drawn by the seed and the wordings themselves, not by the row; "" if there is
+    none."""
+    wordings = list(filter(None, map(_words, listed if isinstance(listed, list) else [listed])))
+    if not wordings:
+        return ""
+    digest = hashlib.sha256("\0".join([str(seed), *wordings]).encode()).digest()
+    return wordings[int.from_bytes(digest[:8], "little") % len(wordings)]
+
+
+class Captions:
+    """Images and what they show: two columns of any dataset; of a list of captions one is drawn."""
+
+    def __init__(self, where: str, split: str = "", image: str = "image", text: str = "text", seed: int = 0):
+        """split: train if empty. image, text: names of the columns."""
+        table = load_table(where, split, "train", {image: True, text: False})
+        self._table = table.select_columns([image, text])
+        self._where, self._image, self._text, self._seed = where, image, text, seed
+        self.fingerprint = stamp("captions", self._table._fingerprint, image, text, seed)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, index: int) -> str:
+        """The dataset and the row's number in it."""
+        return f"{self._where}[{index}]"
+
+    def __getitem__(self, index: int) -> Sample:
+        row, name = self._table[index], self.name(index)
+        caption = _wording(row[self._text], self._seed)
+        if not caption:
+            raise BrokenSample(name, f"{self._text} is empty or no text")
+        return Sample(caption, target=read_image(row[self._image], name), caption=caption, name=name)
+
+
 class MagicBrush:
     """Columns source_img, target_img, instruction.
 
@@ -173,11 +208,8 @@ class OmniEdit:
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self._table[index], self.name(index)
-        listed = row["edited_prompt_list"]
-        wordings = list(filter(None, map(_words, listed if isinstance(listed, list) else [listed])))
-        if not wordings:
+        prompt = _wording(row["edited_prompt_list"], self._seed)
+        if not prompt:
             raise BrokenSample(name, "edited_prompt_list is empty or no list of texts")
-        digest = hashlib.sha256("\0".join([str(self._seed), *wordings]).encode()).digest()
-        prompt = wordings[int.from_bytes(digest[:8], "little") % len(wordings)]
         source, target = (read_image(row[key], name) for key in ("src_img", "edited_img"))
         return Sample(prompt, target, source, name=name, task=row.get("task") or "")

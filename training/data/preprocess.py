@@ -65,6 +65,7 @@ class Preprocessor:
         if config.sizing == "buckets":
             self.sizes = buckets.bucket_sizes(config.resolution**2, multiple=config.bucket_step)
         self.squash = config.sizing == "squash"
+        self.captioned = config.task == "multimodal"  # an image and what it shows: no edit, no hole
         self._bent: dict[str, float] = {}  # images whose aspect is far from that of their size, and how far
 
     def is_diptych(self, sample: Sample) -> bool:
@@ -80,12 +81,14 @@ class Preprocessor:
 
     def variants(self, sample: Sample) -> int:
         """How many random masks the row gets: none is drawn where the mask is given or not used."""
-        if self.is_diptych(sample) or self.config.task == "kontext":
+        if self.captioned or self.is_diptych(sample) or self.config.task == "kontext":
             return 1
         return 1 if sample.mask is not None else self.config.mask_variants
 
     def prompt(self, sample: Sample) -> str:
-        """The row's prompt, in the template if it is an instruction."""
+        """The row's prompt, in the template if it is an instruction; or the caption, if that is asked."""
+        if self.captioned:
+            return sample.caption or sample.prompt
         edit = self.config.task == "kontext" or self.is_diptych(sample)
         return (
             self.template.replace("{instruction}", sample.prompt)
@@ -134,7 +137,7 @@ class Preprocessor:
             mask = torch.cat([torch.zeros(size), repaint], dim=-1)[None]
         elif self.config.task == "kontext":
             reference = _model_pixels(sample.source) if sample.source is not None else None
-        else:
+        elif not self.captioned:
             drawn = (
                 masks.draw(self.config.mask_kinds, *size, generator=generator)
                 if sample.mask is None

@@ -16,7 +16,7 @@ from ...models.geometry import check_whole
 from ..runtime.fingerprints import stamp
 from .sample import Sample
 
-KINDS = ("pairs", "images", "jsonl", "magicbrush", "omniedit", "precomputed", "shapes")
+KINDS = ("pairs", "images", "jsonl", "captions", "magicbrush", "omniedit", "precomputed", "shapes")
 _SPEC = re.compile(
     r"(?P<kind>\w+):(?P<where>.*?)(\?(?P<options>\w+=.*?))?(@(?P<weight>\d*\.?\d+))?", re.DOTALL
 )
@@ -88,18 +88,24 @@ class Mix:
 class Shapes:
     """The synthetic world as a source: `n` edits of one split, drawn when asked for.
 
-    With `task` "inpaint" a sample is a caption and its image; with "edit" an instruction with source and
-    target; with "base" what a Fill model knows before it learns instructions (`shapes.canvases`), with holes.
+    With `task` "inpaint" a sample is a caption and its image, with "single" the same of one shape alone; with
+    "edit" an instruction with source and target; with "base" what a Fill model knows before it learns
+    instructions (`shapes.canvases`), with holes.
     """
 
     def __init__(self, n: int, split: str = "train", seed: int = 0, size: int = 64, task: str = "edit"):
         from ..tiny import shapes
 
-        if task not in ("edit", "inpaint", "base"):
-            raise ValueError(f"shapes task is {task!r}: use 'edit', 'inpaint' or 'base'")
+        if task not in ("edit", "inpaint", "single", "base"):
+            raise ValueError(f"shapes task is {task!r}: use 'edit', 'inpaint', 'single' or 'base'")
         check_whole("the count", n, 1, 1_000_000)  # of them are drawn at once, a kilobyte each
         check_whole("size", size, 16, 1024)
-        self._edits = list(shapes.random_edits(seed, n, split))
+        if task == "single":
+            self._edits = shapes.single_scenes(seed, split)[:n]
+            if len(self._edits) < n:
+                raise ValueError(f"the count is {n} of the {len(self._edits)} scenes of one shape in {split}")
+        else:
+            self._edits = list(shapes.random_edits(seed, n, split))
         self._render, self._masks = shapes.render, shapes.place_masks
         self._size, self._task, self._split, self._seed = size, task, split, seed
         self.fingerprint = stamp("shapes", n, split, seed, size, task)
@@ -113,6 +119,9 @@ class Shapes:
 
     def __getitem__(self, index: int) -> Sample:
         edit = self._edits[index]
+        if self._task == "single":
+            image, words = self._render(edit, self._size), edit.caption
+            return Sample(words, target=image, caption=words, name=self.name(index))
         if self._task == "base":
             return self._base(index, edit)
         target = self._render(edit.target, self._size)
@@ -161,10 +170,11 @@ def open_source(spec: str | Source | Sequence, seed: int = 0) -> Source:
             images:FOLDER?edit=true             name.png and name.txt (edit: the words are instructions)
             images:FOLDER?prompt=WORDS          images that share one prompt (where they have no name.txt)
             jsonl:FILE                          one {"prompt", "image", "mask"} per line, or a .csv table
+            captions:ID_OR_PATH?image=image&text=text&split=train  images and what they show
             magicbrush:ID_OR_PATH?crop=false    columns source_img, target_img, instruction
             omniedit:ID_PATH_OR_GLOB?task=swap  columns src_img, edited_img, edited_prompt_list, task
             precomputed:FILE.json               Flux Fill embeddings and latents
-            shapes:N?split=train&seed=0&size=64&task=edit  (or inpaint, base)
+            shapes:N?split=train&seed=0&size=64&task=edit  (or inpaint, single, base)
         seed: fixes what a source chooses (the wording among several), by content, not by position.
 
     Raises:
@@ -217,6 +227,10 @@ def _build(kind: str, where: str, options: dict[str, str], seed: int) -> Source:
     if kind == "shapes":
         numbers = {key: int(options.pop(key)) for key in ("seed", "size") if key in options}
         return Shapes(int(where), **numbers, **options)
+    if kind == "captions":
+        from .hub import Captions
+
+        return Captions(where, seed=seed, **options)
     if kind == "magicbrush":
         from .hub import MagicBrush
 

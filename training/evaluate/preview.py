@@ -1,4 +1,4 @@
-"""Sample images during training: one row per sample, source | sample | target (if the data has it)."""
+"""Sample images during training: one row per sample, by default source | sample | target."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...models.image_files import to_pil
 from ..data.dataset import Batches
+from ..runtime.random_streams import row_noise
 from ..tasks.base import Task
-from ..tasks.sampling import noise_for
 from .plots import as_image, contact_sheet
 
 
@@ -35,20 +35,13 @@ def sample_sheet(
     rows = []
     for number in range(min(count, len(batches.entries))):
         batch = make_batch([number])
-        shown = {"source": source_of(task, batch)}
-        shown["sample"] = task.sample(batch, noise_for(batch, seed, [number]))
-        shown["target"] = task.host.decode(batch["latents"]) if batches.targets else None
+        noise = row_noise(seed, [number], task.noise_shape(batch)).to(task.device)
+        shown = task.shown(batch, noise, batches.targets)
         images = {name: image[0].float().cpu() for name, image in shown.items() if image is not None}
         prompt = batches.entries[number].prompt.removeprefix(before).removesuffix(after)
-        rows.append((list(images.values()), prompt))
+        rows.append((list(images.values()), task.title(batch, prompt)))
     side = max(max(image.shape[:2]) for row, _ in rows for image in row)
     return as_image(contact_sheet(rows, tuple(images), side=side, columns=1))[0]
-
-
-def source_of(task: Task, batch: dict[str, Any]) -> Tensor | None:
-    """The images [B,H,W,3] that a batch is sampled from, masked or references; None where all is painted."""
-    latents = batch.get("masked_latents", batch.get("references"))
-    return None if latents is None else task.host.decode(latents)
 
 
 @contextmanager

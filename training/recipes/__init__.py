@@ -151,8 +151,9 @@ def from_dict(values: dict[str, Any], kind: type = TrainConfig) -> Any:
     kind: its dataclass; where an option of the tiny models is among the values, the one with these. Empty
     values leave an option at its default. Raises ValueError naming the option.
     """
+    kind = getattr(kind, "families", {}).get(values.get("task"), kind)
     tiny = {f.name for f in dataclasses.fields(TinyOptions)} if hasattr(kind, "tiny") else set()
-    if tiny & values.keys():
+    if tiny & values.keys() and not issubclass(kind, TinyOptions):
         kind = kind.tiny
     types = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]

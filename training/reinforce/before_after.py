@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluate import plots, preview
+from ..evaluate import plots
 from ..tasks.base import Task
 from ..tasks.sampling import noise_for
 from .scoring import RowScorer, judged
@@ -80,7 +80,7 @@ def _row(
     rewards = [scorer.rewards.weighted_sum(judged(scorer.score(image, [number]))) for image in made]
     if scorer.targets:
         made.append(task.host.decode(batch["latents"]))
-    source = preview.source_of(task, batch)
+    source = task.source(batch)
     shown = made if source is None else [source, *made]
     panels = [image.float().cpu()[0] for image in shown]
     row = scorer.row(number)

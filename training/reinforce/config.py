@@ -161,6 +161,8 @@ class GRPOConfig(TrainConfig):
             read()
 
     def _check_groups(self) -> None:
+        if self.task == "multimodal":
+            raise ValueError("task multimodal has no reward training: use diptych train")
         if self.method != "lora":
             raise ValueError(f"method is {self.method!r}: reward training trains a LoRA")
         for name in ("group_size", "micro_batch"):
@@ -230,3 +232,4 @@ class TinyGRPOConfig(TinyOptions, GRPOConfig):
 
 
 GRPOConfig.tiny = TinyGRPOConfig
+GRPOConfig.families = {}

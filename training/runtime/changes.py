@@ -17,7 +17,7 @@ from .fingerprints import files_stamp, stamp
 FIXED = {
     *("task", "method", "model", "init", "init_from", "init_lora", "fuse_loras", "train_text_encoder"),
     *("rank", "lora_alpha", "target_modules", "moe_experts", "moe_top_k", "moe_gate"),
-    *("optimizer", "seed", "batch_size", "algorithm"),
+    *("optimizer", "seed", "batch_size", "algorithm", "stage", "joint", "words"),
 }
 # Options that leave every weight as it would have been.
 FREE = {

@@ -21,6 +21,7 @@ from ...models.flux import check_folder
 from ...models.lora.files import with_strength
 from ...samplers.gaussian import Transition
 from ..data.cache import fingerprint, image_key
+from ..data.dataset import latents_like
 from ..data.preprocess import Preprocessed
 from ..data.sample import Sample
 from ..runtime.fingerprints import files_stamp, stamp
@@ -52,7 +53,8 @@ class Task:
     denoiser_part: folder of the trained part. denoiser_input: its input channels, and what has so many.
     text_parts: folders of text encoders and tokenizers. target_modules: regular expressions (full match) of
     the linears that a LoRA is trained on by default. lora_base: the model's name in the header of LoRA files.
-    pipeline: the class of diffusers that a trained folder is for, where the base's may be another.
+    pipeline: the class of diffusers that a trained folder is for, where the base's may be another. null_text:
+    the model has a learned vector in place of a dropped text, so that prompts stay as they are.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Task:
     target_modules: tuple[str, ...]
     lora_base: str
     pipeline = ""
+    null_text = False
     default_template = "{instruction}"
 
     def __init__(self, config, device: torch.device | str = "cpu"):
@@ -197,6 +200,9 @@ class Task:
         """A denoiser that was just built or loaded from another family's weights, made this family's."""
         return module
 
+    def freeze(self, module: nn.Module) -> None:
+        """Take out of a full training what is not to be trained of the module."""
+
     def targets(self, part: str) -> list[str]:
         """Regular expressions (full match) of the linears that are trained in this part of the model."""
         if part != self.denoiser_part:
@@ -207,7 +213,27 @@ class Task:
         """Wrap the (possibly distributed) module as the denoiser of `models/`."""
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- what a run keeps and says of it
+
+    def state(self) -> dict[str, Tensor]:
+        """What follows the training beside the trained weights, for checkpoints."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+
+    def told(self) -> dict[str, float]:
+        """Figures of the log beside the loss, means since they were asked for last."""
+        return {}
+
+    def measure(self, batches: Any) -> None:
+        """Set what the exported model needs to know of all rows (`data.dataset.Batches`)."""
+
     # ---------------------------------------------------------------- batches and their loss
+
+    def noise_shape(self, batch: dict[str, Any]) -> tuple[int, ...]:
+        """Of one row's noise, [C,h,w]."""
+        return tuple(latents_like(batch).shape[1:])
 
     def draw(self, seed: int, positions: list[int]) -> dict[str, Tensor]:
         """What else is random in the rows at these places of the random stream, beside noise and sigma."""
@@ -289,6 +315,24 @@ class Task:
         height, width: of the latents, in cells.
         """
         raise NotImplementedError
+
+    def source(self, batch: dict[str, Any]) -> Tensor | None:
+        """The images [B,H,W,3] that a batch is sampled from, masked or references; None where all is
+        painted."""
+        latents = batch.get("masked_latents", batch.get("references"))
+        return None if latents is None else self.host.decode(latents)
+
+    def shown(self, batch: dict[str, Any], noise: Tensor, targets: bool) -> dict[str, Tensor | None]:
+        """The images [1,H,W,3] of a row of the sample sheet, by the name of their column."""
+        return {
+            "source": self.source(batch),
+            "sample": self.sample(batch, noise),
+            "target": self.host.decode(batch["latents"]) if targets else None,
+        }
+
+    def title(self, batch: dict[str, Any], prompt: str) -> str:
+        """The words under a row of the sample sheet."""
+        return prompt
 
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
         """Images [B,H,W,3] in 0..1 made by the plain ODE from the batch's condition (`guided` at

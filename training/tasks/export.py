@@ -149,7 +149,7 @@ def _fill_pipeline(
     """Copy what is not trained of a local base, and write the trained parts in `dtype`."""
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(model)
-    if base.is_dir():
+    if base.is_dir() and "." not in parts:  # which is the whole folder
         for item in sorted(base.iterdir()):
             if item.name in parts or item.resolve() == folder.resolve():
                 continue

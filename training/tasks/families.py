@@ -10,10 +10,11 @@ from .base import Task
 from .fill import FillTask
 from .glid import GlidTask
 from .kontext import KontextTask
+from .multimodal import MultimodalTask
 from .sd_inpaint import SDInpaintTask
 
 FAMILIES: dict[str, type[Task]] = {
-    family.name: family for family in (FillTask, KontextTask, SDInpaintTask, GlidTask)
+    family.name: family for family in (FillTask, KontextTask, SDInpaintTask, GlidTask, MultimodalTask)
 }
 
 

@@ -22,6 +22,7 @@ from .scenes import (
     render,
     render_codes,
     render_many,
+    single_scenes,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "render",
     "render_codes",
     "render_many",
+    "single_scenes",
 ]

@@ -96,6 +96,22 @@ def random_scene(rng: random.Random, split: str | None = None) -> Scene:
             return scene
 
 
+def single_scenes(seed: int, split: str) -> list[Scene]:
+    """Every scene of one shape that belongs to a split, in the order of the seed."""
+    check_split(split)
+    scenes = [
+        Scene(ground, (Shape(kind, colour, size, place),))
+        for ground in COLOURS
+        for colour in COLOURS
+        if colour != ground
+        for kind, size in TEMPLATES
+        for place in PLACES
+    ]
+    scenes = [scene for scene in scenes if scene.split == split]
+    random.Random(f"{seed} {split} single").shuffle(scenes)
+    return scenes
+
+
 def _distance(kind: str, x: Tensor, y: Tensor, r: float) -> Tensor:
     """Like a signed distance, negative inside; exact near straight edges, all that antialiasing needs."""
     if kind == "circle":
