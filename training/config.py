@@ -95,8 +95,8 @@ class TrainConfig(Neutral):
 
     data: list[str] = _data(
         [],
-        "Sources as KIND:LOCATION[?option=value][@WEIGHT]; KIND is pairs, images, jsonl, magicbrush, "
-        "omniedit, precomputed or shapes (docs/training.md).",
+        "Sources as KIND:LOCATION[?option=value][@WEIGHT]; KIND is pairs, images, jsonl, captions, "
+        "magicbrush, omniedit, precomputed or shapes (docs/training.md).",
     )
     sample_data: list[str] = _data([], "Sources of the sample images; the first rows of `data` if empty.")
     layout: str = _data(

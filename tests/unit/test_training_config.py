@@ -16,6 +16,7 @@ pytest.importorskip("yaml")
 from comfyui_diptych import cli
 from comfyui_diptych.commands.train import WORLD_TASKS
 from comfyui_diptych.training import config, recipes
+from comfyui_diptych.training.multimodal.options import MultimodalOptions
 from comfyui_diptych.training.reinforce.config import GRPOConfig, TinyGRPOConfig
 from comfyui_diptych.training.runtime import options
 from comfyui_diptych.training.tasks import families
@@ -23,7 +24,7 @@ from comfyui_diptych.training.tiny.options import TinyOptions
 
 
 def test_every_option_is_documented():
-    for kind in (config.TinyTrainConfig, TinyGRPOConfig):
+    for kind in (config.TinyTrainConfig, config.MultimodalTrainConfig, TinyGRPOConfig):
         for field in dataclasses.fields(kind):
             assert field.metadata["help"].endswith(".") and field.metadata["group"], field.name
 
@@ -50,6 +51,11 @@ def test_help_lists_the_recipes_and_all_options_in_groups_the_five_that_matter_f
 def test_the_docs_list_the_options_of_the_tiny_models():
     text = (recipes.RECIPES.parents[1] / "docs" / "tiny-models.md").read_text(encoding="utf-8")
     assert options.table(TinyOptions) in text, f"write this there:\n{options.table(TinyOptions)}"
+
+
+def test_the_docs_list_the_options_of_the_multimodal_model():
+    text = (recipes.RECIPES.parents[1] / "docs" / "multimodal.md").read_text(encoding="utf-8")
+    assert options.table(MultimodalOptions) in text, f"write this there:\n{options.table(MultimodalOptions)}"
 
 
 def test_every_bundled_recipe_says_in_one_line_what_it_is():
