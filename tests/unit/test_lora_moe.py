@@ -84,7 +84,7 @@ def test_the_delta_adds_to_the_layers_own_output():
     delta = delta_for(MoeLowRank(A, B, router, scale=2.0))
     delta.strength = 0.5
     want = y + loop(x, A, B, router, 1.0, 1, "softmax_topk")
-    assert (delta(x, y, nn.Identity()) - want).abs().max() < 1e-5
+    assert (delta(x, y, nn.Identity()) - want).abs().max() < 3e-5
 
 
 def icedit_file(folder, header=None):
