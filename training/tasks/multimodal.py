@@ -188,9 +188,9 @@ class MultimodalTask(Task):
         return shown
 
     def title(self, batch: dict[str, Any], prompt: str) -> str:
-        """The caption, and what the model reads in the image."""
+        """The caption, or what the model reads in the image instead."""
         read = self.module.generate_text_from_image(self.module.encode_image(images(batch)))[0]
-        return f"{prompt} | read as: {read}"
+        return prompt if read == prompt else f"wrongly read as: {read}"
 
 
 def images(batch: dict[str, Any]) -> Tensor:
