@@ -108,7 +108,7 @@ def swapped(host, prompt: dict) -> dict:
             inputs["size"] = min(inputs["size"], SIDE)
         if "size_policy" in inputs:
             inputs["size_policy"] = "keep"
-    if "DiptychGlidConditioner" in used:
+    if slots and "DiptychGlidConditioner" in used:
         for slot, value in enumerate(glid.load(host)):
             graph = host.graph()
             node, _ = graph.given(value)
@@ -232,7 +232,10 @@ def the_sd_demo_as_shipped_fills_in_what_its_caption_says(host):
     assert wrong < 0.3 * asked, (wrong, asked)
 
 
-@case(each=lambda: ["outpaint_tiny", "panorama_tiny", "context_crop_tiny"])
+WIDE = {"outpaint_tiny": 96, "glid_outpaint_tiny": 96, "panorama_tiny": 192}
+
+
+@case(each=lambda: [*WIDE, "context_crop_tiny"])
 def what_an_outpaint_does_not_repaint_is_the_image_itself(host, name):
     prompt = convert(host, name)
     number = {node["class_type"]: key for key, node in prompt.items()}
@@ -244,14 +247,31 @@ def what_an_outpaint_does_not_repaint_is_the_image_itself(host, name):
     run = host.run(prompt)
     image, finished = run.kept["image"], run.kept["finished"]
     height, width = image.shape[1:3]
-    if name != "context_crop_tiny":
-        assert tuple(finished.shape[1:3]) == (64, 96 if name == "outpaint_tiny" else 192)
+    if name in WIDE:
+        assert tuple(finished.shape[1:3]) == (64, WIDE[name])
         known = torch.ones(1, height, width, dtype=torch.bool)
     else:
         assert finished.shape == image.shape == (1, 128, 128, 3)
         known = run.kept["mask"] == 0
         assert not torch.equal(finished, image)
     assert torch.equal(finished[:, :height, :width][known], image[known])
+
+
+@case
+def the_glid_demo_as_shipped_paints_what_its_prompt_says(host):
+    prompt = convert(host, "glid_outpaint_tiny")
+    number = {node["class_type"]: key for key, node in prompt.items()}
+    value = {"value": [number["DiptychPasteBack"], 0], "name": "finished"}
+    prompt["keep"] = {"class_type": "TestKeepValue", "inputs": value}
+    window = host.run(prompt).kept["finished"][:, :, -SIDE:].cpu().float()
+    shapes = host.pack("training.tiny.shapes")
+    asked = [node["inputs"].get("text") for node in prompt.values()]
+    blue, red = (
+        shapes.Shape("circle", "blue", "large", "top right"),
+        shapes.Shape("cross", "red", "large", "bottom left"),
+    )
+    scene = shapes.Scene("yellow", (blue, red))
+    assert scene.caption in asked and shapes.read(window).matches([scene]).tolist() == [True]
 
 
 @case
