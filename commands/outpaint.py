@@ -15,6 +15,7 @@ METHODS = ("direct", "tiles", "mk2", "poor-man", "mosaic")
 USERS = {  # option -> the methods that it is for
     "window": ("tiles", "mk2", "poor-man"),
     "stride": ("tiles",),
+    "order": ("tiles",),
     "mask_blur": ("mk2", "poor-man"),
     "overlap": ("direct", "tiles", "mosaic"),
     "feather": ("direct", "tiles", "mosaic"),
@@ -86,6 +87,11 @@ def add_parser(subparsers) -> None:
     )
     add("--stride", type=whole(8, LARGEST_SIDE), help="for tiles: px from one to the next (default half)")
     add(
+        "--order",
+        choices=("outward", "glid"),
+        help="for tiles: from the image outwards (default), or glid-3-xl-stable's, row by row over the hole",
+    )
+    add(
         "--denoise",
         type=number(0.01, 1),
         help="below 1 the model starts from the fill (default 1, mk2 0.8, mosaic 0.9)",
@@ -151,6 +157,7 @@ def _options(args: argparse.Namespace, engine):
     return Options(
         window=window,
         stride=args.stride,
+        order=args.order or "outward",
         fill=args.fill or AUTO,
         mask_blur=args.mask_blur,
         overlap=args.overlap,

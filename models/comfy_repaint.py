@@ -70,7 +70,7 @@ class Repainter:
         sampler = self.sampler
         if piece.window is not None:
             sizes = {"window": piece.window, "stride": piece.stride or piece.window // 2, "blend": BLEND}
-            sampler = TiledSampler(sampler, **sizes, order="outward", known="keep", mask=hard)
+            sampler = TiledSampler(sampler, **sizes, order=piece.order, known="keep", mask=hard)
             size = [min(side, piece.window // CELL) for side in size]
         made = comfy.sample.sample_custom(
             self.model,

@@ -60,7 +60,7 @@ class Painter:
                 raise ValueError("windows need a model that knows masks: use sd_inpaint, or direct.")
             if self.denoise != 1:
                 raise ValueError(f"denoise is {self.denoise}: windows are painted from noise, give 1.")
-            sizes = {"window": piece.window, "stride": piece.stride}
+            sizes = {"window": piece.window, "stride": piece.stride, "order": piece.order}
             if isinstance(self.denoiser, Glid):
                 return self._glid(piece, sampling)
             options = {"sampling": sampling, "on_tile": self.on_tile, **sizes}
@@ -90,6 +90,7 @@ class Painter:
             seed=sampling.seed,
             window=piece.window,
             stride=piece.stride,
+            order=piece.order,
             callback=None if report is None else lambda i, n, x0: report({"i": i, "denoised": x0}),
             on_tile=self.on_tile,
         )

@@ -39,7 +39,7 @@ class Piece:
       step; None leaves that to the model, if it knows masks.
     - `seed`: added to the run's own.
     - `window`, `stride`: px of the windows to paint it in, and from one to the next (half a window by
-      default); None is all at once.
+      default); None is all at once. `order`: theirs, one of `samplers.tiles.ORDERS`.
     """
 
     image: Tensor
@@ -48,6 +48,7 @@ class Piece:
     seed: int = 0
     window: int | None = None
     stride: int | None = None
+    order: str = "outward"
 
 
 Paint = Callable[[Piece], Tensor]
@@ -69,6 +70,7 @@ class Options:
     noise_q: float = 1.0
     color_variation: float = 0.05
     fill_options: dict | None = None
+    order: str = "outward"
 
     def fill_of(self, method: str) -> str:
         """The fill that the method begins with."""
@@ -80,9 +82,10 @@ def outpaint(paint: Paint, image: Tensor, sides: Sides, method: str, options: Op
 
     `sides`: px for left, top, right and bottom. `method`:
 
-    - `direct`: the canvas at once. `tiles`: by windows of `window` px, `stride` px apart, outwards. Both give
-      exactly the size asked for; negative amounts crop, `overlap` px of the edge are repainted,
-      `match_colour` and `feather` are those of `paste_back`, `multiple` is what the model's sides divide by.
+    - `direct`: the canvas at once. `tiles`: by windows of `window` px, `stride` px apart, in `order`, outward
+      or glid's (`samplers/tiles.py`). Both give exactly the size asked for; negative amounts crop, `overlap`
+      px of the edge are repainted, `match_colour` and `feather` are those of `paste_back`, `multiple` is what
+      the model's sides divide by.
     - `mk2`, `poor man`: webui's scripts. Axes that grow become multiples of 64. `mask_blur`: px, theirs by
       default (8 and 4). `noise_q` and `color_variation`: of mk2's noise.
     - `mosaic`: sd-webui-mosaic-outpaint; tiles of the mirror image, and 15 % of each side repainted.
@@ -112,7 +115,7 @@ def _on_a_canvas(paint: Paint, image: Tensor, sides: Sides, method: str, options
     filled = _filled(canvas, mask, method, options)
     cells = F.max_pool2d((mask >= 0.5).float()[:, None], CELL)[:, 0] > 0 if mosaic else None
     windows = (options.window, options.stride) if method == "tiles" else (None, None)
-    painted = paint(Piece(filled, mask, cells, 0, *windows))
+    painted = paint(Piece(filled, mask, cells, 0, *windows, options.order))
     match = options.match_colour and not mosaic
     return paste_back(painted, image, layout, feather=options.feather, match_colour=match)
 

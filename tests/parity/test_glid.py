@@ -9,7 +9,7 @@ from comfyui_diptych.commands import images
 from comfyui_diptych.models.glid import known_latents
 from comfyui_diptych.models.glid import paint as room
 from comfyui_diptych.models.glid.model import Glid
-from comfyui_diptych.models.outpaint import expand, fill
+from comfyui_diptych.models.outpaint import expand, fill, paste_back
 from comfyui_diptych.models.sd_inpaint import SDInpaint
 
 PROMPT = "a red circle"
@@ -147,6 +147,23 @@ def test_the_command_line_paints_with_a_glid_folder(folder, tmp_path, random_ima
     outside = mask[None] == 0
     made = images.load_image(out)
     assert torch.equal(made[outside], image[outside]) and not torch.equal(made, image)
+
+
+def test_the_command_line_paints_windows_in_glids_own_order(folder, denoiser, tmp_path, random_image):
+    photo, out = tmp_path / "photo.png", tmp_path / "out.png"
+    images.to_pil(random_image(1, 48, 64)[0]).save(photo)
+    image = images.load_image(photo)
+    words = ["outpaint", photo, PROMPT, "--right", 64, "--model", folder, "--dtype", "float32", "-o", out]
+    words += ["--device", "cpu", "--steps", 4, "--method", "tiles", "--window", 64, "--keep-colours"]
+    canvas, mask, layout = expand(image, right=64, multiple=8)
+    canvas, made = fill(canvas, mask, "edge"), {}
+    for order in ("outward", "glid"):
+        assert cli.main([*map(str, words), "--order", order]) == 0
+        made[order] = images.load_image(out)
+        painted = room.paint(denoiser, canvas, mask, PROMPT, steps=4, window=64, order=order)
+        expected = paste_back(painted, image, layout)
+        assert float((made[order] - expected).abs().max()) <= 0.5 / 255 + 1e-5
+    assert float((made["glid"] - made["outward"]).abs().max()) > 0.02
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,7 @@ def test_strength_and_the_way_of_the_mask_reach_sd_inpainting(command, photo, tm
         (["outpaint", "{photo}", "x", "--left", "8", "--fill", "lama"], "fill 'lama' needs a LaMa file"),
         (["outpaint", "{photo}", "x", "--left", "8", "--cfg", "3"], "--cfg does nothing with --engine fill"),
         (["outpaint", "{photo}", "x", "--left", "8", "--window", "64"], "--window is for --method tiles"),
+        (["outpaint", "{photo}", "x", "--left", "8", "--order", "glid"], "--order is for --method tiles"),
         (["outpaint", "{photo}", "x", "--left", "8", "--mask-blur", "2"], "--mask-blur is for --method mk2"),
         (["outpaint", "{photo}", "x", "--left=-8", "--top=8", "--method=mk2"], "left is -8: mk2 does not"),
         (["outpaint", "{photo}", "x", "--left", "8", "--method", "tiles"], "--window is 1024 but the canvas"),
