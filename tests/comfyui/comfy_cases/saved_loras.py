@@ -49,7 +49,7 @@ def core_applies_a_trained_flux_lora_as_our_loader_does(host):
 
 @case
 def core_patches_every_module_of_a_trained_sd15_lora(host):
-    """Every attention linear of the SD1.5 inpainting UNet, by the scale alpha / rank."""
+    """What the trainer adapts in the full-size SD 1.5 inpainting UNet, by the scale alpha / rank."""
     import comfy.lora
     import comfy.lora_convert
     import comfy.supported_models
@@ -57,25 +57,35 @@ def core_patches_every_module_of_a_trained_sd15_lora(host):
     with torch.device("meta"):
         model = comfy.supported_models.SD15(sd15()).get_model({}, "")
     keys = comfy.lora.model_lora_keys_unet(model, {})
-    widths = {k: v.shape for k, v in model.state_dict().items()}
-    names = [k.removeprefix("lora_unet_") for k in keys if "_attn" in k and k.startswith("lora_unet_")]
-    names = [n for n in names if n.startswith(("down_", "mid_", "up_"))]
-    assert len(names) == 128
-    shapes = {}
-    for name in names:
-        dotted = dots(name)
-        shapes[dotted] = tuple(widths[keys[f"lora_unet_{name}"]])
+    shapes = adapted(host)
     tensors = trained(shapes)
     file = saved(host, "saved_sd15", "unet", tensors, "sd_inpaint")
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(file), keys)
-    assert len(patches) == 128
-    for dotted in list(shapes)[::17]:
-        target = keys["lora_unet_" + dotted.replace(".", "_")]
-        weight = torch.zeros(shapes[dotted])
-        key = target if isinstance(target, str) else target[0]
-        got = comfy.lora.calculate_weight([(1.0, patches[target], 1.0, None, None)], weight, key)
-        a, b = tensors[f"{dotted}.lora_A.weight"], tensors[f"{dotted}.lora_B.weight"]
+    targets = {name: keys["lora_unet_" + name.replace(".", "_")] for name in shapes}
+    assert set(patches) == set(targets.values()) and len(patches) == len(shapes) == 128
+    weights = model.state_dict()
+    assert {target for target in weights if "attn" in target and target.endswith(".weight")} == set(patches)
+    for name, target in targets.items():
+        assert weights[target].shape == shapes[name]
+    for name in list(shapes)[::17]:
+        weight = torch.zeros(shapes[name])
+        patch = patches[targets[name]]
+        got = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], weight, targets[name])
+        a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
         assert change(got, b @ a * (6.0 / 4)) < 1e-4
+
+
+def adapted(host) -> dict[str, tuple[int, int]]:
+    """Module -> (rows, columns) of what a LoRA of `sd_inpaint` trains in SD 1.5's UNet of nine channels."""
+    from diffusers import UNet2DConditionModel
+
+    config = host.pack("training.recipes").from_dict({"task": "sd_inpaint", "rank": 4})
+    targets = host.pack("training.tasks.sd_inpaint").SDInpaintTask.target_modules
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(in_channels=9, cross_attention_dim=768)
+        host.pack("training.tasks.adapters").add_lora(unet, targets, config)
+    layers = {name: m for name, m in unet.named_modules() if hasattr(m, "lora_A")}
+    return {name: (m.out_features, m.in_features) for name, m in layers.items()}
 
 
 @case
@@ -140,11 +150,3 @@ def sd15() -> dict:
         "use_temporal_attention": False,
         "legacy": False,
     }
-
-
-def dots(name: str) -> str:
-    """`down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q` to the module path with dots."""
-    words = ("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out")
-    for word in words:
-        name = name.replace(word, word.replace("_", "~"))
-    return name.replace("_", ".").replace("~", "_")
