@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 from comfyui_diptych.training import recipes
+from comfyui_diptych.training.multimodal.options import MultimodalOptions
 from comfyui_diptych.training.reinforce.config import TinyGRPOConfig
 from comfyui_diptych.training.runtime import changes
 
@@ -30,7 +31,7 @@ def of(**values):
 
 
 def test_every_option_that_is_named_exists():
-    known = {field.name for field in dataclasses.fields(TinyGRPOConfig)}
+    known = {field.name for kind in (TinyGRPOConfig, MultimodalOptions) for field in dataclasses.fields(kind)}
     assert changes.FIXED <= known and changes.FREE <= known and set(changes.PATHS) <= changes.FIXED
     assert not changes.FIXED & changes.FREE
 
