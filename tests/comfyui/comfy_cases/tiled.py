@@ -59,8 +59,8 @@ def a_plain_model_keeps_what_is_known_and_sees_no_more_than_a_window(host, setti
         torch.testing.assert_close(got["ours"][..., :16], got["source"][..., :16], rtol=0, atol=5e-6)
 
 
-@case
-def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host):
+@case(each=lambda: ["fill", "sd_inpaint"])
+def windows_are_core_sampling_with_everything_cut_by_hand(host, which):
     if not host.pack("models.tiny").card().get("trained"):
         raise SkipCase("the bundled tiny models are not trained yet")
     import comfy.sample
@@ -68,14 +68,16 @@ def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host
 
     nodes = host.nodes
     with torch.inference_mode():
-        model, clip, vae = nodes["DiptychTinyModelLoader"]().load("fill")
+        model, clip, vae = nodes["DiptychTinyModelLoader"]().load(which)
         image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
         canvas, mask, _ = nodes["DiptychOutpaintCanvas"]().expand(image, 0, 0, 64, 0, "px")
         (text,) = nodes["CLIPTextEncode"]().encode(clip, "a red circle")
-        positive, negative, latent = nodes["DiptychFluxFillConditioner"]().condition(
-            text, text, vae, canvas, mask
-        )
-        (sigmas,) = nodes["DiptychFlowMatchScheduler"]().schedule(STEPS, latent=latent)
+        conditioner = {"fill": "DiptychFluxFillConditioner", "sd_inpaint": "DiptychSDInpaintConditioner"}[
+            which
+        ]
+        positive, negative, latent = nodes[conditioner]().condition(text, text, vae, canvas, mask)[:3]
+        sampling = model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
         euler = comfy.samplers.sampler_object("euler")
         noise = comfy.sample.prepare_noise(latent["samples"], 3)
 
@@ -101,9 +103,10 @@ def windows_over_a_fill_model_are_core_sampling_with_everything_cut_by_hand(host
         seen, told = values["concat_latent_image"].clone(), values["concat_mask"].clone()
         result, unknown = latent["samples"].clone(), mask[0, ::8, ::8] > 0
         plan = host.pack("samplers.tiles").plan(unknown, window=WINDOW, stride=STRIDE)
+        size = told.shape[-1] // unknown.shape[-1]  # pixels of the mask in a cell
         for tile in plan:
             at = (slice(None), slice(None), tile.rows, tile.columns)
-            pixels = tuple(slice(8 * part.start, 8 * part.stop) for part in (tile.rows, tile.columns))
+            pixels = tuple(slice(size * part.start, size * part.stop) for part in (tile.rows, tile.columns))
             cut = {
                 "concat_latent_image": seen[at],
                 "concat_mask": told.reshape(1, 1, *told.shape[-2:])[:, :, pixels[0], pixels[1]],
