@@ -38,7 +38,7 @@ def add_parser(subparsers) -> None:
 def run_split(args: argparse.Namespace) -> int:
     """Write diffusion.pt and kl.pt of a checkpoint; returns 0. Raises ValueError if a part is not in it."""
     from ..models import checkpoints
-    from ..training.runtime.disk import check_file, keep, write_whole
+    from ..training.runtime.disk import check_file, keep_whole
 
     targets = {"diffusion.pt": checkpoints.DENOISER, "kl.pt": checkpoints.AUTOENCODER}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -47,10 +47,7 @@ def run_split(args: argparse.Namespace) -> int:
     state = checkpoints.read(args.checkpoint)
     parts = {name: checkpoints.part(state, prefix) for name, prefix in targets.items()}
     for name, tensors in parts.items():
-        place = keep(
-            args.output / name,
-            lambda path, tensors=tensors: write_whole(path, lambda whole: checkpoints.write(whole, tensors)),
-        )
+        place = keep_whole(args.output / name, lambda path, tensors=tensors: checkpoints.write(path, tensors))
         print(f"wrote {place}: {len(tensors)} tensors")
     return 0
 
@@ -58,7 +55,7 @@ def run_split(args: argparse.Namespace) -> int:
 def run_merge(args: argparse.Namespace) -> int:
     """Write the checkpoint with another denoiser; returns 0. Raises ValueError for an unknown suffix."""
     from ..models import checkpoints
-    from ..training.runtime.disk import check_file, keep, write_whole
+    from ..training.runtime.disk import check_file, keep_whole
 
     if args.output.suffix.lower() not in checkpoints.SUFFIXES:
         raise ValueError(
@@ -67,10 +64,7 @@ def run_merge(args: argparse.Namespace) -> int:
     check_file(args.output)
     state, model = checkpoints.read(args.checkpoint), checkpoints.read(args.model)
     merged = checkpoints.with_part(state, checkpoints.DENOISER, model)
-    place = keep(
-        args.output,
-        lambda path: write_whole(path, lambda whole: checkpoints.write(whole, merged, wrapped=True)),
-    )
+    place = keep_whole(args.output, lambda path: checkpoints.write(path, merged, wrapped=True))
     print(f"wrote {place}")
     entry = merged.get(f"{checkpoints.DENOISER}input_blocks.0.0.weight")
     if entry is not None and entry.shape[1] != 4:

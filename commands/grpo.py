@@ -80,8 +80,7 @@ def _illustrate(trainer: Any) -> None:
         images["before_after.png"] = lambda: to_pil(trainer.before_after(is_small(trainer.config.model))[0])
     for name, draw in images.items():
         try:
-            save = draw().save
-            path = disk.keep(trainer.output / name, lambda place, save=save: disk.write_whole(place, save))
+            path = disk.keep_whole(trainer.output / name, draw().save)
             sys.stdout.write(f"{path}\n")
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning("an image of the run could not be made (%s); the LoRA is complete", error)

@@ -64,11 +64,11 @@ def save(image: Image.Image, path: Path) -> Path:
 
     Formats without transparency get a white ground. Returns where it is.
     """
-    from ..training.runtime.disk import keep, write_whole
+    from ..training.runtime.disk import keep_whole
 
     if path.suffix.lower() in OPAQUE:
         image = _on_white(image)
-    return keep(path, lambda place: write_whole(place, image.save))
+    return keep_whole(path, image.save)
 
 
 def side_by_side_path(path: Path) -> Path:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..models import merge_inpaint
-    from ..training.runtime.disk import check_file, keep, write_whole
+    from ..training.runtime.disk import check_file, keep_whole
 
     output = args.output or args.custom.with_name(f"{args.custom.stem}-inpainting.safetensors")
     if output.suffix.lower() != ".safetensors":
@@ -48,13 +48,10 @@ def run(args: argparse.Namespace) -> int:
             bar.total = count
             bar.update(index + 1 - bar.n)
 
-        place = keep(
+        place = keep_whole(
             output,
-            lambda path: write_whole(
-                path,
-                lambda whole: merge_inpaint.merge(
-                    args.custom, args.inpaint, args.base, whole, dtype=dtype, on_tensor=advance
-                ),
+            lambda path: merge_inpaint.merge(
+                args.custom, args.inpaint, args.base, path, dtype=dtype, on_tensor=advance
             ),
         )
     print(f"wrote {place}: nine input channels, for Load Checkpoint and SD Inpaint Conditioner")

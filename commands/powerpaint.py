@@ -28,7 +28,7 @@ def add_parser(subparsers) -> None:
 def run_split(args: argparse.Namespace) -> int:
     """Write the three embeddings; returns 0. Raises ValueError for a file that is not PowerPaint's."""
     from ..models import checkpoints, powerpaint
-    from ..training.runtime.disk import check_file, keep, write_whole
+    from ..training.runtime.disk import check_file, keep_whole
 
     if args.clip is not None:
         if args.clip.suffix.lower() != ".safetensors":
@@ -39,15 +39,9 @@ def run_split(args: argparse.Namespace) -> int:
     for token, vectors in tokens.items():
         target = check_file(args.output / f"{token}.safetensors")
         state = {powerpaint.KEY: vectors}
-        place = keep(
-            target,
-            lambda path, state=state: write_whole(path, lambda whole: checkpoints.write(whole, state)),
-        )
+        place = keep_whole(target, lambda path, state=state: checkpoints.write(path, state))
         print(f"wrote {place}: {len(vectors)} vectors")
     if args.clip is not None:
-        place = keep(
-            args.clip,
-            lambda path: write_whole(path, lambda whole: powerpaint.write_encoder(args.encoder, whole)),
-        )
+        place = keep_whole(args.clip, lambda path: powerpaint.write_encoder(args.encoder, path))
         print(f"wrote {place}")
     return 0

@@ -88,6 +88,19 @@ class Sampling:
         """A CPU generator of the noise that SDE rules add; independent of the starting noise."""
         return torch.Generator().manual_seed(sde_seed(self.seed))
 
+    def flow(self, velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Tensor) -> Tensor:
+        """Latents like x, walked by these settings from the first sigma of a schedule [n+1] to the last."""
+        return flow_match.sample(
+            velocity,
+            x,
+            schedule,
+            rule=self.rule,
+            eta=self.eta,
+            window=self.window,
+            generator=self.sde_generator(),
+            callback=self.callback,
+        )
+
     def encoder_generator(self, generator: torch.Generator) -> torch.Generator | None:
         """What the VAE's posterior is sampled with: the given generator, or None for its mode."""
         return generator if self.posterior == "sample" else None
@@ -121,16 +134,7 @@ def run(
     if sampling.best_of is not None:
         latents = _best_of(denoiser, velocity, noise, schedule, sampling)
         return denoiser.decode(latents).cpu()
-    latents = flow_match.sample(
-        velocity,
-        noise.to(denoiser.device),
-        schedule,
-        rule=sampling.rule,
-        eta=sampling.eta,
-        window=sampling.window,
-        generator=sampling.sde_generator(),
-        callback=sampling.callback,
-    )
+    latents = sampling.flow(velocity, noise.to(denoiser.device), schedule)
     return denoiser.decode(latents).cpu()
 
 

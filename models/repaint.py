@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samplers import ddim, flow_match
+from ..samplers import ddim
 from ..samplers.schedule import sigmas, token_count, total_steps
 from . import tiled
 from .denoiser import Condition, hard_mask
@@ -117,16 +117,7 @@ class Painter:
             return (x - torch.where(cells, x0, latents)) / sigma
 
         start = schedule[0] * noise + (1 - schedule[0]) * latents
-        return flow_match.sample(
-            velocity,
-            start,
-            schedule,
-            rule=sampling.rule,
-            eta=sampling.eta,
-            window=sampling.window,
-            generator=sampling.sde_generator(),
-            callback=sampling.callback,
-        )
+        return sampling.flow(velocity, start, schedule)
 
     def _diffusion(
         self, latents: Tensor, noise: Tensor, condition: Condition, cells, sampling: Sampling

@@ -26,6 +26,7 @@ class StableDiffusion:
 
     in_channels = 4
     name = "Stable Diffusion"
+    who_takes, remedy = "a plain model", "use the engine for inpainting models"
 
     def __init__(
         self,
@@ -37,7 +38,15 @@ class StableDiffusion:
         scheduler_config: dict | None = None,
         device: torch.device | str | None = None,
     ):
-        """scheduler_config: betas of the training schedule, for `samplers/ddim.py`."""
+        """scheduler_config: betas of the training schedule, for `samplers/ddim.py`.
+
+        Raises ValueError for a UNet of another number of input channels.
+        """
+        if unet.config.in_channels != self.in_channels:
+            raise ValueError(
+                f"the UNet takes {unet.config.in_channels} channels but {self.who_takes} {self.in_channels}: "
+                f"{self.remedy}"
+            )
         self.unet = unet
         self.vae = vae
         self.tokenizer = tokenizer

@@ -41,11 +41,6 @@ class SDBlend(StableDiffusion):
 
     def __init__(self, unet: Any, *parts: Any, controlnet: Any = None, **kwargs: Any):
         """Parts and options of `StableDiffusion`. Raises ValueError unless the UNet takes four channels."""
-        if unet.config.in_channels != IN_CHANNELS:
-            raise ValueError(
-                f"the UNet takes {unet.config.in_channels} channels but a plain model {IN_CHANNELS}: use the "
-                "engine for inpainting models"
-            )
         super().__init__(unet, *parts, **kwargs)
         self.controlnet = controlnet
 

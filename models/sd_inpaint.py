@@ -6,8 +6,6 @@ base models, which know nothing of a mask: those are `sd_blend.py`'s.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,15 +25,7 @@ class SDInpaint(StableDiffusion):
 
     in_channels = IN_CHANNELS
     name = "SD inpainting"
-
-    def __init__(self, unet: Any, *parts: Any, **kwargs: Any):
-        """Parts and options of `StableDiffusion`. Raises ValueError unless the UNet takes nine channels."""
-        if unet.config.in_channels != IN_CHANNELS:
-            raise ValueError(
-                f"the UNet takes {unet.config.in_channels} channels but an inpainting model {IN_CHANNELS}: "
-                "load an inpainting checkpoint"
-            )
-        super().__init__(unet, *parts, **kwargs)
+    who_takes, remedy = "an inpainting model", "load an inpainting checkpoint"
 
     @torch.no_grad()
     def condition(

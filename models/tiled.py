@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..samplers import ddim, flow_match, tiles
+from ..samplers import ddim, tiles
 from ..samplers.schedule import sigmas, token_count
 from .denoiser import Condition, hard_mask
 from .editing import FILL_GUIDANCE, Sampling
@@ -121,15 +121,10 @@ def _sd_cut(condition: Condition) -> Cut:
 
 
 def _fill_run(denoiser: Any, condition: Condition, noise: Tensor, sampling: Sampling) -> Tensor:
-    return flow_match.sample(
+    return sampling.flow(
         lambda x, sigma: denoiser.velocity(x, sigma, condition),
         noise.to(denoiser.device),
         sigmas(sampling.steps, seq_len=token_count(*noise.shape[-2:])),
-        rule=sampling.rule,
-        eta=sampling.eta,
-        window=sampling.window,
-        generator=sampling.sde_generator(),
-        callback=sampling.callback,
     )
 
 

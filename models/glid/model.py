@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,16 +23,8 @@ class Glid(StableDiffusion):
 
     in_channels = IN_CHANNELS
     name = "glid"
+    who_takes, remedy = "glid's", "load its inpaint.pt (`diptych glid folder`)"
     glid_cfg = True
-
-    def __init__(self, unet: Any, *parts: Any, **kwargs: Any):
-        """Parts and options of `StableDiffusion`. Raises ValueError unless the UNet takes eight channels."""
-        if unet.config.in_channels != IN_CHANNELS:
-            raise ValueError(
-                f"the UNet takes {unet.config.in_channels} channels but glid's {IN_CHANNELS}: load its "
-                "inpaint.pt (`diptych glid folder`)"
-            )
-        super().__init__(unet, *parts, **kwargs)
 
     @torch.no_grad()
     def known(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

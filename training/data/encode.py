@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,12 +115,7 @@ def encode_corpus(corpus: Corpus, caches: Caches, processes: Processes, progress
     listing = _listing(corpus, caches) / f"{processes.rank:03d}.jsonl"
     encoding = _Encoding(caches, corpus.config.encode_batch, listing, len(todo))
     try:
-        for index in progress(todo, "caching images"):
-            try:
-                rows = corpus.read(index)
-            except BrokenSample as error:
-                broken.record(error)
-                continue
+        for index, rows in _readable(corpus, progress(todo, "caching images"), broken):
             if isinstance(rows, Sample):
                 encoding.add_precomputed(index, rows, corpus.preprocessor.is_diptych(rows))
             else:
@@ -283,17 +278,23 @@ def encode_prompts(prompts: Iterable[str], caches: Caches, processes: Processes,
     caches.texts.refresh()
 
 
-def list_corpus(corpus: Corpus) -> list[Entry]:
-    """Entries of all readable rows without encoding anything, for training without a cache."""
-    places = corpus.places()
-    broken = Broken(len(set(places.values())))
-    by_first: dict[int, list[Entry]] = {}
-    for index in sorted(set(places.values())):
+def _readable(corpus: Corpus, indices: Iterable[int], broken: Broken) -> Iterator[tuple[int, Any]]:
+    """(index, what `corpus.read` gives) of these rows; those that cannot be read are recorded in `broken`."""
+    for index in indices:
         try:
             rows = corpus.read(index)
         except BrokenSample as error:
             broken.record(error)
             continue
+        yield index, rows
+
+
+def list_corpus(corpus: Corpus) -> list[Entry]:
+    """Entries of all readable rows without encoding anything, for training without a cache."""
+    places = corpus.places()
+    broken = Broken(len(set(places.values())))
+    by_first: dict[int, list[Entry]] = {}
+    for index, rows in _readable(corpus, sorted(set(places.values())), broken):
         if isinstance(rows, Sample):
             raise ValueError("cache is off but the data is precomputed: set cache: true")
         by_first[index] = [_entry(index, v, image_key(r.pixels, ""), r) for v, r in enumerate(rows)]

@@ -115,7 +115,18 @@ def _wording(listed: object, seed: int) -> str:
     return wordings[int.from_bytes(digest[:8], "little") % len(wordings)]
 
 
-class Captions:
+class _Table:
+    """Rows of a `datasets.Dataset`: `_table`, read from `_where`."""
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, index: int) -> str:
+        """The dataset and the row's number in it."""
+        return f"{self._where}[{index}]"
+
+
+class Captions(_Table):
     """Images and what they show: two columns of any dataset; of a list of captions one is drawn."""
 
     def __init__(self, where: str, split: str = "", image: str = "image", text: str = "text", seed: int = 0):
@@ -125,13 +136,6 @@ class Captions:
         self._where, self._image, self._text, self._seed = where, image, text, seed
         self.fingerprint = stamp("captions", self._table._fingerprint, image, text, seed)
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def name(self, index: int) -> str:
-        """The dataset and the row's number in it."""
-        return f"{self._where}[{index}]"
-
     def __getitem__(self, index: int) -> Sample:
         row, name = self._table[index], self.name(index)
         caption = _wording(row[self._text], self._seed)
@@ -140,7 +144,7 @@ class Captions:
         return Sample(caption, target=read_image(row[self._image], name), caption=caption, name=name)
 
 
-class MagicBrush:
+class MagicBrush(_Table):
     """Columns source_img, target_img, instruction.
 
     The dataset's images end in rows of noise; `crop` (default on) cuts the bottom height // 32 rows, as
@@ -154,13 +158,6 @@ class MagicBrush:
         self._where, self.crop = where, str(crop).lower() not in ("false", "0", "no")
         self.fingerprint = stamp("magicbrush", self._table._fingerprint, self.crop)
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def name(self, index: int) -> str:
-        """The dataset and the row's number in it."""
-        return f"{self._where}[{index}]"
-
     def _cut(self, image: Tensor) -> Tensor:
         return image[: len(image) - len(image) // 32] if self.crop else image
 
@@ -172,7 +169,7 @@ class MagicBrush:
         return Sample(prompt, target, source, name=name)
 
 
-class OmniEdit:
+class OmniEdit(_Table):
     """Columns src_img, edited_img, edited_prompt_list (several wordings) and, where a task filter is set,
     task.
 
@@ -198,13 +195,6 @@ class OmniEdit:
         )
         self._where, self._seed = where, seed
         self.fingerprint = stamp("omniedit", self._table._fingerprint, seed)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def name(self, index: int) -> str:
-        """The dataset and the row's number in it."""
-        return f"{self._where}[{index}]"
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self._table[index], self.name(index)

@@ -159,6 +159,11 @@ def keep(path: str | Path, write: Callable[[Path], object]) -> Path:
     raise first
 
 
+def keep_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """`keep` of one file that is `write_whole`: whole or not at all, here or elsewhere; returns where."""
+    return keep(path, lambda place: write_whole(place, write))
+
+
 def is_full(error: BaseException) -> bool:
     """Whether the disk, or the user's share of it, is used up."""
     return getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))

@@ -67,7 +67,7 @@ def save_lora(
         for name in texts:
             _add_text_encoder(place, parts[name], config, dtype)
 
-    return disk.keep(path, lambda place: disk.write_whole(place, write))
+    return disk.keep_whole(path, write)
 
 
 def _add_text_encoder(path: Path, tensors: dict[str, Tensor], config: Any, dtype: torch.dtype) -> None:
