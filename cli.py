@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = values.Parser(
         prog="diptych", description="Edit images by instruction; train and score edit models."
     )
-    parser.add_argument("--version", action="version", version=f"comfyui-diptych {__version__}")
+    parser.add_argument("--version", action="version", version=f"diptych {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in commands.modules():

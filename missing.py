@@ -18,6 +18,7 @@ OPTIONAL = (
     "lycoris",
     "open_clip",
 )
+DISTRIBUTION = "diptych"  # its name in pyproject.toml, and so on registry.comfy.org and for pip
 DOCS = "https://github.com/comfyui-diptych/ComfyUI-Diptych/blob/main/docs"
 PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "open_clip": "open_clip_torch"}
 
@@ -31,7 +32,7 @@ def page(name: str) -> str:
 def pip_install() -> str:
     """The command that installs what the pack needs into the Python that runs it."""
     file = Path(__file__).parent / "requirements.txt"
-    what = f'-r "{file}"' if file.is_file() else "comfyui-diptych"
+    what = f'-r "{file}"' if file.is_file() else DISTRIBUTION
     return f'"{sys.executable}" -m pip install {what}'
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import missing
 from . import installed
 
 PYTHONS = ((3, 10), (3, 13))
@@ -97,7 +98,7 @@ def requirements() -> list[tuple[str, str]]:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
     else:
-        lines = [line for line in importlib.metadata.requires("comfyui-diptych") or [] if ";" not in line]
+        lines = [line for line in importlib.metadata.requires(missing.DISTRIBUTION) or [] if ";" not in line]
     found = (re.match(r"\s*([\w.-]+)\s*>=\s*([\d.]+)", line) for line in lines)
     return [match.groups() for match in found if match]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import pixels
 from .inputs import whole_number
 
-EXTRA = 'pip install "comfyui-diptych[inpaint]"'
+EXTRA = 'pip install "diptych[inpaint]"'
 
 
 def telea(image: Tensor, mask: Tensor, radius: int = 3) -> Tensor:

@@ -362,7 +362,7 @@ def test_a_missing_library_is_one_sentence_with_the_remedy(monkeypatch, tmp_path
     options = {"model": file} if how == "lama" else {}
     with pytest.raises(ValueError) as error:
         fill(photo(), hole(), how, **options)
-    assert words in str(error.value) and "comfyui-diptych[inpaint]" in str(error.value)
+    assert words in str(error.value) and "diptych[inpaint]" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from comfyui_diptych import missing
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "comfy"}
@@ -62,6 +63,12 @@ def test_an_installed_package_has_every_file_that_the_code_reads():
     needed = {path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
     needed = {path for path in needed if "__pycache__" not in path.parts and path.name != ".DS_Store"}
     assert len(needed) > 100 and not sorted(str(path) for path in needed - packed)
+
+
+def test_the_code_knows_the_name_it_is_published_under():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == missing.DISTRIBUTION and "comfyui" not in project["name"].lower()
 
 
 def test_every_node_speaks_chinese():

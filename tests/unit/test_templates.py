@@ -8,6 +8,7 @@ from urllib.parse import urlparse
 
 import comfyui_diptych
 import pytest
+from comfyui_diptych import missing
 
 ROOT = Path(comfyui_diptych.__file__).parent
 TEMPLATES = {path.stem: path for path in (ROOT / "example_workflows").glob("*.json")}
@@ -38,7 +39,7 @@ def test_every_node_says_which_package_it_needs(name):
     for node in nodes(name):
         ours = node["type"] in comfyui_diptych.NODE_CLASS_MAPPINGS
         version = comfyui_diptych.__version__ if ours else "0.3.64"
-        assert node["properties"]["cnr_id"] == ("comfyui-diptych" if ours else "comfy-core")
+        assert node["properties"]["cnr_id"] == (missing.DISTRIBUTION if ours else "comfy-core")
         assert node["properties"]["ver"] == version, f"write {version} into {name}"
 
 
