@@ -6,6 +6,7 @@ Whatever is wrong with the input is found before a model is loaded. The work is 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"the model sees the image, {request.sizing}")
     quiet()
     with Stop("stopped before the image was made: nothing was written"):
-        denoiser = _load(request, args)
+        denoiser = load(request, args)
         handles = _apply_loras(denoiser, request)
         edited = _edit(denoiser, request, handles, args)
     before, after = request.image[0], edited[0]
@@ -250,7 +251,8 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _load(request: Request, args: argparse.Namespace) -> Any:
+def load(request: Request, args: argparse.Namespace) -> Any:
+    """The denoiser that a request asks for. Raises ValueError where its files are missing or damaged."""
     import torch
 
     from ..models.flux_fill import FluxFill
@@ -276,32 +278,33 @@ def _apply_loras(denoiser: Any, request: Request) -> list[Any]:
 def _edit(denoiser: Any, request: Request, handles: list[Any], args: argparse.Namespace) -> Tensor:
     from tqdm import tqdm
 
-    from ..models import editing
-
     total = best_of.evaluations(request.sampling)
     with tqdm(total=total, desc=f"editing ({request.engine})", unit="step") as bar:
-        sampling = replace(
-            request.sampling,
-            callback=lambda state: bar.update(len(state["x"])),
-            at_sigma=loras.follow(handles),
-        )
-        common = {"panel_width": request.panel_width, "policy": args.policy, "guidance": request.guidance}
-        if request.engine == "fill":
-            return editing.edit_with_fill(
-                denoiser,
-                request.image,
-                request.instruction,
-                edit_mask=request.mask,
-                sampling=sampling,
-                **common,
-            ).image
-        return editing.edit_with_kontext(
-            denoiser,
-            request.image,
-            request.instruction,
-            further=request.further,
-            negative=args.negative if args.cfg == 1.0 else args.negative or "",
-            cfg=args.cfg,
-            sampling=sampling,
-            **common,
-        ).image
+        return sample(denoiser, request, handles, args, lambda state: bar.update(len(state["x"])))
+
+
+def sample(
+    denoiser: Any,
+    request: Request,
+    handles: list[Any],
+    args: argparse.Namespace,
+    callback: Callable[[dict[str, Any]], Any],
+) -> Tensor:
+    """The edited image [1,H,W,C]; `callback` is told of every step, whose `x` has an item per candidate."""
+    from ..models import editing
+
+    sampling = replace(request.sampling, callback=callback, at_sigma=loras.follow(handles))
+    common = {"panel_width": request.panel_width, "policy": args.policy, "guidance": request.guidance}
+    common["sampling"] = sampling
+    image, instruction = request.image, request.instruction
+    if request.engine == "fill":
+        return editing.edit_with_fill(denoiser, image, instruction, edit_mask=request.mask, **common).image
+    return editing.edit_with_kontext(
+        denoiser,
+        image,
+        instruction,
+        further=request.further,
+        negative=args.negative if args.cfg == 1.0 else args.negative or "",
+        cfg=args.cfg,
+        **common,
+    ).image

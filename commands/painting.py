@@ -163,11 +163,11 @@ def paint(
     announce(engine)
     print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
     with Stop("stopped before the image was made: nothing was written"):
-        denoiser = _load(engine, args)
+        denoiser = load(engine, args)
         count = steps_of(engine, args)
         with tqdm(total=count, desc=f"painting ({engine.name})", unit="step") as bar:
             sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
-            how = _guidance(engine, args) | {"sampling": sampling, **options}
+            how = guidance_of(engine, args) | {"sampling": sampling, **options}
             if engine.name == "fill":
                 return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
             if engine.name == "glid":
@@ -194,7 +194,7 @@ def work(
 
     announce(engine)
     with Stop("stopped before the image was made: nothing was written"):
-        denoiser = _load(engine, args)
+        denoiser = load(engine, args)
         count = steps_of(engine, args)
         with tqdm(total=0, desc=f"painting ({engine.name})", unit="step") as bar:
 
@@ -208,7 +208,7 @@ def work(
                 return painter(piece)
 
             sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
-            how = _guidance(engine, args)
+            how = guidance_of(engine, args)
             painter = Painter(denoiser, prompt, sampling, denoise, on_tile=more, **how)
             return enlarge(paint)
 
@@ -225,7 +225,7 @@ def steps_of(engine: Engine, args: argparse.Namespace) -> int:
     return args.steps or (engine.tiny or {}).get("steps") or STEPS[engine.name]
 
 
-def _guidance(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+def guidance_of(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     """How strongly the prompt counts, in the engine's own way."""
     from ..models import editing
 
@@ -237,7 +237,8 @@ def _guidance(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     return how | ({"sampler": args.sampler or "plms"} if engine.name == "glid" else {})
 
 
-def _load(engine: Engine, args: argparse.Namespace) -> Any:
+def load(engine: Engine, args: argparse.Namespace) -> Any:
+    """The engine's denoiser. Raises ValueError where its files are missing or damaged."""
     import torch
 
     from ..models.flux_fill import FluxFill

@@ -37,7 +37,7 @@ def no_model(monkeypatch):
     def load(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(edit, "_load", load)
+    monkeypatch.setattr(edit, "load", load)
 
 
 WRONG = [
