@@ -75,7 +75,7 @@ def file(name: str) -> str:
 def test_a_workflow_opens_and_runs_in_the_page(page, comfyui, renderer):
     if renderer == "nodes 2.0" and not has_nodes_2(comfyui):
         pytest.skip("its page has no Nodes 2.0")
-    name = os.environ.get("DIPTYCH_BROWSER_WORKFLOW", "instruction_edit_tiny")
+    name = os.environ.get("DIPTYCH_BROWSER_WORKFLOW", "Edit by instruction - tiny")
     screenshot = os.environ.get("DIPTYCH_SCREENSHOT") if renderer == "canvas" else None
     seen = page(
         do="run",

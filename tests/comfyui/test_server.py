@@ -28,7 +28,7 @@ def test_help_pages_and_templates_are_served(server):
         assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
 
 
-@pytest.mark.parametrize("name", ["instruction_edit_tiny", "kontext_edit"])
+@pytest.mark.parametrize("name", ["Edit by instruction - tiny", "Edit with Kontext - tiny"])
 def test_an_example_workflow_posted_as_a_prompt_gives_an_image(server, name):
     info = server.get_json("/object_info")
     schemas = {node: definition["input"] for node, definition in info.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -21,6 +22,17 @@ FOLDERS = {
     "ControlNetLoader": "controlnet",
 }
 OWN = "grpo_lora.safetensors"  # the user's own: nowhere to be downloaded
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_file_name_is_the_title_that_the_page_shows(name):
+    """ComfyUI's template page shows a pack's file names as they are; the ending .app makes one an app."""
+    title, _, app = name.partition(".app")
+    assert re.fullmatch(r"[A-Z][A-Za-z0-9 .,+-]{2,35}", title) and not app, (
+        "a title: words, at most 36 characters"
+    )
+    graph = json.loads(TEMPLATES[name].read_text(encoding="utf-8"))
+    assert name.endswith(".app") == bool(graph.get("extra", {}).get("linearMode"))
 
 
 def nodes(name: str) -> list[dict]:

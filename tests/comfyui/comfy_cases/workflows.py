@@ -201,7 +201,7 @@ def it_runs_changes_no_input_and_is_cached_after(host, name):
     assert torch.is_inference_mode_enabled() is False
 
 
-@case(each=lambda: ["instruction_edit_tiny", "kontext_edit", "masked_fill"])
+@case(each=lambda: ["Edit by instruction - tiny", "Edit with Kontext - tiny", "Fill a mask - tiny"])
 def the_demo_as_shipped_makes_the_edit_it_asks_for(host, name):
     if not host.pack("models.tiny").card().get("trained"):
         raise SkipCase("the bundled tiny models are not trained yet")
@@ -218,7 +218,7 @@ def the_demo_as_shipped_makes_the_edit_it_asks_for(host, name):
 def the_sd_demo_as_shipped_fills_in_what_its_caption_says(host):
     if not host.pack("models.tiny").card().get("trained"):
         raise SkipCase("the bundled tiny models are not trained yet")
-    prompt = convert(host, "sd_fill_tiny")
+    prompt = convert(host, "Fill a mask - tiny SD")
     number = {node["class_type"]: key for key, node in prompt.items()}
     demo = number["DiptychDemoImage"]
     kept = {"filled": [number["VAEDecode"], 0], "image": [demo, 0], "mask": [demo, 2], "expected": [demo, 3]}
@@ -232,15 +232,15 @@ def the_sd_demo_as_shipped_fills_in_what_its_caption_says(host):
     assert wrong < 0.3 * asked, (wrong, asked)
 
 
-WIDE = {"outpaint_tiny": 96, "glid_outpaint_tiny": 96, "panorama_tiny": 192}
+WIDE = {"Outpaint step by step - tiny": 96, "Outpaint - tiny glid": 96, "Panorama - tiny": 192}
 
 
-@case(each=lambda: [*WIDE, "context_crop_tiny"])
+@case(each=lambda: [*WIDE, "Repair a detail - tiny"])
 def what_an_outpaint_does_not_repaint_is_the_image_itself(host, name):
     prompt = convert(host, name)
     number = {node["class_type"]: key for key, node in prompt.items()}
     kept = {"image": [number["DiptychDemoImage"], 0], "finished": [number["DiptychPasteBack"], 0]}
-    if name == "context_crop_tiny":
+    if name == "Repair a detail - tiny":
         kept["mask"] = [number["DiptychDemoImage"], 2]
     for key, value in kept.items():
         prompt[f"keep {key}"] = {"class_type": "TestKeepValue", "inputs": {"value": value, "name": key}}
@@ -259,7 +259,7 @@ def what_an_outpaint_does_not_repaint_is_the_image_itself(host, name):
 
 @case
 def the_glid_demo_as_shipped_paints_what_its_prompt_says(host):
-    prompt = convert(host, "glid_outpaint_tiny")
+    prompt = convert(host, "Outpaint - tiny glid")
     number = {node["class_type"]: key for key, node in prompt.items()}
     value = {"value": [number["DiptychPasteBack"], 0], "name": "finished"}
     prompt["keep"] = {"class_type": "TestKeepValue", "inputs": value}
@@ -276,7 +276,7 @@ def the_glid_demo_as_shipped_paints_what_its_prompt_says(host):
 
 @case
 def an_infinite_zoom_keeps_every_image_that_it_zooms_out_of(host):
-    prompt = convert(host, "infinite_zoom_tiny")
+    prompt = convert(host, "Infinite zoom - tiny")
     number = {node["class_type"]: key for key, node in prompt.items()}
     stores = [key for key, node in prompt.items() if node["class_type"] == "DiptychCanvasStore"]
     places = {"image": [number["DiptychDemoImage"], 3]} | {f"store {i}": [k, 1] for i, k in enumerate(stores)}
@@ -295,7 +295,7 @@ def an_infinite_zoom_keeps_every_image_that_it_zooms_out_of(host):
 
 @case
 def the_reward_trained_lora_mends_the_edit_that_its_workflow_shows(host):
-    prompt = convert(host, "grpo_lora_tiny")
+    prompt = convert(host, "Edit with a reward LoRA - tiny")
     number = {node["class_type"]: key for key, node in prompt.items()}
     demo = number["DiptychDemoImage"]
     splits = [key for key, node in prompt.items() if node["class_type"] == "DiptychSplit"]
@@ -312,7 +312,7 @@ def the_reward_trained_lora_mends_the_edit_that_its_workflow_shows(host):
 
 @case
 def best_of_six_mends_the_edit_that_one_start_gets_wrong(host):
-    prompt = convert(host, "best_of_n_tiny")
+    prompt = convert(host, "Best of six - tiny")
     number = {node["class_type"]: key for key, node in prompt.items()}
     demo = number["DiptychDemoImage"]
     splits = sorted((k for k, node in prompt.items() if node["class_type"] == "DiptychSplit"), key=int)
@@ -327,7 +327,7 @@ def best_of_six_mends_the_edit_that_one_start_gets_wrong(host):
 
 @case
 def eight_edits_of_the_score_template_have_eight_different_scores(host):
-    prompt = convert(host, "reward_score_tiny")
+    prompt = convert(host, "Judge edits - tiny")
     node = next(key for key, node in prompt.items() if node["class_type"] == "DiptychRewardScore")
     for name, slot in (("best", 0), ("report", 1)):
         kept = {"value": [node, slot], "name": name}
