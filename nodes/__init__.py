@@ -7,6 +7,7 @@ A new node goes into the file of its menu, at the end of that file's `NODES` lis
 from . import (
     best_of,
     canvas_store,
+    compare,
     conditioning,
     control_inpaint,
     diptych,
@@ -29,6 +30,7 @@ from .guard import guard
 
 NODE_CLASSES = [
     *diptych.NODES,
+    *compare.NODES,
     *masks.NODES,
     *conditioning.NODES,
     *outpaint.NODES,

@@ -16,10 +16,11 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def shown(text: str, *images: Tensor) -> dict[str, list]:
-    """The `ui` of a node's answer: a text and IMAGEs [B,H,W,3]."""
-    entries = [entry for image in images for entry in _saved(image)]
-    return {"text": [text], "images": entries} if entries else {"text": [text]}
+def shown(text: str | None, *images: Tensor) -> dict[str, list]:
+    """The `ui` of a node's answer: a text, None for none, and IMAGEs [B,H,W,3]."""
+    entries = [entry for image in images for entry in saved(image)]
+    ui = {} if text is None else {"text": [text]}
+    return {**ui, "images": entries} if entries else ui
 
 
 def report_to(node: str | None) -> Callable[[str], None] | None:
@@ -37,8 +38,11 @@ def report_to(node: str | None) -> Callable[[str], None] | None:
     return show
 
 
-def _saved(image: Tensor) -> list[dict[str, str]]:
-    """Write an IMAGE as PNGs into ComfyUI's temp folder; [] outside ComfyUI, or where that is impossible."""
+def saved(image: Tensor) -> list[dict[str, str]]:
+    """Write an IMAGE as PNGs into ComfyUI's temp folder and name them as `ui` does: {filename, ...}.
+
+    [] outside ComfyUI, or where that is impossible.
+    """
     try:
         import folder_paths
     except ImportError:

@@ -3,6 +3,7 @@
 //   do "run": {workflow, vue, screenshot}: load it, run it, report what a user would see.
 //   do "measure": {workflows: {name: file}, screenshots}: the boxes of every node in both renderers, with
 //   the previews and texts that a run would leave, at zoom 1.
+//   others: `browser_NAME.cjs`, a function (page, task, {load, execute}).
 const fs = require("fs");
 
 const task = JSON.parse(process.argv[2]);
@@ -21,23 +22,21 @@ async function main() {
   await page.waitForFunction(
     (nodes) => window.app?.graph && nodes.every((node) => window.LiteGraph?.registered_node_types[node]),
     task.nodes, WAIT);
-  const answer = task.do === "measure" ? await measureAll(page) : await run(page);
+  const act = { measure: measureAll, run }[task.do] ?? require(`./browser_${task.do}.cjs`);
+  const answer = await act(page, task, { load, execute });
   console.log(JSON.stringify({ ...answer, problems }));
   await browser.close();
 }
 
+// Load a workflow, a file or a graph, in one of the two renderers, and see all of it.
 async function load(page, file, vue) {
   await page.evaluate((on) => window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", on), !!vue);
-  const workflow = JSON.parse(fs.readFileSync(file, "utf8"));
+  const workflow = typeof file === "string" ? JSON.parse(fs.readFileSync(file, "utf8")) : file;
   await page.evaluate((graph) => window.app.loadGraphData(graph), workflow);
   await page.waitForFunction(
     ([count, dom]) => window.app.graph._nodes.length === count
       && (!dom || document.querySelectorAll("[data-node-id]").length >= count),
     [workflow.nodes.length, !!vue], WAIT);
-}
-
-async function run(page) {
-  await load(page, task.workflow, task.vue);
   await page.evaluate(() => {  // the whole graph in view: images load only where they are drawn
     const boxes = window.app.graph._nodes.map((node) => node.getBounding());
     const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]));
@@ -45,18 +44,28 @@ async function run(page) {
     window.app.canvas.ds.fitToBounds([left, top, right - left, bottom - top], { zoom: 0.97 });
     window.app.canvas.setDirty(true, true);
   });
-  const seen = await page.evaluate(() => window.app.graph._nodes.map((node) => ({
-    type: node.type, missing: !window.LiteGraph.registered_node_types[node.type], errors: !!node.has_errors,
-  })));
-  const outcome = await page.evaluate(() => new Promise((resolve) => {
+}
+
+// Queue what is loaded and wait for its end: "success", or what went wrong.
+async function execute(page) {
+  return page.evaluate(() => new Promise((resolve) => {
     const api = window.app.api;
     api.addEventListener("execution_success", () => resolve("success"));
     api.addEventListener("execution_error", (event) => resolve(event.detail.exception_message));
+    api.addEventListener("execution_interrupted", () => resolve("interrupted"));
     window.app.queuePrompt(0, 1).then(() => {
       const errors = window.app.lastNodeErrors;
       if (errors && Object.keys(errors).length) resolve("the prompt was refused: " + JSON.stringify(errors));
     });
   }));
+}
+
+async function run(page) {
+  await load(page, task.workflow, task.vue);
+  const seen = await page.evaluate(() => window.app.graph._nodes.map((node) => ({
+    type: node.type, missing: !window.LiteGraph.registered_node_types[node.type], errors: !!node.has_errors,
+  })));
+  const outcome = await execute(page);
   const shown = () => {  // drawn on the canvas, or in Nodes 2.0 by the page
     const drawn = window.app.graph._nodes.flatMap((node) => node.imgs ?? []);
     return [...drawn, ...document.querySelectorAll("[data-node-id] img")];

@@ -1,0 +1,58 @@
+"""In a real browser: what the pack's own JavaScript shows on nodes, in both renderers."""
+
+from __future__ import annotations
+
+import pytest
+from test_browser import browser, has_nodes_2, page  # noqa: F401  (fixtures)
+
+RENDERERS = ["canvas", "nodes 2.0"]
+
+
+def graph(*nodes: dict, links: list[list] = ()) -> dict:
+    """A workflow as the page saves it: nodes {id, type, widgets_values, ...} side by side."""
+    placed = [{"pos": [500 * number, 60], "flags": {}, "mode": 0, **n} for number, n in enumerate(nodes)]
+    return {
+        "nodes": placed,
+        "links": links,
+        "last_node_id": max(node["id"] for node in nodes),
+        "last_link_id": len(links),
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+@pytest.fixture(params=RENDERERS)
+def vue(request, comfyui):
+    """Whether the page shall draw nodes as elements; skips where it cannot."""
+    if request.param != "canvas" and not has_nodes_2(comfyui):
+        pytest.skip("its page has no Nodes 2.0")
+    return request.param != "canvas"
+
+
+def image(number: int, colour: int, link: int) -> dict:
+    outputs = [{"name": "IMAGE", "type": "IMAGE", "links": [link]}]
+    return {"id": number, "type": "EmptyImage", "size": [300, 150], "outputs": outputs} | {
+        "widgets_values": [64, 64, 1, colour]
+    }
+
+
+def test_a_slider_shows_before_and_after(page, vue, comfyui):  # noqa: F811
+    inputs = [{"name": n, "type": "IMAGE", "link": k + 1} for k, n in enumerate(("before", "after"))]
+    compare = {"id": 3, "type": "DiptychCompare", "size": [400, 400], "inputs": inputs}
+    workflow = graph(
+        image(1, 0xC80000, 1),
+        image(2, 0x0000C8, 2),
+        compare,
+        links=[[1, 1, 0, 3, 0, "IMAGE"], [2, 2, 0, 3, 1, "IMAGE"]],
+    )
+    seen = page(do="compare", workflow=workflow, vue=vue, screenshot=None)
+    assert seen["outcome"] == "success" and set(seen["inputs"]) == {"before", "after"}
+    assert [len(seen["value"][side]) for side in ("beforeImages", "afterImages")] == [1, 1]
+    if vue:
+        assert seen["count"] == 2
+        assert [round(float(cut.split()[1].rstrip("%"))) for cut in seen["cuts"]] == [75, 25]
+    else:  # left of the line is before
+        assert seen["pixels"] == [[0, 0, 200], [200, 0, 0]]
+    assert [problem for problem in seen["problems"] if "iptych" in problem] == []
