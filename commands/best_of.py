@@ -67,13 +67,18 @@ def check(
     judge = Judge.of(chosen, instruction, image, layout=layout)
 
     def tell(made: Any) -> None:
-        scores = ", ".join("not judged" if s.isnan() else f"{float(s):.4g}" for s in made.scores)
-        first, kept = args.seed, args.seed + int(made.chosen[0])
-        print(f"scores by {chosen} of seeds {first} to {first + args.best_of - 1}: {scores}; kept {kept}")
+        print(scores(made, chosen, args.seed))
         print(made.cost)
 
     # One at a time fits wherever a plain edit fits.
     return BestOf(args.best_of, judge, judge_steps, batch=0 if tiny else 1, on_result=tell)
+
+
+def scores(made: Any, judges: Any, first: int) -> str:
+    """What the judges said of the candidates with seeds from `first` on, and which was kept."""
+    given = ["not judged" if score.isnan() else f"{float(score):.4g}" for score in made.scores]
+    last, kept = first + len(given) - 1, first + int(made.chosen[0])
+    return f"scores by {judges} of seeds {first} to {last}: {', '.join(given)}; kept {kept}"
 
 
 def evaluations(sampling: Any) -> int:

@@ -113,7 +113,7 @@ def check(args: argparse.Namespace) -> Request:
 
     images.check_writable(args.output)
     tiny = None if args.model else _tiny_card()
-    engine = args.engine or _engine_of(args.model)
+    engine = args.engine or engine_of(args.model)
     kind = FluxFill if engine == "fill" else FluxKontext
     folder = args.model or str(_tiny_folder() / engine)
     check_folder(folder, "transformer", kind.in_channels, kind.name)
@@ -197,7 +197,7 @@ def _image_and_instruction(image: str | None, instruction: str | None) -> tuple[
     return pair.source[None], instruction or pair.instruction
 
 
-def _engine_of(model: str | None) -> str:
+def engine_of(model: str | None) -> str:
     """By the input channels of a local folder, else by the name of a hub id."""
     if model is None:
         return "fill"

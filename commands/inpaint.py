@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+
+from torch import Tensor
 
 from . import images, inpaint_options, painting
 from .values import LARGEST_SIDE, number, whole
@@ -40,8 +43,6 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Repaint the masked part and write the image; returns 0. Raises ValueError before a model is loaded."""
-    from ..models import outpaint
-
     engine = painting.check_engine(args)
     how, fill = inpaint_options.checked(args, engine), inpaint_options.prefill(args)
     prompt = args.prompt.strip()
@@ -49,20 +50,42 @@ def run(args: argparse.Namespace) -> int:
         prompt = painting.check_prompt(prompt)
     image = images.load_image(args.image)
     images.check_writable(args.output, image)
+
+    def paint(crop: Tensor, hole: Tensor) -> Tensor:
+        if fill is not None:
+            how["filled"] = fill(crop, hole)
+        return painting.paint(engine, crop, hole, prompt, args, **how)
+
+    painting.save(
+        image, repaired(paint, image, images.load_mask(args.mask), engine, args), prompt, args.output
+    )
+    return 0
+
+
+def repaired(
+    paint: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    mask: Tensor,
+    engine: painting.Engine,
+    args: argparse.Namespace,
+) -> Tensor:
+    """The image [1,H,W,C], the white of a mask [1,H,W] as `paint` makes it of what the model sees of both.
+
+    Everything else is the image's bit for bit. Raises ValueError for a mask that does not fit.
+    """
+    from ..models import outpaint
+
     size = engine.size if args.size is None else args.size
-    crop, mask, layout = outpaint.crop_context(
+    large = max(image.shape[1:3]) > size
+    crop, hole, layout = outpaint.crop_context(
         image,
-        images.load_mask(args.mask),
-        context=args.context if max(image.shape[1:3]) > size else LARGEST_SIDE,
-        size=size if max(image.shape[1:3]) > size else None,
+        mask,
+        context=args.context if large else LARGEST_SIDE,
+        size=size if large else None,
         multiple=engine.multiple,
         blend=args.blend,
     )
-    if fill is not None:
-        how["filled"] = fill(crop, mask)
-    result = painting.paint(engine, crop, mask, prompt, args, **how)
-    finished = outpaint.paste_back(
+    result = paint(crop, hole)
+    return outpaint.paste_back(
         result, image, layout, feather=args.feather, match_colour=not args.keep_colours
     )
-    painting.save(image, finished, prompt, args.output)
-    return 0

@@ -113,19 +113,19 @@ def run(args: argparse.Namespace) -> int:
     images.check_writable(args.output, image)
     if engine.name == "sd" and args.method == "tiles":
         raise ValueError("--engine sd knows no mask: use another --method than tiles, or another engine")
-    method, options = args.method.replace("-", " "), _options(args, engine)
-    sides = _sides(args, image.shape[1:3])
+    method, options = args.method.replace("-", " "), options_of(args, engine)
+    sides = sides_of(args, image.shape[1:3])
 
     def enlarge(paint) -> Tensor:
         return outpaint.outpaint(paint, image, sides, method, options)
 
-    enlarge(_rehearse(args))
+    enlarge(rehearse(args))
     finished = painting.work(engine, prompt, args, enlarge, args.denoise or DENOISE.get(method, 1.0))
     painting.save(image, finished, prompt, args.output)
     return 0
 
 
-def _rehearse(args: argparse.Namespace):
+def rehearse(args: argparse.Namespace):
     """A painter that paints nothing: whatever is wrong with the image or the amounts is said before the
     model is loaded."""
 
@@ -141,7 +141,7 @@ def _rehearse(args: argparse.Namespace):
     return paint
 
 
-def _options(args: argparse.Namespace, engine):
+def options_of(args: argparse.Namespace, engine):
     """The method's options. Raises ValueError for one that it does not have."""
     from ..models.outpaint import AUTO, Options
 
@@ -169,7 +169,7 @@ def _options(args: argparse.Namespace, engine):
     )
 
 
-def _sides(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, int]:
+def sides_of(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, int]:
     """The four amounts in pixels."""
     from ..models.outpaint.amounts import in_pixels
 

@@ -99,7 +99,7 @@ def check_engine(args: argparse.Namespace) -> Engine:
 
     images.check_writable(args.output)
     check_device(args.device)
-    name = args.engine or _engine_of(args.model)
+    name = args.engine or engine_of(args.model)
     for option in OTHERS[name]:
         if getattr(args, option) not in (None, "", False):
             raise ValueError(f"--{option.replace('_', '-')} does nothing with --engine {name}: leave it out")
@@ -117,7 +117,7 @@ def check_engine(args: argparse.Namespace) -> Engine:
     return Engine(name, folder, card)
 
 
-def _engine_of(model: str | None) -> str:
+def engine_of(model: str | None) -> str:
     """By the folder: a UNet is Stable Diffusion's; else by the name of a hub id."""
     if model is None or not Path(model).is_dir():
         return (
@@ -155,28 +155,44 @@ def paint(
     """
     from tqdm import tqdm
 
+    announce(engine)
+    print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
+    with Stop("stopped before the image was made: nothing was written"):
+        denoiser = load(engine, args)
+        if words is not None:
+            prompt, options["negative"] = words(denoiser)
+        with tqdm(total=steps_of(engine, args), desc=f"painting ({engine.name})", unit="step") as bar:
+            return sample(denoiser, engine, canvas, mask, prompt, args, lambda _: bar.update(1), **options)
+
+
+def sample(
+    denoiser: Any,
+    engine: Engine,
+    canvas: Tensor,
+    mask: Tensor,
+    prompt: Any,
+    args: argparse.Namespace,
+    callback: Callable[[dict[str, Any]], Any],
+    **options: Any,
+) -> Tensor:
+    """The canvas [1,H,W,3] with its hole [1,H,W] painted by a loaded model; `callback` is told of every step.
+
+    options: more of the engine's own function in `models/`.
+    """
     from ..models import editing
     from ..models.outpaint import Piece
     from ..models.repaint import Painter
     from ..models.sd_blend import inpaint_blend
 
-    announce(engine)
-    print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
-    with Stop("stopped before the image was made: nothing was written"):
-        denoiser = load(engine, args)
-        count = steps_of(engine, args)
-        with tqdm(total=count, desc=f"painting ({engine.name})", unit="step") as bar:
-            sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
-            how = guidance_of(engine, args) | {"sampling": sampling, **options}
-            if engine.name == "fill":
-                return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
-            if engine.name == "glid":
-                return Painter(denoiser, prompt, **how)(Piece(canvas, mask))
-            if engine.name == "sd":
-                return inpaint_blend(denoiser, canvas, mask, prompt, **how)
-            if words is not None:
-                prompt, how["negative"] = words(denoiser)
-            return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)
+    sampling = editing.Sampling(steps=steps_of(engine, args), seed=args.seed, callback=callback)
+    how = guidance_of(engine, args) | {"sampling": sampling, **options}
+    if engine.name == "fill":
+        return editing.fill_canvas(denoiser, canvas, mask, prompt, **how)
+    if engine.name == "glid":
+        return Painter(denoiser, prompt, **how)(Piece(canvas, mask))
+    if engine.name == "sd":
+        return inpaint_blend(denoiser, canvas, mask, prompt, **how)
+    return editing.inpaint_sd(denoiser, canvas, mask, prompt, **how)
 
 
 def work(
@@ -189,28 +205,42 @@ def work(
     """What `enlarge` makes with a painter of pieces; loads the model and shows the progress of each piece."""
     from tqdm import tqdm
 
-    from ..models import editing
-    from ..models.repaint import Painter
-
     announce(engine)
     with Stop("stopped before the image was made: nothing was written"):
         denoiser = load(engine, args)
-        count = steps_of(engine, args)
         with tqdm(total=0, desc=f"painting ({engine.name})", unit="step") as bar:
 
-            def more(*_: int) -> None:
-                bar.total += count
+            def more(steps: int) -> None:
+                bar.total += steps
                 bar.refresh()
 
-            def paint(piece: Piece) -> Tensor:
-                if piece.window is None:
-                    more()
-                return painter(piece)
+            return enlarge(painter(denoiser, engine, prompt, args, lambda _: bar.update(1), more, denoise))
 
-            sampling = editing.Sampling(steps=count, seed=args.seed, callback=lambda state: bar.update(1))
-            how = guidance_of(engine, args)
-            painter = Painter(denoiser, prompt, sampling, denoise, on_tile=more, **how)
-            return enlarge(paint)
+
+def painter(
+    denoiser: Any,
+    engine: Engine,
+    prompt: str,
+    args: argparse.Namespace,
+    callback: Callable[[dict[str, Any]], Any],
+    more: Callable[[int], Any],
+    denoise: float = 1.0,
+) -> Paint:
+    """A painter of pieces on a loaded model: `callback` is told of every step, `more` of steps to come."""
+    from ..models import editing
+    from ..models.repaint import Painter
+
+    count = steps_of(engine, args)
+    sampling = editing.Sampling(steps=count, seed=args.seed, callback=callback)
+    how = guidance_of(engine, args)
+    made = Painter(denoiser, prompt, sampling, denoise, on_tile=lambda *_: more(count), **how)
+
+    def paint(piece: Piece) -> Tensor:
+        if piece.window is None:
+            more(count)
+        return made(piece)
+
+    return paint
 
 
 def announce(engine: Engine) -> None:
