@@ -154,15 +154,30 @@ class GenerativeMultimodalModel(nn.Module):
 
     # training
 
-    def pairs(self, images: Tensor, captions: Sequence[str], *, even_ground: bool = False) -> Pairs:
+    def pairs(
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        *,
+        prompts: Sequence[str] | None = None,
+        even_ground: bool = False,
+    ) -> Pairs:
         """A training batch from IMAGE [B,H,W,C] and B captions, on the model's device.
 
+        prompts: what the text encoder reads instead of the captions, such as parts of them.
         even_ground: the images show things on an even ground, so that reconstruction can weigh the things.
         Raises ValueError if there are not as many captions as images.
         """
         captions, limit = tokens.check_texts("captions", captions), self.architecture.max_tokens
+        prompts = captions if prompts is None else tokens.check_texts("prompts", prompts)
         return make_pairs(
-            self.pixels(images), captions, self.tokenizer, self.caption_tokenizer, limit, even_ground
+            self.pixels(images),
+            captions,
+            prompts,
+            self.tokenizer,
+            self.caption_tokenizer,
+            limit,
+            even_ground,
         )
 
     def forward(

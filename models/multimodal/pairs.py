@@ -19,25 +19,30 @@ class Pairs(NamedTuple):
     attention_mask: Tensor  # [B,L]
     caption_ids: Tensor  # [B,M] for the text decoder
     caption_mask: Tensor  # [B,M]
-    same: Tensor  # [B,B] which captions are equal
+    same: Tensor  # [B,B] which prompts are equal
     foreground: Tensor | None  # [B,1,S,S] what the reconstruction has to get right above all
 
 
 def make_pairs(
     pixels: Tensor,
     captions: Sequence[str],
+    prompts: Sequence[str],
     tokenizer: Any,
     caption_tokenizer: Any,
     max_tokens: int,
     even_ground: bool,
 ) -> Pairs:
-    """A batch of pixels [B,3,S,S] in -1..1 and B captions on one device. Raises ValueError for others."""
-    if len(captions) != len(pixels):
-        raise ValueError(f"captions are {len(captions)} but images {len(pixels)}: give one caption each")
+    """A batch of pixels [B,3,S,S] in -1..1, B captions, to be written, and B prompts, to be read.
+
+    Raises ValueError for other counts.
+    """
+    for name, texts in {"captions": captions, "prompts": prompts}.items():
+        if len(texts) != len(pixels):
+            raise ValueError(f"{name} are {len(texts)} but images {len(pixels)}: give one each")
     batch = (
-        *text_ids(tokenizer, captions, max_tokens),
+        *text_ids(tokenizer, prompts, max_tokens),
         *caption_ids(caption_tokenizer, captions, max_tokens),
-        same_captions(captions),
+        same_captions(prompts),
     )
     mask = foreground(pixels) if even_ground else None
     return Pairs(pixels, *(tensor.to(pixels.device) for tensor in batch), mask)

@@ -15,6 +15,7 @@ from comfyui_diptych.models import multimodal as mm
 from comfyui_diptych.models.image_files import to_pil
 from comfyui_diptych.training import recipes
 from comfyui_diptych.training.data.sources import open_source
+from comfyui_diptych.training.tasks.multimodal import part
 from comfyui_diptych.training.tiny.text import words
 from comfyui_diptych.training.trainer import Trainer
 from PIL import Image
@@ -314,3 +315,21 @@ def test_without_a_model_the_shell_says_how_to_train_one(command, tmp_path, monk
     assert cli.main(command) != 0
     said = capsys.readouterr().err
     assert "bundled yet" in said and "diptych train multimodal_tiny" in said and "--model" in said
+
+
+def test_the_text_encoder_reads_parts_of_captions_and_the_decoder_learns_them_whole(folder, tmp_path):
+    trainer, _ = train(config(folder, tmp_path / "run", stage="align", prompt_part=0.5, max_steps=1))
+    task, caption = trainer.task, "a white background with a small red circle"
+    drawn = [part(caption, at) for at in task.draw(0, list(range(4000)))["part"].tolist()]
+    assert sum(text == caption for text in drawn) / 4000 == pytest.approx(0.5 + 0.5 / 21, abs=0.03)
+    words = caption.split()
+    spans = {" ".join(words[a:b]) for a in range(8) for b in range(a + 3, 9)}
+    assert set(drawn) == spans and len(spans) == 21
+    assert part("a circle", 0.3) == "a circle" and part(caption, 1.0) == caption
+    read = {text: drawn.count(text) for text in spans - {caption}}
+    assert max(read.values()) < 2 * min(read.values())  # all parts alike
+
+    pairs = task.module.pairs(torch.rand(1, 28, 28, 3), [caption], prompts=["a small red"])
+    whole = task.module.pairs(torch.rand(1, 28, 28, 3), [caption])
+    assert torch.equal(pairs.caption_ids, whole.caption_ids)
+    assert int(whole.attention_mask.sum()) - int(pairs.attention_mask.sum()) == len(words) - 3

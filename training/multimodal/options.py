@@ -43,6 +43,13 @@ class MultimodalOptions:
         "The images show things on an even ground, and reconstruction weighs the things: what differs from "
         "an image's median colour by more than 0.2.",
     )
+    prompt_part: float = _pairs(
+        0.0,
+        "Share of rows of which the text encoder reads only some consecutive words of the caption, so that "
+        "short prompts work; the caption is learnt whole.",
+        low=0,
+        high=1,
+    )
     foreground_weight: float = _pairs(5.0, "even_ground: the weight of the things against the ground.", low=1)
 
     def __post_init__(self) -> None:

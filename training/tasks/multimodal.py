@@ -18,6 +18,7 @@ from .base import Task
 
 MEASURED = 4096  # rows that the latents' mean and deviation are taken from
 TOGETHER = 64  # of them, encoded at a time
+LEAST = 3  # words of a part of a caption
 FOLLOWED = 0.02  # joint: how far the statistics of the latents go towards a batch's
 
 
@@ -137,8 +138,13 @@ class MultimodalTask(Task):
     # ---------------------------------------------------------------- batches and their loss
 
     def draw(self, seed: int, positions: list[int]) -> dict[str, Tensor]:
-        """`dropped` [B]: which rows see the null vector instead of their text."""
-        return {"dropped": row_uniform(seed, positions, "drop") < self.config.prompt_drop}
+        """`dropped` [B]: which rows see the null vector instead of their text; `part` [B]: which part of it
+        the others see, the whole where it is 1 or more."""
+        share = max(self.config.prompt_part, 1e-9)
+        return {
+            "dropped": row_uniform(seed, positions, "drop") < self.config.prompt_drop,
+            "part": row_uniform(seed, positions, "part") / share,
+        }
 
     def noise_shape(self, batch: dict[str, Any]) -> tuple[int, ...]:
         """Of a latent."""
@@ -151,7 +157,9 @@ class MultimodalTask(Task):
             with torch.no_grad():
                 diffusion.update_statistics(self._latents(batch["pixels"]), FOLLOWED)
         timesteps = (u * diffusion.num_timesteps).long().clamp_max(diffusion.num_timesteps - 1)
-        pairs = self.module.pairs(images(batch), batch["prompts"], even_ground=c.even_ground)
+        captions = batch["prompts"]
+        prompts = [part(text, at) for text, at in zip(captions, batch["part"].tolist(), strict=True)]
+        pairs = self.module.pairs(images(batch), captions, prompts=prompts, even_ground=c.even_ground)
         found = self.host(
             pairs,
             self.stage,
@@ -196,6 +204,17 @@ class MultimodalTask(Task):
 def images(batch: dict[str, Any]) -> Tensor:
     """A batch's images as IMAGE [B,S,S,3] in 0..1."""
     return batch["pixels"].movedim(1, -1).float() / 255
+
+
+def part(text: str, at: float) -> str:
+    """Some consecutive words of a text, at least `LEAST`, all such parts alike in 0..1; at 1 and above, and
+    where there are no fewer words, the whole."""
+    words = text.split()
+    spans = [(a, b) for a in range(len(words)) for b in range(a + LEAST, len(words) + 1)]
+    if at >= 1 or not spans:
+        return text
+    first, end = spans[int(at * len(spans))]
+    return " ".join(words[first:end])
 
 
 def _words(text: str) -> list[str]:
