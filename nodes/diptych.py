@@ -65,8 +65,8 @@ class DiptychBuilder:
                 ),
                 "second_seed": widgets.seed(advanced=True)("For second_panel = noise."),
                 "template": text(dp.ICEDIT_TEMPLATE, multiline=True, advanced=True)(
-                    "The sentence around {instruction}. {edited}, {source} and {arrangement} follow the "
-                    "side; the default does so by itself."
+                    "The sentence around the instruction. The words instruction, edited, source and "
+                    "arrangement stand in braces in it; the last three follow the side, as the default does."
                 ),
                 "keep_rest": switch(False, advanced=True)(
                     "Adds that other regions stay the same: helps when an edit changes too much."

@@ -61,7 +61,8 @@ class DiptychReward:
                     "models/diptych_rewards; hpsv2 and aesthetic always need their file there."
                 ),
                 "question": text("", advanced=True)(
-                    "Only for vlm_yes: a yes/no question of your own with {prompt} in it."
+                    "Only for vlm_yes: a yes/no question of your own; the word prompt in braces stands for "
+                    "the instruction."
                 ),
                 "device": choice(["cpu", "gpu"], "cpu", advanced=True)(
                     "Where the reward's model runs. gpu is faster and needs its memory beside the diffusion "

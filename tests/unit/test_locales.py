@@ -1,0 +1,83 @@
+"""Every text of a node is there in every language, none of what is gone, and Chinese texts are Chinese."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HOW = "run scripts/locales.py, then add to locales/zh what `scripts/locales.py --check` names"
+# Options that are names in every language: samplers, schedulers, rewards, recipes, models, number formats.
+NAMES = set(
+    "aesthetic beta bfloat16 clip_h clip_i clip_l cpu cps dance ddim ddim_uniform dino eps exponential fast "
+    "fill float32 float8_e4m3fn flow flow-grpo glid gpu hpsv2 icedit icedit_moe jpeg_size karras keep_l1 "
+    "keep_lpips keep_ssim kontext lama mixgrpo nft normal ode pickscore plms rf_ancestral sd_inpaint "
+    "sd_inpaint_dreambooth sgm_uniform shapes simple uxo vlm_yes winner".split()
+)
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+ENGLISH_SENTENCE = re.compile(r"(?:\b[A-Za-z']+[ ,]+){6,}")
+# Core's nodes that our texts name, as ComfyUI's page calls them in Chinese.
+CORE = set(
+    "Flux引导 自定义采样器（高级） 自定义采样器 合成图像（遮罩） 模型相减 模型相加 UNet加载器 加载VAE "
+    "加载ControlNet模型 CFG引导器 随机噪波 VAE解码".split()
+)
+
+
+@pytest.fixture(scope="module")
+def locales():
+    spec = importlib.util.spec_from_file_location("locales_script", ROOT / "scripts" / "locales.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_english_is_what_the_node_classes_say(locales):
+    assert locales.read("en") == locales.english(), HOW
+
+
+def test_no_language_lacks_a_text_or_keeps_a_stale_one(locales):
+    languages = [folder.name for folder in locales.LOCALES.iterdir() if folder.is_dir()]
+    assert {"en", "zh"} <= set(languages)
+    assert [fault for language in languages for fault in locales.faults(language)] == [], HOW
+
+
+def test_chinese_texts_are_chinese(locales):
+    """Names may be those of the field (VAE, CLIP, Latent); what stays in small letters was left over."""
+    left = {}
+    for path, text in locales.keys(locales.read("zh")):
+        if path[-2] == "options":
+            good = CHINESE.search(text) or path[-1] in NAMES
+        elif path[-1] == "name":
+            good = CHINESE.search(text) or text[0].isupper()
+        else:
+            good = CHINESE.search(text) and not ENGLISH_SENTENCE.search(text)
+        if not good:
+            left[" > ".join(path)] = text
+    assert not left
+
+
+def test_no_text_holds_what_the_page_reads_as_code(locales):
+    """The page's messages take {name}, @:key and a | b apart."""
+    texts = [(path, text) for language in ("en", "zh") for path, text in locales.keys(locales.read(language))]
+    assert [(path, text) for path, text in texts if re.search(r"[{}|@]", text)] == []
+
+
+def short(entry: dict) -> str:
+    return entry["display_name"].partition("（")[0]
+
+
+def test_what_a_text_names_in_chinese_is_called_so(locales):
+    """A node named in quotation marks in a description or tooltip is one of ours, an input, or core's."""
+    defs = locales.read("zh")["nodeDefs.json"]
+    own = {title for entry in defs.values() for title in (entry["display_name"], short(entry))}
+    own |= {text for path, text in locales.keys(defs) if path[-1] == "name" or path[-2] == "options"}
+    named = {
+        name
+        for path, text in locales.keys(defs)
+        if path[-1] in ("description", "tooltip")
+        for name in re.findall("“([^”]+)”", text)
+    }
+    assert named - own <= CORE
