@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from comfyui_diptych import NODE_CLASS_MAPPINGS
 
 ROOT = Path(__file__).parents[2]
 HOW = "run scripts/locales.py, then add to locales/zh what `scripts/locales.py --check` names"
@@ -24,6 +25,7 @@ CORE = set(
     "Flux引导 自定义采样器（高级） 自定义采样器 合成图像（遮罩） 模型相减 模型相加 UNet加载器 加载VAE "
     "加载ControlNet模型 CFG引导器 随机噪波 VAE解码".split()
 )
+every_node = pytest.mark.parametrize("node", sorted(NODE_CLASS_MAPPINGS))
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,34 @@ def test_what_a_text_names_in_chinese_is_called_so(locales):
         for name in re.findall("“([^”]+)”", text)
     }
     assert named - own <= CORE
+
+
+def outline(page: Path) -> tuple[list[str], list[int], int]:
+    """What two pages of one node share: marks of headings, rows of each table, points of lists."""
+    text = page.read_text(encoding="utf-8") + "\n"
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    return (
+        re.findall(r"^(#+) ", text, re.M),
+        [table.count("\n") for table in tables],
+        len(re.findall(r"^- ", text, re.M)),
+    )
+
+
+@every_node
+def test_the_chinese_help_page_has_the_parts_of_the_english_one(node):
+    english, chinese = ROOT / "web/docs" / f"{node}.md", ROOT / "web/docs" / node / "zh.md"
+    assert chinese.is_file(), "write it: the page shows it to whoever uses ComfyUI in Chinese"
+    assert outline(chinese) == outline(english)
+
+
+@every_node
+def test_the_chinese_help_page_calls_things_what_the_node_shows(node, locales):
+    text = (ROOT / "web/docs" / node / "zh.md").read_text(encoding="utf-8")
+    english, entry = (locales.read(language)["nodeDefs.json"][node] for language in ("en", "zh"))
+    assert text.startswith(f"# {entry['display_name']}\n")
+    rows = {name: given["name"] for name, given in entry["inputs"].items()}
+    outputs = [(english["outputs"][slot]["name"], given["name"]) for slot, given in entry["outputs"].items()]
+    wanted = [f"**{shown}**（`{name}`" for name, shown in [*rows.items(), *outputs]]
+    assert [row for row in wanted if row not in text] == []
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\*[^*\n]+\*", "", text, flags=re.S)
+    assert ENGLISH_SENTENCE.findall(prose) == []
