@@ -1,62 +1,90 @@
 """The `diptych` command: assembles the subcommands of `commands/`, and says in one sentence why one ended.
 
-Each module there offers `add_parser(subparsers)` and `run(args) -> int`; heavy imports stay inside `run`.
+Each module there offers `add_parser(subparsers)` and `run(args)`, which returns what it made, by name;
+heavy imports stay inside `run`.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 from . import __version__, commands
-from .commands import failures, streams, values
+from .commands import answers, failures, logs, streams, values
+from .commands.answers import Answer
 from .commands.stopping import Stopped
+
+CODES = """exit codes:
+  0         done
+  1         a fault of this program, or what diptych doctor found
+  2         something to mend in the command line or in what it names, said in one sentence
+  128 + N   stopped by signal N: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP"""
+COMMON = (
+    (("--json",), {"action": "store_true"}, "print one JSON object on stdout, nothing else there"),
+    (("-v", "--verbose"), {"action": "count"}, "log what is being done; -vv also what libraries log"),
+    (("--debug",), {"action": "store_true"}, "show the traceback of an error"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `diptych` with every subcommand of `commands/`."""
     parser = values.Parser(
-        prog="diptych", description="Edit images by instruction; train and score edit models."
+        prog="diptych",
+        description="Edit images by instruction; train and score edit models.",
+        epilog=CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"diptych {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"comfyui-diptych {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in commands.modules():
         module.add_parser(subparsers)
-    for subparser in subparsers.choices.values():
-        subparser.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+    for each in values.parsers(parser):
+        for names, settings, text in COMMON:
+            each.add_argument(*names, **settings, default=argparse.SUPPRESS, help=text)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code.
-
-    2: something the user can mend, said in one sentence on stderr; 1: a fault of ours; 128 + N: stopped by
-    signal N (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP).
-    """
+    """Run one subcommand; returns the exit code, see `CODES`. Raises SystemExit for a wrong command line."""
+    words = sys.argv[1:] if argv is None else list(argv)
     with streams.lasting():
-        args = build_parser().parse_args(argv)
-        args.words = sys.argv[1:] if argv is None else list(argv)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
         try:
-            return args.run(args) or 0
-        except Stopped as stopped:
-            if str(stopped):
-                _say(args, str(stopped))
-            return stopped.code
-        except KeyboardInterrupt:
-            _say(args, "stopped")
-            return 130
-        except Exception as error:
-            if args.debug:
-                raise
-            failure = failures.explain(error)
-            _say(args, failure.sentence)
-            return 1 if failure.ours else 2
+            args = build_parser().parse_args(words, argparse.Namespace(json=False, verbose=0, debug=False))
+        except values.Usage as usage:
+            sys.stderr.write(f"{usage.sentence}\n")
+            if "--json" in words:
+                answers.write(Answer.failed("usage", usage.sentence, 2), usage.command)
+            raise
+        args.words = words
+        logs.begin(args.verbose)
+        with answers.aside(args.json):
+            answer = _answer(args)
+        if args.json and _speaks():
+            answers.write(answer, args.command)
+        return answer.code
 
 
-def _say(args: argparse.Namespace, sentence: str) -> None:
-    sys.stderr.write(f"diptych {args.command}: {sentence}\n")
+def _answer(args: argparse.Namespace) -> Answer:
+    """What a subcommand made, or in one sentence, which is also written to stderr, why it did not."""
+    try:
+        return Answer.of(args.run(args))
+    except Stopped as stopped:
+        answer = Answer.failed("stopped", str(stopped), stopped.code, stopped.made)
+    except KeyboardInterrupt:
+        answer = Answer.failed("stopped", "stopped", 130)
+    except Exception as error:
+        if args.debug:
+            raise
+        failure = failures.explain(error)
+        kind, code = ("fault", 1) if failure.ours else ("input", 2)
+        answer = Answer.failed(kind, failure.sentence, code)
+    if answer.error["message"]:
+        sys.stderr.write(f"diptych {args.command}: {answer.error['message']}\n")
+    return answer
+
+
+def _speaks() -> bool:
+    """Whether this is the process of a launched training that answers."""
+    from .training.runtime.lock import is_main_process
+
+    return is_main_process()

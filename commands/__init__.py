@@ -1,7 +1,8 @@
 """Subcommands of the `diptych` command line, one file each.
 
 A subcommand module has `add_parser(subparsers)`, which ends with `parser.set_defaults(run=run)`, and
-`run(args) -> int`. Add a new one to `modules()`; other files here are their helpers.
+`run(args)`, which prints words for people, shows progress by `progress.Bar`, and returns what it made by name
+(`answers.py`). Add a new one to `modules()`; other files here are their helpers.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +73,24 @@ def check(
 
     # One at a time fits wherever a plain edit fits.
     return BestOf(args.best_of, judge, judge_steps, batch=0 if tiny else 1, on_result=tell)
+
+
+def noting(best: Any, first: int, found: dict[str, Any]) -> Any:
+    """The `BestOf` that also puts its candidates, and the seed that was kept, into `found`; None stays None.
+
+    first: the first candidate's seed.
+    """
+    if best is None:
+        return None
+
+    def tell(made: Any) -> None:
+        if best.on_result is not None:
+            best.on_result(made)
+        scores = enumerate(made.scores.tolist(), first)
+        found["candidates"] = [{"seed": seed, "score": score} for seed, score in scores]
+        found["seed"] = first + int(made.chosen[0])
+
+    return replace(best, on_result=tell)
 
 
 def scores(made: Any, judges: Any, first: int) -> str:

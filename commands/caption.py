@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from . import images, multimodal
+from . import images, multimodal, progress
 from .stopping import Stop
 from .values import number, seed, whole
 
@@ -38,22 +38,20 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the captions to the standard output; returns 0. Raises ValueError or FileNotFoundError."""
-    from tqdm import tqdm
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the captions to the standard output. Raises ValueError or FileNotFoundError."""
     folder = multimodal.check_model(args)
     loaded = [images.load_image(path) for path in args.images]
     temperature = (0.0 if args.count == 1 else 0.9) if args.temperature is None else args.temperature
     penalty = (1.3 if temperature else 1.0) if args.repetition_penalty is None else args.repetition_penalty
     with Stop("stopped before all images were seen"):
         model = multimodal.load(folder, args)
-        for path, image in zip(
-            args.images, tqdm(loaded, desc="reading", disable=len(loaded) == 1), strict=True
-        ):
+        found = []
+        for path, image in zip(args.images, progress.over(loaded, "reading", "image"), strict=True):
             (captions,) = model.generate_from_image(
                 image, args.count, temperature, args.top_k, args.top_p, penalty, seed=args.seed
             )
             for caption in captions:
                 sys.stdout.write(f"{path}: {caption}\n" if len(loaded) > 1 else f"{caption}\n")
-    return 0
+            found.append({"image": path, "captions": list(captions)})
+    return {"captions": found, "model": folder, "seed": args.seed}

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from .. import missing
 from . import installed
+from .answers import Answer
 
 PYTHONS = ((3, 10), (3, 13))
 TORCH = "2.4"
@@ -48,13 +49,15 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print every finding; returns 1 if there is a fault, else 0."""
+def run(args: argparse.Namespace) -> Answer:
+    """Print every finding; the exit code is 1 if there is a fault, else 0."""
     marks = {"ok": "[ ok ]", "missing": "[ -- ]", "fault": "[FAIL]"}
-    faults = 0
+    faults, sections = 0, []
     for title, findings in examine():
         print(title)
+        sections.append({"title": title, "findings": []})
         for finding in findings:
+            sections[-1]["findings"].append(finding._asdict())
             faults += finding.state == "fault"
             print(f"  {marks[finding.state]} {finding.what}")
             if finding.remedy:
@@ -62,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     print()
     if faults:
         print(f"{faults} thing(s) to fix before the pack can run.")
-        return 1
+        return Answer({"sections": sections, "faults": faults}, 1)
     print('The pack can run. Try: diptych edit   (or: diptych edit photo.png "make the sky orange")')
-    return 0
+    return Answer({"sections": sections, "faults": 0})
 
 
 def examine() -> Iterator[tuple[str, Iterable[Finding]]]:

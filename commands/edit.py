@@ -16,6 +16,7 @@ from torch import Tensor
 from ..models.geometry import AUTO_POLICIES
 from ..models.image_files import looks_like_image
 from . import best_of, images, loras
+from .progress import Bar, quiet
 from .stopping import Stop
 from .values import LARGEST_SIDE, check_device, finite, seed, steps, whole
 
@@ -80,12 +81,14 @@ class Request:
     sampling: Any
 
 
-def run(args: argparse.Namespace) -> int:
-    """Check everything, edit, and write the result and both side by side; returns 0.
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Check everything, edit, and write the result and both side by side.
 
     Raises ValueError or FileNotFoundError in one sentence, before a model is loaded.
     """
-    request = check(args)
+    request, found = check(args), {}
+    judged = best_of.noting(request.sampling.best_of, args.seed, found)
+    request = replace(request, sampling=replace(request.sampling, best_of=judged))
     if request.tiny is not None:
         _say_what_tiny_is(request.tiny)
     print(f"the model sees the image, {request.sizing}")
@@ -99,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
     beside = images.side_by_side_path(output)
     beside = images.save(images.side_by_side(before, after, request.instruction), beside)
     print(f"wrote {output} and {beside}")
-    return 0
+    made = {"image": output, "side_by_side": beside, "engine": request.engine, "model": request.folder}
+    made |= {"instruction": request.instruction, "steps": request.sampling.steps}
+    return made | {"guidance": request.guidance, "seed": args.seed} | found
 
 
 def check(args: argparse.Namespace) -> Request:
@@ -241,16 +246,6 @@ def _say_what_tiny_is(card: dict[str, Any]) -> None:
         )
 
 
-def quiet() -> None:
-    """One progress bar, ours: the libraries' own bars and warnings about optional parts go."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def load(request: Request, args: argparse.Namespace) -> Any:
     """The denoiser that a request asks for. Raises ValueError where its files are missing or damaged."""
     import torch
@@ -276,11 +271,8 @@ def _apply_loras(denoiser: Any, request: Request) -> list[Any]:
 
 
 def _edit(denoiser: Any, request: Request, handles: list[Any], args: argparse.Namespace) -> Tensor:
-    from tqdm import tqdm
-
-    total = best_of.evaluations(request.sampling)
-    with tqdm(total=total, desc=f"editing ({request.engine})", unit="step") as bar:
-        return sample(denoiser, request, handles, args, lambda state: bar.update(len(state["x"])))
+    with Bar(f"editing ({request.engine})", best_of.evaluations(request.sampling)) as bar:
+        return sample(denoiser, request, handles, args, lambda state: bar.advance(len(state["x"])))
 
 
 def sample(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from . import images, multimodal
+from .progress import Bar
 from .stopping import Stop
 from .values import finite, seed, whole
 
@@ -46,8 +48,8 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the images; returns 0. Raises ValueError or FileNotFoundError before the model is loaded."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the images. Raises ValueError or FileNotFoundError before the model is loaded."""
     prompt, paths = args.prompt.strip(), _paths(args.output, args.count)
     if not prompt:
         raise ValueError("the prompt is empty: say what the image shows")
@@ -59,20 +61,18 @@ def run(args: argparse.Namespace) -> int:
     folder = multimodal.check_model(args)
     with Stop("stopped before the images were made: nothing was written"):
         made = _generate(multimodal.load(folder, args), prompt, args)
-    for path, image in zip(paths, made, strict=True):
-        sys.stdout.write(f"{images.save(images.to_pil(image), path)}\n")
-    return 0
+    written = [images.save(images.to_pil(image), path) for path, image in zip(paths, made, strict=True)]
+    sys.stdout.writelines(f"{path}\n" for path in written)
+    return {"images": written, "prompt": prompt, "model": folder, "seed": args.seed}
 
 
 def _generate(model: Any, prompt: str, args: argparse.Namespace) -> Any:
     """IMAGE [count,S,S,3], with a bar of the steps."""
-    from tqdm import tqdm
-
     from ..models.multimodal.model import BATCH
 
     steps = args.steps or 50
     parts = 0 if args.direct else -(-args.count // BATCH)
-    with tqdm(total=steps * parts, desc="generating", unit="step", disable=args.direct) as bar:
+    with nullcontext() if args.direct else Bar("generating", steps * parts) as bar:
         return model.generate_from_text(
             [prompt],
             args.count,
@@ -80,7 +80,7 @@ def _generate(model: Any, prompt: str, args: argparse.Namespace) -> Any:
             steps,
             args.seed,
             cfg=2.0 if args.cfg is None else args.cfg,
-            callback=lambda *_: bar.update(1),
+            callback=lambda *_: bar.advance(),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_parser(subparsers) -> None:
@@ -35,8 +36,8 @@ def add_parser(subparsers) -> None:
     folder.set_defaults(run=run_folder)
 
 
-def run_split(args: argparse.Namespace) -> int:
-    """Write diffusion.pt and kl.pt of a checkpoint; returns 0. Raises ValueError if a part is not in it."""
+def run_split(args: argparse.Namespace) -> dict[str, Any]:
+    """Write diffusion.pt and kl.pt of a checkpoint. Raises ValueError if a part is not in it."""
     from ..models import checkpoints
     from ..training.runtime.disk import check_file, keep_whole
 
@@ -46,14 +47,16 @@ def run_split(args: argparse.Namespace) -> int:
         check_file(args.output / name)
     state = checkpoints.read(args.checkpoint)
     parts = {name: checkpoints.part(state, prefix) for name, prefix in targets.items()}
+    made = []
     for name, tensors in parts.items():
         place = keep_whole(args.output / name, lambda path, tensors=tensors: checkpoints.write(path, tensors))
         print(f"wrote {place}: {len(tensors)} tensors")
-    return 0
+        made.append(place)
+    return {"files": made}
 
 
-def run_merge(args: argparse.Namespace) -> int:
-    """Write the checkpoint with another denoiser; returns 0. Raises ValueError for an unknown suffix."""
+def run_merge(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the checkpoint with another denoiser. Raises ValueError for an unknown suffix."""
     from ..models import checkpoints
     from ..training.runtime.disk import check_file, keep_whole
 
@@ -69,13 +72,14 @@ def run_merge(args: argparse.Namespace) -> int:
     entry = merged.get(f"{checkpoints.DENOISER}input_blocks.0.0.weight")
     if entry is not None and entry.shape[1] != 4:
         print(f"its denoiser takes {entry.shape[1]} channels: loaders of ordinary checkpoints refuse it")
-    return 0
+    return {"files": [place]}
 
 
-def run_folder(args: argparse.Namespace) -> int:
-    """Write a diffusers folder of glid's own files; returns 0. Raises ValueError for files that are not."""
+def run_folder(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a diffusers folder of glid's own files. Raises ValueError for files that are not."""
     from ..models.glid import files
     from ..training.runtime.disk import check_folder
 
-    print(f"wrote {files.write_folder(args.model, args.autoencoder, args.base, check_folder(args.output))}")
-    return 0
+    folder = files.write_folder(args.model, args.autoencoder, args.base, check_folder(args.output))
+    print(f"wrote {folder}")
+    return {"folder": folder}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
+from .logs import speak
+from .progress import over, quiet
 from .recipe_options import add_recipe_arguments, overrides_of, recipe_help
-from .train import TrainingBar, speak, stopped, training_stop
+from .train import Steps, stopped, training_stop
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +37,18 @@ def options_of_reward_training() -> str:
     return recipe_help(recipes.summaries("grpo_"), GRPOConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train by reward; returns 0. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train by reward. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
     from ..training import recipes
     from ..training.reinforce.config import GRPOConfig
 
     speak()
+    quiet()
     config = recipes.from_dict(recipes.read(args.recipe, overrides_of(args)), GRPOConfig)
     with training_stop() as stop:
         from ..training.reinforce.trainer import GRPOTrainer
 
-        with TrainingBar(config.max_steps) as bar:
+        with Steps(config.max_steps) as bar:
 
             def show(report: Any) -> None:
                 rewards = {
@@ -54,17 +58,18 @@ def run(args: argparse.Namespace) -> int:
                 }
                 bar.show(report.step, **rewards, loss=report.loss)
 
-            trainer = GRPOTrainer(config, on_report=show, progress=bar.wrap, should_stop=stop.asked)
+            trainer = GRPOTrainer(config, on_report=show, progress=over, should_stop=stop.asked)
             path = trainer.run()
         if path.suffix != ".safetensors":
             raise stopped(args, trainer, path, stop)
+    made = {"result": path, "run": trainer.output, "step": trainer.step, "images": []}
     if trainer.processes.main:
         sys.stdout.write(f"{path}\n")
-        _illustrate(trainer)
-    return 0
+        made["images"] = _illustrate(trainer)
+    return made
 
 
-def _illustrate(trainer: Any) -> None:
+def _illustrate(trainer: Any) -> list[Path]:
     """Draw what the run changed; the LoRA is on disk, so no failure here may look like the training's."""
     from ..training.choices import is_small
     from ..training.data.sample import to_pil
@@ -78,9 +83,12 @@ def _illustrate(trainer: Any) -> None:
     }
     if not trainer.processes.sharded:
         images["before_after.png"] = lambda: to_pil(trainer.before_after(is_small(trainer.config.model))[0])
+    drawn = []
     for name, draw in images.items():
         try:
             path = disk.keep_whole(trainer.output / name, draw().save)
             sys.stdout.write(f"{path}\n")
+            drawn.append(path)
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning("an image of the run could not be made (%s); the LoRA is complete", error)
+    return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -41,8 +42,8 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Repaint the masked part and write the image; returns 0. Raises ValueError before a model is loaded."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Repaint the masked part and write the image. Raises ValueError before a model is loaded."""
     engine = painting.check_engine(args)
     how, fill = inpaint_options.checked(args, engine), inpaint_options.prefill(args)
     prompt = args.prompt.strip()
@@ -56,10 +57,8 @@ def run(args: argparse.Namespace) -> int:
             how["filled"] = fill(crop, hole)
         return painting.paint(engine, crop, hole, prompt, args, **how)
 
-    painting.save(
-        image, repaired(paint, image, images.load_mask(args.mask), engine, args), prompt, args.output
-    )
-    return 0
+    finished = repaired(paint, image, images.load_mask(args.mask), engine, args)
+    return painting.save(image, finished, prompt, args, engine)
 
 
 def repaired(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from .progress import Bar
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -25,10 +28,9 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the merged checkpoint; returns 0. Raises ValueError if the three files do not fit together."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the merged checkpoint. Raises ValueError if the three files do not fit together."""
     import torch
-    from tqdm import tqdm
 
     from ..models import merge_inpaint
     from ..training.runtime.disk import check_file, keep_whole
@@ -42,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"output {output} is {name} itself: choose another name")
     check_file(output, need=args.custom.stat().st_size if args.custom.is_file() else 0)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    with tqdm(desc="merging", unit="tensor") as bar:
+    with Bar("merging", unit="tensor") as bar:
 
         def advance(index: int, count: int) -> None:
             bar.total = count
-            bar.update(index + 1 - bar.n)
+            bar.to(index + 1)
 
         place = keep_whole(
             output,
@@ -55,4 +57,4 @@ def run(args: argparse.Namespace) -> int:
             ),
         )
     print(f"wrote {place}: nine input channels, for Load Checkpoint and SD Inpaint Conditioner")
-    return 0
+    return {"checkpoint": place}

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .edit import quiet
+from .progress import quiet
 from .values import check_device
 
 BUNDLED = "multimodal"  # below the folder of the tiny models

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -103,8 +104,8 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Enlarge and write the image; returns 0. Raises ValueError before a model is loaded."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Enlarge and write the image. Raises ValueError before a model is loaded."""
     from ..models import outpaint
 
     engine = painting.check_engine(args)
@@ -121,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
     enlarge(rehearse(args))
     finished = painting.work(engine, prompt, args, enlarge, args.denoise or DENOISE.get(method, 1.0))
-    painting.save(image, finished, prompt, args.output)
-    return 0
+    return painting.save(image, finished, prompt, args, engine)
 
 
 def rehearse(args: argparse.Namespace):

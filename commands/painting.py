@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from . import images
-from .edit import quiet
+from .progress import Bar, quiet
 from .stopping import Stop
 from .values import check_device, finite, seed, steps, whole
 
@@ -153,16 +153,14 @@ def paint(
     options: more of the engine's own function in `models/`; words: given the loaded model, its
     encoded prompt and negative prompt.
     """
-    from tqdm import tqdm
-
     announce(engine)
     print(f"the model sees a canvas of {canvas.shape[2]} x {canvas.shape[1]}")
     with Stop("stopped before the image was made: nothing was written"):
         denoiser = load(engine, args)
         if words is not None:
             prompt, options["negative"] = words(denoiser)
-        with tqdm(total=steps_of(engine, args), desc=f"painting ({engine.name})", unit="step") as bar:
-            return sample(denoiser, engine, canvas, mask, prompt, args, lambda _: bar.update(1), **options)
+        with Bar(f"painting ({engine.name})", steps_of(engine, args)) as bar:
+            return sample(denoiser, engine, canvas, mask, prompt, args, lambda _: bar.advance(), **options)
 
 
 def sample(
@@ -203,18 +201,15 @@ def work(
     denoise: float = 1.0,
 ) -> Tensor:
     """What `enlarge` makes with a painter of pieces; loads the model and shows the progress of each piece."""
-    from tqdm import tqdm
-
     announce(engine)
     with Stop("stopped before the image was made: nothing was written"):
         denoiser = load(engine, args)
-        with tqdm(total=0, desc=f"painting ({engine.name})", unit="step") as bar:
+        with Bar(f"painting ({engine.name})") as bar:
 
-            def more(steps: int) -> None:
-                bar.total += steps
-                bar.refresh()
+            def step(state: dict[str, Any]) -> None:
+                bar.advance()
 
-            return enlarge(painter(denoiser, engine, prompt, args, lambda _: bar.update(1), more, denoise))
+            return enlarge(painter(denoiser, engine, prompt, args, step, bar.more, denoise))
 
 
 def painter(
@@ -295,9 +290,15 @@ def load(engine: Engine, args: argparse.Namespace) -> Any:
         raise ValueError(f"model {engine.folder} cannot be loaded ({reason}): see diptych doctor") from error
 
 
-def save(before: Tensor, after: Tensor, prompt: str, output: Path) -> None:
-    """Write the image [1,H,W,C], and beside it before and after in one."""
+def save(
+    before: Tensor, after: Tensor, prompt: str, args: argparse.Namespace, engine: Engine
+) -> dict[str, Any]:
+    """Write the image [1,H,W,C], and beside it before and after in one; returns what a command answers."""
+    output = args.output
     place = images.save(images.to_pil(after[0]), output)
     sheet = images.side_by_side(before[0], after[0], prompt)
     beside = images.save(sheet, images.side_by_side_path(place))
     print(f"wrote {place} and {beside}")
+    made = {"image": place, "side_by_side": beside, "engine": engine.name, "model": engine.folder}
+    made |= {"prompt": prompt, "steps": steps_of(engine, args), "seed": args.seed}
+    return made | {"width": after.shape[2], "height": after.shape[1]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_parser(subparsers) -> None:
@@ -25,8 +26,8 @@ def add_parser(subparsers) -> None:
     split.set_defaults(run=run_split)
 
 
-def run_split(args: argparse.Namespace) -> int:
-    """Write the three embeddings; returns 0. Raises ValueError for a file that is not PowerPaint's."""
+def run_split(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the three embeddings. Raises ValueError for a file that is not PowerPaint's."""
     from ..models import checkpoints, powerpaint
     from ..training.runtime.disk import check_file, keep_whole
 
@@ -36,12 +37,15 @@ def run_split(args: argparse.Namespace) -> int:
         check_file(args.clip, need=args.encoder.stat().st_size if args.encoder.is_file() else 0)
     tokens = powerpaint.task_tokens(args.encoder)
     args.output.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {"embeddings": [], "text_encoder": None}
     for token, vectors in tokens.items():
         target = check_file(args.output / f"{token}.safetensors")
         state = {powerpaint.KEY: vectors}
         place = keep_whole(target, lambda path, state=state: checkpoints.write(path, state))
         print(f"wrote {place}: {len(vectors)} vectors")
+        made["embeddings"].append(place)
     if args.clip is not None:
         place = keep_whole(args.clip, lambda path: powerpaint.write_encoder(args.encoder, path))
         print(f"wrote {place}")
-    return 0
+        made["text_encoder"] = place
+    return made

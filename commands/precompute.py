@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .logs import speak
+from .progress import over, quiet
 from .stopping import Stop, Stopped
-from .train import TrainingBar, speak
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,21 +41,20 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Encode the rows and print where the index is; returns 0. Raises `Stopped` after a signal."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Encode the rows and print where the index is. Raises `Stopped` after a signal."""
     from ..training import recipes
 
     speak()
+    quiet()
     values = recipes.overridden({"task": "fill"}, args.set)
     config = recipes.from_dict({**values, "model": args.model, "data": args.data})
     from ..training.precompute import precompute
 
     more = "the same command goes on from here"
-    with Stop(f"stopped: {more}", f"stopping after this batch, {more}") as stop, TrainingBar(0) as bar:
-        index = precompute(
-            config, args.output, targets=args.targets, progress=bar.wrap, should_stop=stop.asked
-        )
+    with Stop(f"stopped: {more}", f"stopping after this batch, {more}") as stop:
+        index = precompute(config, args.output, targets=args.targets, progress=over, should_stop=stop.asked)
     if stop.signal:
-        raise Stopped(stop.signal, f"{index} lists what is encoded so far; {more}")
+        raise Stopped(stop.signal, f"{index} lists what is encoded so far; {more}", index=index)
     sys.stdout.write(f"{index}\n")
-    return 0
+    return {"index": index}

@@ -25,8 +25,8 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the smaller LoRA; returns 0. Raises ValueError for an output that is no .safetensors file."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the smaller LoRA. Raises ValueError for an output that is no .safetensors file."""
     from ..models.lora.resize import resize
     from ..models.lora.save import save
     from ..training.runtime.disk import check_file, keep
@@ -41,4 +41,4 @@ def run(args: argparse.Namespace) -> int:
         made = resize(weights, args.rank)
     path = keep(output, lambda place: save(place, made))
     sys.stdout.write(f"{made.notes[-1]}\n{path}\n")
-    return 0
+    return {"lora": path, "note": made.notes[-1]}

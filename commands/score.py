@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loras, values
+from .progress import Bar, quiet
 from .stopping import Stop, Stopped
 
 ENGINES = ("fill", "kontext", "sd_inpaint")
@@ -82,8 +83,8 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Score and write score.json and a contact sheet; returns 0.
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Score and write score.json and a contact sheet.
 
     Raises ValueError for a size that is no multiple of 16, `Stopped` after a signal.
     """
@@ -114,18 +115,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _score(
     args: argparse.Namespace, cases: Any, total: int, size: int, notes: dict[str, str], stop: Stop
-) -> int:
+) -> dict[str, Any]:
     """Score and write; stopped, it writes the figures of the images scored so far."""
     from ..models.flux import default_device
     from ..training.evaluate import measures
     from ..training.evaluate.score import QUESTIONS, ScoreSettings, score
     from ..training.runtime import disk
 
+    quiet()
     more: list[measures.Measure] = []
     if args.what != "vae":
         device = args.device or str(default_device())
         more = measures.similarities(notes, args.clip, args.dino, device)
     denoiser, at_sigma, lora = load(args)
+    bar = Bar("scoring", total, "image")
     settings = ScoreSettings(
         steps=args.steps,
         seed=args.seed,
@@ -135,9 +138,11 @@ def _score(
         autocast=args.autocast,
         at_sigma=at_sigma,
         should_stop=stop.asked,
+        on_scored=lambda count, found: bar.to(count, **{k: v for k, v in found.items() if "/" not in k}),
         keep_partial=True,
     )
-    scores = score(denoiser, cases, QUESTIONS[args.what], settings, more=more, total=total)
+    with bar:
+        scores = score(denoiser, cases, QUESTIONS[args.what], settings, more=more)
     scores.notes |= notes
     kept = (
         "what",
@@ -154,7 +159,9 @@ def _score(
     )
     about = {name: getattr(args, name) for name in kept}
     about |= {"size": size, "batch": settings.batch, "autocast": args.autocast, "lora_report": lora}
-    path = disk.keep(args.output, lambda folder: scores.save(folder, about)) / "score.json"
+    folder = disk.keep(args.output, lambda place: scores.save(place, about))
+    path = folder / "score.json"
+    made = {"figures": scores.figures(), "notes": scores.notes, "images": len(scores.rows), "score": path}
     for name, value in scores.figures().items():
         sys.stdout.write(f"{name:24} {value:.4f}\n")
     for name, why in scores.notes.items():
@@ -164,9 +171,9 @@ def _score(
         raise scores.failure
     if stop.signal:
         raise Stopped(
-            stop.signal, f"stopped after {len(scores.rows)} of {total} images; their figures: {path}"
+            stop.signal, f"stopped after {len(scores.rows)} of {total} images; their figures: {path}", **made
         )
-    return 0
+    return made
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, str]:

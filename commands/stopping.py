@@ -15,11 +15,11 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 class Stopped(KeyboardInterrupt):
-    """The command was stopped by a signal; says what there is and how to go on."""
+    """The command was stopped by a signal; says what there is and how to go on. made: the same by name."""
 
-    def __init__(self, number: int, sentence: str):
+    def __init__(self, number: int, sentence: str, **made: Any):
         super().__init__(sentence)
-        self.code = 128 + number
+        self.code, self.made = 128 + number, made
 
 
 class Stop:

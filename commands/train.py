@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .logs import speak
+from .progress import Bar, over, quiet
 from .recipe_options import add_recipe_arguments, overrides_of, recipe_help
 from .stopping import Stop, Stopped
 
@@ -38,31 +40,33 @@ def options_of_training() -> str:
     return recipe_help({n: text for n, text in names.items() if not n.startswith("grpo_")}, TrainConfig)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train by a recipe; returns 0. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train by a recipe. Raises `Stopped` after a signal, ValueError for a wrong recipe."""
     from ..training import recipes
 
     overrides = overrides_of(args)
     speak()
+    quiet()
     values = recipes.read(args.recipe, overrides)
     if values.get("task") in WORLD_TASKS:
         return _train_world(values)
+    made: dict[str, Any] = {}
     for config in recipes.from_dict(values).runs():
-        _train(config, args)
-    return 0
+        made = _train(config, args)
+    return made
 
 
-def _train(config: Any, args: argparse.Namespace) -> None:
+def _train(config: Any, args: argparse.Namespace) -> dict[str, Any]:
     """One run of the trainer. Raises `Stopped` after a signal."""
     with training_stop() as stop:
         from ..training.trainer import Trainer
 
-        with TrainingBar(config.max_steps) as bar:
+        with Steps(config.max_steps) as bar:
             trainer = Trainer(
                 config,
                 on_step=bar.advance,
                 on_report=bar.report,
-                progress=bar.wrap,
+                progress=over,
                 should_stop=stop.asked,
             )
             path = trainer.run()
@@ -70,15 +74,7 @@ def _train(config: Any, args: argparse.Namespace) -> None:
             raise stopped(args, trainer, path, stop)
     if trainer.processes.main:
         sys.stdout.write(f"{path}\n")
-
-
-def speak() -> None:
-    """Show what the trainers log."""
-    import logging
-
-    logging.getLogger().setLevel(logging.INFO)
-    for library in ("httpx", "httpcore", "urllib3", "filelock", "PIL", "fsspec", "datasets", "accelerate"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    return {"result": path, "run": trainer.output, "step": trainer.step}
 
 
 def training_stop() -> Stop:
@@ -94,15 +90,23 @@ def stopped(args: argparse.Namespace, trainer: Any, path: Path, stop: Stop) -> S
     number = stop.signal or signal.SIGTERM  # another process was told
     if not trainer.processes.main:
         return Stopped(number, "")
-    words = _without_resume(args.words)
-    command = "the same command with --resume auto"
-    if int(os.environ.get("WORLD_SIZE", "1") or 1) == 1:
-        command = shlex.join(["diptych", *words, "--resume", "auto"])
-    where = f"checkpoint {path}" if path != trainer.output else "no checkpoint yet"
+    command, checkpoint = going_on(args), path if path != trainer.output else None
+    where = f"checkpoint {checkpoint}" if checkpoint else "no checkpoint yet"
     return Stopped(
         number,
         f"stopped at step {trainer.step} of {trainer.config.max_steps}, {where}; to go on: {command}",
+        run=trainer.output,
+        step=trainer.step,
+        checkpoint=checkpoint,
+        command=command,
     )
+
+
+def going_on(args: argparse.Namespace) -> str:
+    """The command that goes on with a run, whatever ended it."""
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+        return "the same command with --resume auto"
+    return shlex.join(["diptych", *_without_resume(args.words), "--resume", "auto"])
 
 
 def _without_resume(words: list[str]) -> list[str]:
@@ -114,7 +118,7 @@ def _without_resume(words: list[str]) -> list[str]:
     return kept
 
 
-def _train_world(values: dict[str, Any]) -> int:
+def _train_world(values: dict[str, Any]) -> dict[str, Any]:
     """The parts of the bundled tiny models have trainers of their own; they go on from their last state."""
     import importlib
 
@@ -127,32 +131,27 @@ def _train_world(values: dict[str, Any]) -> int:
     recipe = recipes.from_dict(values, getattr(module, class_name))
     output = disk.check_folder(recipe.output_dir, "output_dir")
     stop = Stop("stopped: nothing was kept", "stopping after this step, with its state")
-    with stop, lock.held(output), TrainingBar(recipe.steps) as bar:
+    with stop, lock.held(output), Steps(recipe.steps) as bar:
         path = module.train(recipe, bar.step, should_stop=stop.asked)
     if path.is_file():
-        raise Stopped(stop.signal, f"stopped, {path} is kept; the same command goes on from it")
+        raise Stopped(stop.signal, f"stopped, {path} is kept; the same command goes on from it", run=output)
     sys.stdout.write(f"{path}\n")
-    return 0
+    return {"result": path, "run": output, "step": recipe.steps}
 
 
-class TrainingBar:
-    """tqdm on stderr: caching bars, then one bar of steps with loss, rate and time left."""
+class Steps:
+    """The bar of a training's steps, which begins where a resumed run does; loss and rate stand beside it."""
 
     def __init__(self, steps: int):
-        self.steps, self.bar = steps, None
+        self.steps: int = steps
+        self.bar: Bar | None = None
 
-    def __enter__(self) -> TrainingBar:
+    def __enter__(self) -> Steps:
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    def wrap(self, items: Any, label: str) -> Any:
-        """The items with a bar of their own, if there are any."""
-        from tqdm import tqdm
-
-        return tqdm(items, desc=label) if len(items) else items
 
     def report(self, report: Any) -> None:
         """A log line of the trainer."""
@@ -164,18 +163,10 @@ class TrainingBar:
 
     def advance(self, step: int) -> None:
         """One step done."""
-        self._open(step - 1)
-        self.bar.update(step - self.bar.n)
+        self.show(step)
 
     def show(self, step: int, **figures: float) -> None:
         """Move the bar to `step`, with these figures beside it."""
-        self._open(step)
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-        self.bar.update(step - self.bar.n)
-        self.bar.refresh()
-
-    def _open(self, step: int) -> None:
-        from tqdm import tqdm
-
         if self.bar is None:
-            self.bar = tqdm(total=self.steps, initial=step, desc="training", unit="step")
+            self.bar = Bar("training", self.steps, done=step - 1)
+        self.bar.to(step, **figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 MOST_STEPS = 10_000
 LARGEST_SEED = 2**63 - 1  # of a torch generator
@@ -55,12 +55,30 @@ positive = whole(1)
 finite = number()
 
 
+class Usage(SystemExit):
+    """A command line that cannot be read: `sentence` says why, `command` is the subcommand's name or ""."""
+
+    def __init__(self, prog: str, message: str):
+        super().__init__(2)
+        self.sentence = f"{prog}: {message}; see {prog} --help"
+        self.command = " ".join(prog.split()[1:2])
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its subcommands, of theirs, and so on."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in dict.fromkeys(action.choices.values()):
+                yield from parsers(each)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of a usage page and with the option that was probably meant."""
 
     def error(self, message: str) -> None:
-        """Exit with code 2 and one sentence."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        """Raise `Usage`, which ends the program with code 2."""
+        raise Usage(self.prog, message)
 
     def parse_args(self, args=None, namespace=None):
         """As argparse, but an unknown option ends with what was probably meant."""

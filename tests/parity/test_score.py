@@ -18,7 +18,7 @@ from comfyui_diptych.training.evaluate.sampling import ScoreSettings
 from comfyui_diptych.training.evaluate.score import QUESTIONS, score
 from safetensors.torch import save_file
 
-SETTINGS = ScoreSettings(steps=2, batch=2, guidance=7.0, progress=False)
+SETTINGS = ScoreSettings(steps=2, batch=2, guidance=7.0)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from comfyui_diptych.training.evaluate.sampling import ScoreSettings
 from comfyui_diptych.training.evaluate.score import QUESTIONS, Question, score
 from PIL import Image
 
-QUIET = ScoreSettings(batch=8, progress=False)
+QUIET = ScoreSettings(batch=8)
 HOST = SimpleNamespace(device=torch.device("cpu"))
 
 
@@ -186,9 +186,9 @@ def test_an_error_in_the_middle_keeps_what_was_scored_where_that_is_asked_for(ke
             raise RuntimeError("out of memory")
         return stack(group, "target")
 
-    settings = ScoreSettings(batch=2, progress=False, keep_partial=keep)
+    settings = ScoreSettings(batch=2, keep_partial=keep)
     question = Question(make, measures.of_reconstructions, ("original",), lambda case, made: [made])
-    run = lambda: score(None, shapes_cases(4), question, settings, total=4, shown=9)  # noqa: E731
+    run = lambda: score(None, shapes_cases(4), question, settings, shown=9)  # noqa: E731
     if not keep:
         with pytest.raises(RuntimeError, match="out of memory"):
             run()

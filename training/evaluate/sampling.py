@@ -33,7 +33,7 @@ class ScoreSettings:
     cfg: float | None = None
     autocast: bool = False
     at_sigma: Callable[[float], None] | None = None
-    progress: bool = True
+    on_scored: Callable[[int, dict[str, float]], None] | None = None  # images so far, their figures
     should_stop: Callable[[], bool] | None = None  # asked before every batch but the first
     keep_partial: bool = False  # an error after the first batch becomes `Scores.failure` instead of raising
 

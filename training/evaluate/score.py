@@ -153,38 +153,34 @@ def score(
     settings: ScoreSettings,
     *,
     more: Sequence[Measure] = (),
-    total: int | None = None,
     shown: int = 24,
 ) -> Scores:
     """Ask one of `QUESTIONS` of a model, batch by batch.
 
-    denoiser: of `models/`. more: measures that add columns; total: cases, for the progress bar; shown: rows
-    of the contact sheet. Raises ValueError if there are no cases, or the model does no such thing.
+    denoiser: of `models/`. more: measures that add columns; shown: rows of the contact sheet. Raises
+    ValueError if there are no cases, or the model does no such thing.
     """
-    from tqdm.auto import tqdm
-
     scores = Scores(question.headings)
     cases = (question.prepare(case) for case in cases)
-    with tqdm(total=total, desc="scoring", unit="image", disable=not settings.progress) as bar:
-        try:
-            for number, group in enumerate(batches(cases, settings.batch)):
-                if scores.rows and settings.should_stop is not None and settings.should_stop():
-                    break
-                made = _made(denoiser, group, question, settings, number)
-                columns: Columns = {}
-                for measure in (question.measure, *more):
-                    columns |= measure(group, made)
-                scores.add(group, columns)
-                rows = scores.rows[-len(group) :][: shown - len(scores.shown)]
-                for case, image, row in zip(group, made, rows, strict=False):
-                    scores.show(question.panels(case, image), row)
-                bar.update(len(group))
-                bar.set_postfix({k: f"{v:.3f}" for k, v in scores.figures().items() if "/" not in k})
-        except Exception as error:
-            if not (settings.keep_partial and scores.rows):
-                raise
-            scores.failure = error
-            scores.notes["ended early"] = f"after {len(scores.rows)} images: {error}"
+    try:
+        for number, group in enumerate(batches(cases, settings.batch)):
+            if scores.rows and settings.should_stop is not None and settings.should_stop():
+                break
+            made = _made(denoiser, group, question, settings, number)
+            columns: Columns = {}
+            for measure in (question.measure, *more):
+                columns |= measure(group, made)
+            scores.add(group, columns)
+            rows = scores.rows[-len(group) :][: shown - len(scores.shown)]
+            for case, image, row in zip(group, made, rows, strict=False):
+                scores.show(question.panels(case, image), row)
+            if settings.on_scored is not None:
+                settings.on_scored(len(scores.rows), scores.figures())
+    except Exception as error:
+        if not (settings.keep_partial and scores.rows):
+            raise
+        scores.failure = error
+        scores.notes["ended early"] = f"after {len(scores.rows)} images: {error}"
     if not scores.rows:
         raise ValueError(
             "there is nothing to score: point --data at a folder with examples, or use --world shapes"
