@@ -24,10 +24,11 @@ def modules() -> list[ModuleType]:
         outpaint,
         powerpaint,
         precompute,
+        report,
         resize,
         score,
         train,
     )
 
-    makers = [edit, outpaint, inpaint, generate, caption, train, grpo, precompute, score]
+    makers = [edit, outpaint, inpaint, generate, caption, train, grpo, report, precompute, score]
     return [*makers, resize, merge_inpaint, powerpaint, glid, doctor]

@@ -11,7 +11,7 @@ from typing import Any
 from .logs import speak
 from .progress import over, quiet
 from .recipe_options import add_recipe_arguments, overrides_of, recipe_help
-from .train import Steps, stopped, training_stop
+from .train import Steps, finished, going_on, stopped, training_stop
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +58,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 }
                 bar.show(report.step, **rewards, loss=report.loss)
 
-            trainer = GRPOTrainer(config, on_report=show, progress=over, should_stop=stop.asked)
+            trainer = GRPOTrainer(
+                config, on_report=show, progress=over, should_stop=stop.asked, command=going_on(args)
+            )
             path = trainer.run()
         if path.suffix != ".safetensors":
             raise stopped(args, trainer, path, stop)
-    made = {"result": path, "run": trainer.output, "step": trainer.step, "images": []}
+    drawn: list[Path] = []
     if trainer.processes.main:
         sys.stdout.write(f"{path}\n")
-        made["images"] = _illustrate(trainer)
-    return made
+        drawn = _illustrate(trainer)
+    return finished(trainer, path) | {"images": drawn}
 
 
 def _illustrate(trainer: Any) -> list[Path]:
-    """Draw what the run changed; the LoRA is on disk, so no failure here may look like the training's."""
+    """Draw what the run changed, and report it; the LoRA is on disk, so no failure here may look like the
+    training's."""
     from ..training.choices import is_small
     from ..training.data.sample import to_pil
-    from ..training.evaluate import history, plots
+    from ..training.evaluate import history, plots, report
     from ..training.runtime import disk
 
     images = {
@@ -82,7 +85,7 @@ def _illustrate(trainer: Any) -> list[Path]:
         )
     }
     if not trainer.processes.sharded:
-        images["before_after.png"] = lambda: to_pil(trainer.before_after(is_small(trainer.config.model))[0])
+        images[report.BEFORE_AFTER] = lambda: to_pil(trainer.before_after(is_small(trainer.config.model))[0])
     drawn = []
     for name, draw in images.items():
         try:
@@ -91,4 +94,5 @@ def _illustrate(trainer: Any) -> list[Path]:
             drawn.append(path)
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning("an image of the run could not be made (%s); the LoRA is complete", error)
+    report.attempt(trainer.output)
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _score(
 ) -> dict[str, Any]:
     """Score and write; stopped, it writes the figures of the images scored so far."""
     from ..models.flux import default_device
-    from ..training.evaluate import measures
+    from ..training.evaluate import measures, report
     from ..training.evaluate.score import QUESTIONS, ScoreSettings, score
     from ..training.runtime import disk
 
@@ -158,10 +159,23 @@ def _score(
         "guidance",
     )
     about = {name: getattr(args, name) for name in kept}
-    about |= {"size": size, "batch": settings.batch, "autocast": args.autocast, "lora_report": lora}
+    about |= {
+        "command": shlex.join(["diptych", *args.words]),
+        "size": size,
+        "batch": settings.batch,
+        "autocast": args.autocast,
+        "lora_report": lora,
+    }
     folder = disk.keep(args.output, lambda place: scores.save(place, about))
     path = folder / "score.json"
-    made = {"figures": scores.figures(), "notes": scores.notes, "images": len(scores.rows), "score": path}
+    page = report.attempt(folder)
+    made = {
+        "report": page,
+        "figures": scores.figures(),
+        "notes": scores.notes,
+        "images": len(scores.rows),
+        "score": path,
+    }
     for name, value in scores.figures().items():
         sys.stdout.write(f"{name:24} {value:.4f}\n")
     for name, why in scores.notes.items():

@@ -68,13 +68,27 @@ def _train(config: Any, args: argparse.Namespace) -> dict[str, Any]:
                 on_report=bar.report,
                 progress=over,
                 should_stop=stop.asked,
+                command=going_on(args),
             )
             path = trainer.run()
         if path == trainer.output or path.parent == trainer.checkpoints:
             raise stopped(args, trainer, path, stop)
     if trainer.processes.main:
         sys.stdout.write(f"{path}\n")
-    return {"result": path, "run": trainer.output, "step": trainer.step}
+    return finished(trainer, path)
+
+
+def finished(trainer: Any, path: Path) -> dict[str, Any]:
+    """What a training answers when it is done."""
+    from ..training.evaluate.report import NAME
+
+    page = trainer.output / NAME
+    return {
+        "result": path,
+        "run": trainer.output,
+        "step": trainer.step,
+        "report": page if page.is_file() else None,
+    }
 
 
 def training_stop() -> Stop:
@@ -136,7 +150,7 @@ def _train_world(values: dict[str, Any]) -> dict[str, Any]:
     if path.is_file():
         raise Stopped(stop.signal, f"stopped, {path} is kept; the same command goes on from it", run=output)
     sys.stdout.write(f"{path}\n")
-    return {"result": path, "run": output, "step": recipe.steps}
+    return {"result": path, "run": output, "step": recipe.steps, "report": None}
 
 
 class Steps:

@@ -31,7 +31,8 @@ class Callbacks:
     """All are optional.
 
     on_step(step), on_report(report), on_sample(step, image [H,W,3]): in the main process. should_stop: asked
-    after every step of every process. progress(items, label): wraps the loops before the first step.
+    after every step of every process. progress(items, label): wraps the loops before the first step. command:
+    what goes on with the run, for its report; "" where no command line began it.
     """
 
     on_report: Callable[[Report], None] | None = None
@@ -39,3 +40,4 @@ class Callbacks:
     on_sample: Callable[[int, Tensor], None] | None = None
     should_stop: Callable[[], bool] = lambda: False
     progress: Progress = silent
+    command: str = ""

@@ -22,6 +22,8 @@ from torch import Tensor
 from .choices import is_small
 from .config import TrainConfig
 from .evaluate import history, plots
+from .evaluate import preview as preview_of
+from .evaluate import report as page
 from .evaluate.history import History
 from .reinforce.config import GRPOConfig
 from .runtime import disk
@@ -105,10 +107,19 @@ def train(
         samples = sheets[-1][None] if sheets else None
         if by_reward:
             samples = trainer.before_after(is_small(config.model)) if lora else None
+            if samples is not None:
+                _illustrate(trainer.output, samples[0])
         step, notes = trainer.step, trainer.data.notes
         trainer = None  # before its memory is collected
     report = _report(config, step, logged, lora, notes)
     return Outcome(lora, step, curve_of(config, logged)[None], samples, report)
+
+
+def _illustrate(run: Path, sheet: Tensor) -> None:
+    """Keep a sheet [H,W,3] of before and after in the run's folder, and show it in the report."""
+    with contextlib.suppress(OSError):
+        preview_of.write(sheet, run / page.BEFORE_AFTER)
+    page.attempt(run)
 
 
 def curve_of(config: TrainConfig, logged: History) -> Tensor:

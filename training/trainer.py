@@ -25,7 +25,7 @@ from .callbacks import Callbacks, Report
 from .config import TrainConfig
 from .data import dataset, prior
 from .data.sources import open_source
-from .evaluate import preview
+from .evaluate import preview, report, run_folder
 from .runtime import changes, checkpoint, disk, lock, optim, processes, resume
 from .runtime.attention import for_learning
 from .runtime.checkpoint import TrainingError
@@ -95,6 +95,7 @@ class Trainer:
             try:
                 if self._steps():
                     path = self.export()
+                    self._tell(path)
                 else:
                     path = next(reversed(checkpoint.folders(self.checkpoints)), self.output)
             except Diverged:
@@ -278,7 +279,7 @@ class Trainer:
         if not self.processes.main:
             return
         c = self.config
-        report = Report(
+        told = Report(
             step=self.step,
             steps=c.max_steps,
             loss=loss,
@@ -287,18 +288,28 @@ class Trainer:
             rows_per_second=c.batch_size * c.accumulation * self.processes.world / pace,
             seconds_left=pace * (c.max_steps - self.step),
         )
-        line = dataclasses.asdict(report) | self.task.told()
+        line = dataclasses.asdict(told) | self.task.told()
         self.accelerator.log({k: v for k, v in line.items() if k not in ("step", "steps")}, step=self.step)
         with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.callbacks.on_report is not None:
-            self.callbacks.on_report(report)
+            self.callbacks.on_report(told)
 
     def save(self) -> Path:
         """Write a checkpoint of the present step; all processes call it."""
         path = resume.write(self._state(), self.checkpoints)
         self.position.kept = self.step
+        self._tell()
         return path
+
+    def _tell(self, result: Path | None = None) -> None:
+        """Write `run.json` and `report.html` as of now; no failure of theirs ends a training."""
+        if self.processes.main:
+            try:
+                run_folder.note(self.config, self.step, self.callbacks.command, result)
+            except (OSError, ValueError) as error:
+                logger.warning("%s could not be written (%s)", self.output / run_folder.NOTE, error)
+            report.attempt(self.output)
 
     def _state(self) -> resume.RunState:
         """All that a checkpoint of this moment keeps."""
@@ -343,6 +354,7 @@ class Trainer:
             preview.track(self.accelerator.trackers, sheet, self.step)
             if self.callbacks.on_sample is not None:
                 self.callbacks.on_sample(self.step, sheet)
+            report.attempt(self.output)
 
     def header(self) -> dict[str, Any]:
         """The `diptych` block of saved files."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,30 @@ def mean_reward(measures: Mapping[str, Any]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def columns(folder: Path) -> dict[str, History]:
+    """Every number that a run logged, by name: those of `metrics.jsonl`, then those of `rewards.jsonl`."""
+    found: dict[str, History] = {}
+    for name in ("metrics.jsonl", "rewards.jsonl"):
+        for row in _rows(folder / name):
+            for key, value in row.items():
+                if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                    found.setdefault(key, {})[int(row["step"])] = float(value)
+    return {name: dict(sorted(values.items())) for name, values in found.items()}
+
+
 def _read(file: Path, value: Callable[[dict[str, Any]], float]) -> History:
     found: History = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for row in _rows(file):
         with suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
             if math.isfinite(number := value(row)):
                 found[int(row["step"])] = number
     return dict(sorted(found.items()))
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a log that say which step they are of."""
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
