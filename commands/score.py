@@ -14,6 +14,8 @@ from .stopping import Stop, Stopped
 
 ENGINES = ("fill", "kontext", "sd_inpaint")
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # the ones ICEdit reports
+ABOUT = ("what", "engine", "model", "lora", "strength", "data", "split", "steps", "seed", "data_seed")
+ABOUT += ("guidance", "autocast")  # options that score.json repeats
 SHEET = 16 << 20  # bytes of room for the contact sheet and the figures
 WHAT = {
     "edit": "does it make the edit that was asked for, and keep the rest",
@@ -129,53 +131,26 @@ def _score(
         device = args.device or str(default_device())
         more = measures.similarities(notes, args.clip, args.dino, device)
     denoiser, at_sigma, lora = load(args)
-    bar = Bar("scoring", total, "image")
-    settings = ScoreSettings(
-        steps=args.steps,
-        seed=args.seed,
-        batch=args.batch or (1 if args.data else 50),
-        guidance=args.guidance,
-        cfg=args.cfg,
-        autocast=args.autocast,
-        at_sigma=at_sigma,
-        should_stop=stop.asked,
-        on_scored=lambda count, found: bar.to(count, **{k: v for k, v in found.items() if "/" not in k}),
-        keep_partial=True,
-    )
-    with bar:
+    with Bar("scoring", total, "image") as bar:
+        settings = ScoreSettings(
+            steps=args.steps,
+            seed=args.seed,
+            batch=args.batch or (1 if args.data else 50),
+            guidance=args.guidance,
+            cfg=args.cfg,
+            autocast=args.autocast,
+            at_sigma=at_sigma,
+            should_stop=stop.asked,
+            on_scored=lambda count, found: bar.to(count, **{k: v for k, v in found.items() if "/" not in k}),
+            keep_partial=True,
+        )
         scores = score(denoiser, cases, QUESTIONS[args.what], settings, more=more)
     scores.notes |= notes
-    kept = (
-        "what",
-        "engine",
-        "model",
-        "lora",
-        "strength",
-        "data",
-        "split",
-        "steps",
-        "seed",
-        "data_seed",
-        "guidance",
-    )
-    about = {name: getattr(args, name) for name in kept}
-    about |= {
-        "command": shlex.join(["diptych", *args.words]),
-        "size": size,
-        "batch": settings.batch,
-        "autocast": args.autocast,
-        "lora_report": lora,
-    }
+    about = _about(args) | {"size": size, "batch": settings.batch, "lora_report": lora}
     folder = disk.keep(args.output, lambda place: scores.save(place, about))
     path = folder / "score.json"
-    page = report.attempt(folder)
-    made = {
-        "report": page,
-        "figures": scores.figures(),
-        "notes": scores.notes,
-        "images": len(scores.rows),
-        "score": path,
-    }
+    made = {"figures": scores.figures(), "notes": scores.notes, "images": len(scores.rows), "score": path}
+    made["report"] = report.attempt(folder)
     for name, value in scores.figures().items():
         sys.stdout.write(f"{name:24} {value:.4f}\n")
     for name, why in scores.notes.items():
@@ -188,6 +163,12 @@ def _score(
             stop.signal, f"stopped after {len(scores.rows)} of {total} images; their figures: {path}", **made
         )
     return made
+
+
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    """What was scored, and the command that did it."""
+    command = shlex.join(["diptych", *args.words])
+    return {"command": command} | {name: getattr(args, name) for name in ABOUT}
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
