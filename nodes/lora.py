@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .guard import short
 from .menus import lora_fingerprint, lora_names, lora_path
+from .shown import shown
 from .widgets import choice, integer, number, socket, switch
 
 # models.lora is imported where it is used: it is a third of what importing the pack would cost.
@@ -91,8 +92,8 @@ class DiptychGRPOLoraLoader:
         file_window: bool = True,
         scale: float = 0.0,
         top_k: int = 0,
-    ) -> tuple:
-        """(patched clone of the model, report, reward curve [1,H,W,3]).
+    ) -> dict:
+        """(patched clone of the model, report, reward curve [1,H,W,3]), and the report on the node.
 
         Raises ValueError for a name that is gone, LoraError for a file that cannot be used.
         """
@@ -105,7 +106,8 @@ class DiptychGRPOLoraLoader:
         whole = (sigma_start, sigma_end) == (1.0, 0.0)
         window = "file" if whole and file_window else (sigma_start, sigma_end)
         patched, report = apply_to_comfy(model, weights, strength, window=window)
-        return patched, str(report), _reward_curve(weights.info)
+        result = (patched, str(report), _reward_curve(weights.info))
+        return {"ui": shown(str(report)), "result": result}
 
 
 def _reward_curve(info) -> Tensor:

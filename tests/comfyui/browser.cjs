@@ -102,10 +102,13 @@ async function measureAll(page) {
 // What a run would leave on the nodes: images, texts, the line under the Early Filter Sampler.
 function pretendToHaveRun() {
   const { app } = window, images = [{ filename: "example.png", subfolder: "", type: "input" }];
+  const text = ["one line\nand another\n".repeat(10)];
   const ui = {
     PreviewAny: { text: ["one line\nand another"] }, SaveImage: { images: images }, PreviewImage: { images: images },
-    DiptychRewardScore: { images: images }, DiptychEditScore: { images: images },
-    DiptychTrainLora: { images: [...images, ...images] }, DiptychTrainGRPO: { images: [...images, ...images] },
+    DiptychRewardScore: { images, text }, DiptychEditScore: { images, text }, DiptychGRPOLoraLoader: { text },
+    DiptychTrainLora: { images: [...images, ...images], text },
+    DiptychTrainGRPO: { images: [...images, ...images], text },
+    DiptychCompare: { a_images: images, b_images: images },
   };
   app.canvas.ds.scale = 1;
   app.canvas.ds.offset = [60, 60];

@@ -56,3 +56,26 @@ def test_a_slider_shows_before_and_after(page, vue, comfyui):  # noqa: F811
     else:  # left of the line is before
         assert seen["pixels"] == [[0, 0, 200], [200, 0, 0]]
     assert [problem for problem in seen["problems"] if "iptych" in problem] == []
+
+
+def test_a_report_stands_in_the_node(page, vue, comfyui, server):  # noqa: F811
+    """The text that the node returned, as the server's history has it; the workflow does not save it."""
+    inputs = [{"name": n, "type": "IMAGE", "link": k + 1} for k, n in enumerate(("edited", "source"))]
+    outputs = [{"name": n, "type": "FLOAT"} for n in ("kept", "changed", "similarity", "success")] + [
+        {"name": "report", "type": "STRING"},
+        {"name": "annotated", "type": "IMAGE"},
+    ]
+    score = {"id": 3, "type": "DiptychEditScore", "size": [400, 400], "inputs": inputs, "outputs": outputs}
+    workflow = graph(
+        image(1, 0x101010 * (1 + vue), 1),  # another image for each renderer: nothing comes from a cache
+        image(2, 0x0000C8, 2),
+        {**score, "widgets_values": ["make it blue"]},
+        links=[[1, 1, 0, 3, 0, "IMAGE"], [2, 2, 0, 3, 1, "IMAGE"]],
+    )
+    seen = page(do="report", workflow=workflow, vue=vue, type="DiptychEditScore", screenshot=None)
+    runs = server.get_json("/history").values()
+    texts = [run["outputs"]["3"]["text"][0] for run in runs if "text" in run["outputs"].get("3", {})]
+    assert seen["outcome"] == "success" and seen["visible"]
+    assert seen["text"] == texts[-1] and "kept" in seen["text"]
+    assert seen["before"] == seen["after"] == ["make it blue"]
+    assert [problem for problem in seen["problems"] if "iptych" in problem] == []

@@ -1,0 +1,44 @@
+// The report of a node as text in the node, in both renderers: of every node of the pack that returns one.
+
+import { app } from "../../../scripts/app.js";
+import { kind, register } from "./outputs.js";
+
+const NAME = "diptych_report";
+const HEIGHT = 90;  // pixels; on the canvas the least: there a box takes what the node has to spare
+
+const style = document.createElement("style");
+style.textContent = `
+.${NAME} { box-sizing: border-box; width: 100%; height: 100%; min-height: ${HEIGHT}px; overflow: auto;
+  padding: 4px 8px; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
+  font: 11px/1.4 ui-monospace, monospace; color: var(--input-text, #ddd);
+  background: var(--comfy-input-bg, #222); }
+.${NAME}:empty::before { content: attr(data-empty); opacity: 0.5; }
+[data-node-id] .${NAME} { max-height: ${HEIGHT}px; }`;
+document.head.append(style);
+
+function wants(node) {
+  return String(kind(node)).startsWith("Diptych") && !!node.outputs?.some((slot) => slot.name === "report");
+}
+
+function create(node) {
+  const box = document.createElement("div");
+  box.className = NAME;
+  box.dataset.empty = navigator.language.startsWith("zh") ? "运行后在此显示报告" : "The report comes here when it has run.";
+  box.dataset.captureWheel = "true";  // the wheel scrolls the text, it does not zoom the canvas
+  box.addEventListener("wheel", (event) => {
+    if (box.scrollHeight > box.clientHeight) event.stopPropagation();
+  });
+  const widget = node.addDOMWidget(NAME, NAME, box, {
+    serialize: false, getMinHeight: () => HEIGHT, getValue: () => box.textContent, setValue: () => {},
+  });
+  widget.serialize = false;  // no value of the workflow either
+  node.diptychReport = box;
+}
+
+function show(node, output) {
+  if (!node.diptychReport || !output.text) return;
+  node.diptychReport.textContent = [output.text].flat().join("\n");
+  app.canvas?.setDirty(true, true);
+}
+
+register("Report", wants, create, show);
