@@ -66,7 +66,7 @@ class DiptychEarlyFilterSampler:
                     "Step rule, as in the Flow-Match Euler Sampler; ode is euler."
                 ),
                 "eta": widgets.eta(advanced=True)(
-                    "Noise of the SDE rules. -1: the rule's own value; 0: none."
+                    "Noise of the SDE rules. auto: the rule's own value; 0: none."
                 ),
                 "sde_seed": widgets.seed(advanced=True)(
                     "Picks other paths from the same starting noise, for the SDE rules."

@@ -51,7 +51,7 @@ class DiptychTrainGRPO:
                     "A folder in ComfyUI's input folder with NAME.png and NAME.txt (the instruction), or "
                     "edit pairs as for Train Edit LoRA."
                 ),
-                "base_model": base_model_menu(),
+                "base_model": base_model_menu("RewardChoices", PRESETS),
                 "updates": integer(40, 1, 1_000_000)(
                     "Rounds of sampling, scoring and learning. More later go on."
                 ),
@@ -71,10 +71,8 @@ class DiptychTrainGRPO:
                 "instructions": text("", multiline=True)(
                     "Only with images: one line for all, or one for each image."
                 ),
-                "group_size": integer(0, 0, 64, advanced=True)(
-                    "Samples per instruction; 0 = the preset's (6 to 24)."
-                ),
-                "groups": integer(0, 0, 64, advanced=True)("Instructions per update; 0 = the preset's."),
+                "group_size": widgets.of_recipe("Samples per instruction; auto: the preset's, 6 to 24.", 64),
+                "groups": widgets.of_recipe("Instructions per update; auto: the preset's, 2 to 8.", 64),
                 "rank": widgets.rank("the preset's"),
                 "learning_rate": widgets.learning_rate("the preset's (5e-4 for the tiny models)"),
                 "resolution": widgets.resolution("the preset's"),

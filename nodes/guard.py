@@ -7,12 +7,14 @@ compared with `INPUT_TYPES`, and given to `VALIDATE_INPUTS`, before it runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 from typing import Any
 
 from .. import missing
+from .widgets import AUTO
 
 LONGEST = 60  # characters of a value that an error repeats
 
@@ -62,6 +64,8 @@ def checked(schema: dict, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _value(name: str, value: Any, kind: Any, options: dict | None = None) -> Any:
     options = options or {}
+    if "automatic" in options:
+        return _automatic(name, value, **options["automatic"])
     if isinstance(kind, (list, tuple)):
         if not any(value is entry or (type(value) is type(entry) and value == entry) for entry in kind):
             raise ValueError(f"{name} is {short(value)}, which is not known: choose {_menu(kind)}.")
@@ -71,6 +75,19 @@ def _value(name: str, value: Any, kind: Any, options: dict | None = None) -> Any
     if kind in ("INT", "FLOAT"):
         return _number(name, value, kind, options.get("min", -math.inf), options.get("max", math.inf))
     return value
+
+
+def _automatic(name: str, value: Any, kind: str, unset: float, min: float, max: float) -> int | float:
+    """The number that a text or number of `widgets.automatic` means: `unset` for "auto"."""
+    if isinstance(value, str):
+        if value.strip().lower() in ("", AUTO):
+            return unset
+        with contextlib.suppress(ValueError):  # else it is refused as it was typed
+            value = float(value)
+    try:
+        return _number(name, value, kind, min, max)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}, or {AUTO}.") from None
 
 
 def _number(name: str, value: Any, kind: str, low: float, high: float) -> int | float:

@@ -7,7 +7,7 @@ from torch import Tensor
 from .guard import short
 from .menus import lora_fingerprint, lora_names, lora_path
 from .shown import shown
-from .widgets import choice, integer, number, socket, switch
+from .widgets import automatic, choice, number, socket, switch
 
 # models.lora is imported where it is used: it is a third of what importing the pack would cost.
 
@@ -60,11 +60,11 @@ class DiptychGRPOLoraLoader:
                     "While sigma_start is 1 and sigma_end 0, use the window stored in the file, if there is "
                     "one."
                 ),
-                "scale": number(0.0, 0.0, 100.0, step=0.01, advanced=True)(
-                    "alpha / rank, if the file does not say it. 0 = as the file says."
+                "scale": automatic("FLOAT", 0.0, 0.0, 100.0, advanced=True)(
+                    "alpha / rank, if the file does not say it. auto: as the file says."
                 ),
-                "top_k": integer(0, 0, 64, advanced=True)(
-                    "Mixture of experts: experts per token. 0 = as the file says, else 1."
+                "top_k": automatic("INT", 0, 0, 64, advanced=True)(
+                    "Mixture of experts: experts per token. auto: as the file says, else 1."
                 ),
             },
         }

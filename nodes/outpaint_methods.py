@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import widgets
-from .widgets import Row, choice, integer, number, socket, switch
+from .widgets import Row, automatic, choice, integer, number, socket, switch
 
 CATEGORY = "diptych/outpaint"
 MOST = 16384  # pixels
@@ -21,8 +21,8 @@ def _details() -> dict[str, Row]:
         "scheduler": choice(SCHEDULERS, "auto", advanced=True)(
             "auto: FLUX's, with the shift of the real size; for Stable Diffusion evenly spaced steps."
         ),
-        "mask_blur": integer(OWN, OWN, 64, advanced=True)(
-            "For mk2 and poor man, in px. -1: their own, 8 and 4. Less for small images."
+        "mask_blur": automatic("INT", OWN, OWN, 64, advanced=True)(
+            "For mk2 and poor man, in px. auto: their own, 8 and 4. Less for small images."
         ),
         "overlap": integer(0, 0, 1024, advanced=True)(
             "For direct and tiles: so many px of the image's own edge are repainted too."

@@ -112,7 +112,7 @@ class DiptychFlowMatchEulerSampler:
                     "step count, best for variety. flow, dance, cps: as in Flow-GRPO, DanceGRPO, FlowCPS."
                 ),
                 "eta": widgets.eta()(
-                    f"Noise of the SDE rules. -1: the rule's own value ({defaults}); 0: none."
+                    f"Noise of the SDE rules. auto: the rule's own value ({defaults}); 0: none."
                 ),
                 "window_start": integer(0, 0, 10000, advanced=True)(
                     "First step (from 0) that adds noise; the steps before it are ode."

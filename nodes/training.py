@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -18,12 +20,32 @@ def dataset_menu(tooltip: str) -> Row:
     return choice([DEMO, *datasets()], DEMO)(tooltip)
 
 
-def base_model_menu() -> Row:
-    """The menu of what to train; both training nodes have it."""
-    return choice([*TINY, *base_models()], next(iter(TINY)))(
+def base_model_menu(kind: str, recipes: list[str]) -> Row:
+    """The menu of what to train; both training nodes have it.
+
+    Its option `meant` tells the page what auto means: {base model: {recipe: words}}, for `web/js/auto.js`.
+    kind: "Choices" or "RewardChoices".
+    """
+    models = {name: str(model_folder(name)) for name in (*TINY, *base_models())}
+    meant = {name: {r: words for r in recipes if (words := _meant(kind, m, r))} for name, m in models.items()}
+    return choice(models, next(iter(TINY)), meant=meant)(
         "A diffusers folder in ComfyUI's models/diffusers (FLUX.1-Fill-dev, FLUX.1-Kontext-dev, an SD "
         "inpainting model), or a bundled tiny one to try it out."
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _meant(kind: str, model: str, recipe: str) -> str:
+    """What auto means for a recipe and a model's folder; "" where they do not go together."""
+    from ..training import choices
+
+    try:
+        made = getattr(choices, kind)(data="", model=model, name="", recipe=recipe)
+        return choices.automatic(
+            dataclasses.replace(made, preset=recipe) if kind == "RewardChoices" else made
+        )
+    except ValueError:
+        return ""
 
 
 class DiptychTrainLora:
@@ -64,7 +86,7 @@ class DiptychTrainLora:
                     "A folder in ComfyUI's input folder with NAME_source.png, NAME_target.png and NAME.txt "
                     "(the instruction), or a .jsonl file with prompt, image and mask."
                 ),
-                "base_model": base_model_menu(),
+                "base_model": base_model_menu("Choices", RECIPES),
                 "steps": integer(500, 1, 1_000_000)("Optimiser steps. More of them later go on from here."),
                 "output_name": widgets.output_name("my_edit_lora"),
             },
@@ -75,7 +97,7 @@ class DiptychTrainLora:
                 "rank": widgets.rank("the recipe's"),
                 "learning_rate": widgets.learning_rate("1e-4 (1e-3 for the tiny models)"),
                 "resolution": widgets.resolution("the recipe's"),
-                "batch_size": integer(0, 0, 256, advanced=True)("Pairs per step; 0 = the recipe's."),
+                "batch_size": widgets.of_recipe("Pairs per step; auto: the recipe's.", 256),
                 "precision": widgets.precision(),
                 "save_every": widgets.save_every(100, "Steps"),
                 "preview_every": widgets.preview_every(100, "Steps"),

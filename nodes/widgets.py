@@ -14,6 +14,7 @@ from ..models.geometry import AUTO_POLICIES
 Row = tuple[Any, dict[str, Any]]
 Tooltip = Callable[[str], Row]  # what a kind of input returns: call it with the tooltip
 
+AUTO = "auto"
 LARGEST_SEED = 2**64 - 1  # of ComfyUI's own seed widgets
 
 
@@ -56,14 +57,24 @@ def seed(**options: Any) -> Tooltip:
     return integer(0, 0, LARGEST_SEED, **options)
 
 
+def automatic(kind: str, unset: float, low: float, high: float, **options: Any) -> Tooltip:
+    """A number in low..high, or "auto", the default: a text to type into, a link brings either.
+
+    kind: "INT" or "FLOAT". unset: the number that the node gets for auto. Workflows that were saved while
+    the widget was a number hold it; it still means auto (`guard.py` reads all of them).
+    """
+    meant = {"kind": kind, "unset": unset, "min": low, "max": high}
+    return _row(f"{kind},STRING", default=AUTO, widgetType="STRING", automatic=meant, **options)
+
+
 def policy(**options: Any) -> Tooltip:
     """How an image meets a size it does not have (`models/geometry.py`); "stretch" unless chosen."""
     return choice(AUTO_POLICIES, **{"default": "stretch", **options})
 
 
 def eta(**options: Any) -> Tooltip:
-    """The noise of the SDE step rules (`samplers/rules.py`), -1 for the rule's own."""
-    return number(-1.0, -1.0, 2.0, step=0.01, **options)
+    """The noise of the SDE step rules (`samplers/rules.py`); auto, -1 to the node, is the rule's own."""
+    return automatic("FLOAT", -1.0, -1.0, 2.0, **options)
 
 
 def reward() -> Row:
@@ -71,7 +82,7 @@ def reward() -> Row:
     return socket("DIPTYCH_REWARD")("Who judges, from an Edit Reward node.")
 
 
-# The widgets of both training nodes; 0 stands for the value that the recipe or preset has.
+# The widgets of both training nodes; auto stands for the value that the recipe or preset has.
 
 
 def output_name(default: str) -> Row:
@@ -79,21 +90,24 @@ def output_name(default: str) -> Row:
     return text(default)("File name in the loras folder, without extension.")
 
 
+def of_recipe(tooltip: str, high: int) -> Row:
+    """A whole number from 1 to `high`, or the recipe's or preset's own."""
+    return automatic("INT", 0, 0, high, advanced=True)(tooltip)
+
+
 def rank(default: str) -> Row:
-    """The LoRA's rank, 0 = `default`."""
-    return integer(0, 0, 512, advanced=True)(f"LoRA rank; 0 = {default}.")
+    """The LoRA's rank; auto is `default`."""
+    return of_recipe(f"LoRA rank, 1 to 512; auto: {default}.", 512)
 
 
 def learning_rate(default: str) -> Row:
-    """The learning rate, 0 = `default`."""
-    return number(0.0, 0.0, 1.0, step=1e-6, round=False, advanced=True)(f"Of AdamW; 0 = {default}.")
+    """The learning rate; auto is `default`."""
+    return automatic("FLOAT", 0.0, 0.0, 1.0, advanced=True)(f"Of AdamW, such as 1e-4; auto: {default}.")
 
 
 def resolution(default: str) -> Row:
-    """The side of an image in pixels, 0 = `default`."""
-    return integer(0, 0, 4096, step=16, advanced=True)(
-        f"Side of one image in pixels, a multiple of 16; 0 = {default}."
-    )
+    """The side of an image in pixels; auto is `default`."""
+    return of_recipe(f"Side of one image in pixels, a multiple of 16; auto: {default}.", 4096)
 
 
 def precision() -> Row:

@@ -175,6 +175,30 @@ def configure(choices: Choices, root: Path) -> TrainConfig:
     A `GRPOConfig` of `RewardChoices`. Raises ValueError for choices that do not go together.
     """
     choices.check()
+    return _configured(choices, root)
+
+
+def automatic(choices: Choices) -> str:
+    """What the choices leave to the recipe and the model, in words: "rank 32, learning_rate 0.0003, ...".
+
+    Raises ValueError where recipe and model do not go together.
+    """
+    c = _configured(choices, Path())
+    by_reward = isinstance(c, GRPOConfig)
+    own = {"group_size": c.group_size, "groups": c.groups_per_update} if by_reward else {}
+    own |= {"rank": c.rank, "learning_rate": _exponent(c.lr), "resolution": c.resolution}
+    own |= {} if by_reward else {"batch_size": c.batch_size}
+    return ", ".join(f"{name} {value}" for name, value in own.items())
+
+
+def _exponent(value: float) -> str:
+    """3e-4 for 0.0003."""
+    digits, _, power = f"{value:e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
+def _configured(choices: Choices, root: Path) -> TrainConfig:
+    """As `configure`, of choices that were checked."""
     task, small = task_of(choices.model), is_small(choices.model)
     name, folder = choices.base_recipe(task), root / choices.folder()
     values = read(name)

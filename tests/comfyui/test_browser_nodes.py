@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from comfyui_diptych import NODE_CLASS_MAPPINGS
+from comfyui_diptych.nodes.guard import checked
+from comfyui_diptych.training.choices import PRESETS
+from comfyui_diptych.training.recipes import read
 from test_browser import browser, has_nodes_2, page  # noqa: F401  (fixtures)
 
 RENDERERS = ["canvas", "nodes 2.0"]
@@ -76,6 +80,33 @@ def test_a_report_stands_in_the_node(page, vue, comfyui, server):  # noqa: F811
     runs = server.get_json("/history").values()
     texts = [run["outputs"]["3"]["text"][0] for run in runs if "text" in run["outputs"].get("3", {})]
     assert seen["outcome"] == "success" and seen["visible"]
-    assert seen["text"] == texts[-1] and "kept" in seen["text"]
+    assert seen["text"] == texts[-1] and "changed" in seen["text"]
     assert seen["before"] == seen["after"] == ["make it blue"]
+    assert [problem for problem in seen["problems"] if "iptych" in problem] == []
+
+
+def test_numbers_that_meant_auto_read_as_auto(page, vue, comfyui):  # noqa: F811
+    """A node saved with zeros opens with words, sends what means the same, and tells the presets' values."""
+    saved = ["shapes demo (512 pairs)", "tiny sd_inpaint (bundled)", 40, "mine", "auto", "fast", ""]
+    saved += [0, 24, 0, 0, 0, "auto", 10, 10, 0]
+    node = {"id": 1, "type": "DiptychTrainGRPO", "size": [400, 900], "widgets_values": saved}
+    seen = page(
+        do="auto", workflow=graph(node), vue=vue, type="DiptychTrainGRPO", presets=["fast", "flow-grpo"]
+    )
+    assert {name: seen["values"][name] for name in ("group_size", "groups", "learning_rate")} == {
+        "group_size": "auto",
+        "groups": "24",
+        "learning_rate": "auto",
+    }
+    schema = NODE_CLASS_MAPPINGS["DiptychTrainGRPO"].INPUT_TYPES()
+    assert checked(schema, {name: seen["sent"][name] for name in ("group_size", "groups", "rank")}) == {
+        "group_size": 0,
+        "groups": 24,
+        "rank": 0,
+    }
+    for preset, words in seen["words"].items():
+        recipe = read(PRESETS[preset])
+        assert (
+            words.startswith(f"auto: group_size {recipe['group_size']}, ") and "learning_rate 5e-4" in words
+        )
     assert [problem for problem in seen["problems"] if "iptych" in problem] == []

@@ -19,6 +19,7 @@ def widget_inputs(schema: dict) -> list[tuple[str, Any, dict]]:
         for name, definition in schema.get(group, {}).items():
             kind = definition[0]
             options = definition[1] if len(definition) > 1 else {}
+            kind = options.get("widgetType", kind)
             if (isinstance(kind, (list, tuple)) or kind in WIDGET_TYPES) and not options.get("forceInput"):
                 found.append((name, kind, options))
     return found

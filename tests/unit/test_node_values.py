@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -121,3 +122,40 @@ def test_what_a_node_validates_itself_is_asked_again_when_it_runs():
 def test_a_question_for_a_reward_that_asks_none_is_refused():
     with pytest.raises(ValueError, match="question is for vlm_yes, but the reward is shapes"):
         call("DiptychReward", name="shapes", question="is it {prompt}?")
+
+
+AUTOMATIC = [
+    (node, name)
+    for node in NODES
+    for name, spec in inputs(node).items()
+    if len(spec) > 1 and "automatic" in spec[1]
+]
+
+
+@pytest.mark.parametrize("node, name", AUTOMATIC)
+def test_auto_is_the_number_that_stood_for_it_when_the_widget_was_a_number(node, name):
+    """So workflows saved then still open, and mean the same: the function's own default."""
+    schema, spec = NODES[node].INPUT_TYPES(), inputs(node)[name]
+    meant = spec[1]["automatic"]
+    function = inspect.signature(getattr(NODES[node], NODES[node].FUNCTION))
+    assert spec[1]["default"] == "auto" and function.parameters[name].default == meant["unset"]
+    for value in ("auto", " Auto ", "", meant["unset"], str(meant["unset"])):
+        assert checked(schema, {name: value}) == {name: meant["unset"]}
+    top = checked(schema, {name: f"{meant['max']}"})[name]
+    assert top == meant["max"] and type(top) is (int if meant["kind"] == "INT" else float)
+    for value in ("fast", meant["max"] + 1, "1e999", None, [1], "nan"):
+        with pytest.raises(ValueError, match=rf"^{name} is .*number from .* to .*, or auto\.$"):
+            call(node, **{name: value})
+
+
+def test_a_learning_rate_is_read_as_it_is_written():
+    schema = NODES["DiptychTrainGRPO"].INPUT_TYPES()
+    assert checked(schema, {"learning_rate": "1e-4"}) == {"learning_rate": 1e-4}
+
+
+def test_every_sampler_and_trainer_says_auto_where_a_number_would_mean_something_else():
+    """No widget of a released node stands at first on a number that means another one."""
+    assert {name for _, name in AUTOMATIC} == {
+        "batch_size", "eta", "group_size", "groups", "learning_rate", "mask_blur", "rank", "resolution",
+        "scale", "top_k",
+    }  # fmt: skip

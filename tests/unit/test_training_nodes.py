@@ -225,3 +225,27 @@ def test_a_dataset_of_the_menu_names_no_file_outside_of_itself(tmp_path, monkeyp
 def test_what_was_done_to_the_data_stands_in_the_report():
     config = session.TrainConfig()
     assert "\n3 images were stretched" in session._report(config, 1, {}, None, ["3 images were stretched"])
+
+
+@pytest.mark.parametrize("cls, name", [("DiptychTrainLora", "recipe"), ("DiptychTrainGRPO", "preset")])
+def test_what_auto_means_is_what_a_run_takes(cls, name, tmp_path):
+    """The words for the page, against the recipe that a run with auto is configured by."""
+    from comfyui_diptych import NODE_CLASS_MAPPINGS
+    from comfyui_diptych.training.choices import RewardChoices
+
+    schema = NODE_CLASS_MAPPINGS[cls].INPUT_TYPES()
+    meant = schema["required"]["base_model"][1]["meant"]
+    assert set(meant) == set(menus.TINY)
+    for model, words in meant.items():
+        assert set(words) <= set(schema["optional"][name][0]) and words
+        more = {"data": "shapes:4", "model": str(menus.model_folder(model)), "name": "x"}
+        for recipe, said in words.items():
+            if name == "preset":
+                reward = {"preset": recipe, "rewards": ("shapes",)}
+                config = configure(RewardChoices(**more, recipe=recipe, **reward), tmp_path)
+                assert said.startswith(f"group_size {config.group_size}, groups {config.groups_per_update}, ")
+            else:
+                config = configure(Choices(**more, recipe=recipe), tmp_path)
+                assert said.endswith(f", batch_size {config.batch_size}")
+            rate = said.partition("learning_rate ")[2].partition(",")[0]
+            assert float(rate) == config.lr and f"rank {config.rank}, " in said

@@ -12,7 +12,8 @@ style.textContent = `
   padding: 4px 8px; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
   font: 11px/1.4 ui-monospace, monospace; color: var(--input-text, #ddd);
   background: var(--comfy-input-bg, #222); }
-.${NAME}:empty::before { content: attr(data-empty); opacity: 0.5; }
+.${NAME}_note { opacity: 0.7; }
+.${NAME}_text:empty::before { content: attr(data-empty); opacity: 0.5; }
 [data-node-id] .${NAME} { max-height: ${HEIGHT}px; }`;
 document.head.append(style);
 
@@ -21,18 +22,21 @@ function wants(node) {
 }
 
 function create(node) {
-  const box = document.createElement("div");
+  const box = document.createElement("div"), note = document.createElement("div"), text = document.createElement("div");
   box.className = NAME;
-  box.dataset.empty = navigator.language.startsWith("zh") ? "运行后在此显示报告" : "The report comes here when it has run.";
+  box.append(note, text);
+  note.className = `${NAME}_note`;
+  text.className = `${NAME}_text`;
+  text.dataset.empty = navigator.language.startsWith("zh") ? "运行后在此显示报告" : "The report comes here when it has run.";
   box.dataset.captureWheel = "true";  // the wheel scrolls the text, it does not zoom the canvas
   box.addEventListener("wheel", (event) => {
     if (box.scrollHeight > box.clientHeight) event.stopPropagation();
   });
   const widget = node.addDOMWidget(NAME, NAME, box, {
-    serialize: false, getMinHeight: () => HEIGHT, getValue: () => box.textContent, setValue: () => {},
+    serialize: false, getMinHeight: () => HEIGHT, getValue: () => text.textContent, setValue: () => {},
   });
   widget.serialize = false;  // no value of the workflow either
-  node.diptychReport = box;
+  Object.assign(node, { diptychReport: text, diptychNote: note });
 }
 
 function show(node, output) {

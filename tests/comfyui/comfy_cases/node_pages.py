@@ -58,7 +58,7 @@ def its_widgets_end_with_the_advanced_ones(host, node):
             definition[1].get("advanced", False)
             for definition in schema.get(group, {}).values()
             if isinstance(definition[0], (list, tuple))
-            or definition[0] in ("INT", "FLOAT", "STRING", "BOOLEAN")
+            or definition[1].get("widgetType", definition[0]) in ("INT", "FLOAT", "STRING", "BOOLEAN")
         ]
         assert widgets == sorted(widgets), f"advanced before common among {list(schema[group])}"
 
