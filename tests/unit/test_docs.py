@@ -17,7 +17,7 @@ from comfyui_diptych.training.config import TASKS, TinyTrainConfig
 from comfyui_diptych.training.reinforce.config import GRPOConfig, TinyGRPOConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("web/**/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("web/**/*.md")]
 HOME = re.compile(
     r"https://(raw\.githubusercontent|github)\.com/comfyui-diptych/ComfyUI-Diptych/(blob/)?main/"
 )

@@ -114,3 +114,20 @@ def test_the_chinese_help_page_calls_things_what_the_node_shows(node, locales):
     assert [row for row in wanted if row not in text] == []
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\*[^*\n]+\*", "", text, flags=re.S)
     assert ENGLISH_SENTENCE.findall(prose) == []
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    return [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+def test_the_chinese_readme_has_all_of_the_english_one(locales):
+    """The same parts, commands, files and figures; every node, by its Chinese name."""
+    english, chinese = ROOT / "README.md", ROOT / "README.zh.md"
+    texts = [page.read_text(encoding="utf-8") for page in (english, chinese)]
+    assert outline(chinese) == outline(english) and commands(chinese) == commands(english)
+    for kind in (r"`[^`\n]+`", r"https://[^)\s]+(?<!README\.md)(?<!README\.zh\.md)(?=\))", r"\d+\.\d+"):
+        assert sorted(re.findall(kind, texts[1])) == sorted(re.findall(kind, texts[0])), kind
+    names = [short(entry) for entry in locales.read("zh")["nodeDefs.json"].values()]
+    assert [name for name in names if name not in texts[1]] == []
+    assert "README.zh.md" in texts[0] and "README.md" in texts[1]
