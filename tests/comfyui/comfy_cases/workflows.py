@@ -85,8 +85,8 @@ def tiny_lora(host, *, moe: bool) -> Path:
     return match[0]
 
 
-def swapped(host, prompt: dict) -> dict:
-    """The same prompt on the tiny model, on small images, in two steps (glid's sampler takes four)."""
+def swapped(host, prompt: dict, few: dict = FEW) -> dict:
+    """The same prompt on the tiny model, on small images, in a `few` steps (glid's sampler takes four)."""
     used = {node["class_type"] for node in prompt.values()}
     slots = {key: SLOTS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SLOTS}
     small = {key: node for key, node in prompt.items() if key not in slots}
@@ -97,10 +97,10 @@ def swapped(host, prompt: dict) -> dict:
         for key, value in inputs.items():
             if isinstance(value, list) and value[0] in slots:
                 inputs[key] = ["tiny", slots[value[0]] + value[1]]
-        inputs.update({key: few for key, few in FEW.items() if key in inputs})
+        inputs.update({key: value for key, value in few.items() if key in inputs})
         if inputs.get("panel_width", 0) > SIDE:
             inputs["panel_width"] = SIDE
-        if node["class_type"] == "DiptychGlidSampler":
+        if few and node["class_type"] == "DiptychGlidSampler":
             inputs["steps"] = 4
         if node["class_type"] == "DiptychTiledSampler":
             inputs.update(window=SIDE, stride=SIDE // 2)

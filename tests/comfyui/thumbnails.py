@@ -1,0 +1,185 @@
+"""Make the thumbnails of example workflows out of what their own runs paint.
+
+    COMFYUI/.venv/bin/python tests/comfyui/thumbnails.py COMFYUI [TEMPLATE ...]
+
+Run by ComfyUI's interpreter. Workflows that run on downloaded models run on the tiny ones, on an image of
+their world, and ask for an edit of the same kind. ComfyUI's page puts a badge over the top left corner
+(117 x 28 of 256 px, measured in 0.33), so images begin below it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SIDE, BAND, GAP = 480, 66, 8
+GROUND, INK = (45, 47, 52), (245, 245, 245)
+DEMO, SPLIT, PASTE, DECODE = "DiptychDemoImage", "DiptychSplit", "DiptychPasteBack", "VAEDecode"
+BEFORE = (DEMO, 0)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One thumbnail: rows of sockets (class or title of a node, output), and what to set for the run."""
+
+    rows: list[list[tuple[str, int]]] = field(default_factory=lambda: [[BEFORE, (SPLIT, 0)]])
+    demo: tuple[int, str] | None = None  # example and operation in the place of Load Image
+    inputs: dict[str, dict] = field(default_factory=dict)  # class or title of a node -> its inputs
+    arrow: bool = True
+
+
+def wide(result: str = PASTE, **more) -> Picture:
+    """The image above, the wider result below."""
+    return Picture([[BEFORE], [(result, 0)]], **more)
+
+
+EDIT, TWO_STEPS = Picture(), {"DiptychFlowMatchScheduler": {"steps": 16}}
+BESIDE = "a {} background with a large {} at the top left and a large {} at the top right"
+
+
+def inpaint(example: int, prompt: str, conditioner: str = "CLIPTextEncode", **more) -> Picture:
+    """Room on the right of a demo image, painted in a window of 64 px; `prompt` says what the window shows."""
+    return wide(
+        demo=(example, "recolour"),
+        inputs={
+            "DiptychOutpaintCanvas": {"right": 32, "overlap": 0},
+            "Prompt: the whole image": {"text": prompt},
+            "Negative prompt": {"text": ""},
+            "KSampler": {"seed": 5, "cfg": 2.5, "steps": 16, "sampler_name": "ddim", "scheduler": "simple"},
+            **more,
+        },
+    )
+
+
+PICTURES: dict[str, Picture] = {
+    "Best of six - tiny": Picture([[BEFORE], [("One start", 0), (SPLIT, 0)]]),
+    "Edit by instruction - tiny": EDIT,
+    "Edit by instruction - FLUX": Picture(demo=(5, "replace")),
+    "Edit with Kontext - tiny": EDIT,
+    "Edit with MoE-LoRA - FLUX": Picture(demo=(8, "remove")),
+    "Edit with a reward LoRA - FLUX": Picture(demo=(4, "background")),
+    "Edit with a reward LoRA - tiny": EDIT,
+    "Fill a mask - tiny": EDIT,
+    "Fill a mask - tiny SD": Picture([[BEFORE, (DECODE, 0)]]),
+    "Infinite zoom - tiny": Picture([[("Export", 1)]]),
+    "Outpaint - FLUX Fill": wide("DiptychOutpaint", demo=(1, "recolour"), inputs={"DiptychOutpaint": {"left": 32, "right": 32}}),
+    "Outpaint - tiny glid": wide(),
+    "Outpaint in one node - tiny": Picture([[BEFORE, ("DiptychOutpaint", 0)]]),
+    "Outpaint step by step - tiny": wide(),
+    "Panorama - tiny": wide(),
+    "Repair a detail - tiny": Picture([[BEFORE, (PASTE, 0)]]),
+}
+
+
+def find(graph: dict, prompt: dict, name: str) -> str:
+    """The id of the last node of that title or class in the prompt."""
+    titles = {str(node["id"]): node.get("title") for node in graph["nodes"]}
+    return [key for key, node in prompt.items() if name in (node["class_type"], titles.get(key))][-1]
+
+
+def prepared(host, name: str, picture: Picture) -> tuple[dict, dict]:
+    """(graph, prompt) of a template, on the tiny models where it names others."""
+    from comfy_cases import workflow, workflows
+
+    graph, prompt = workflow(name), workflows.convert(host, name)
+    workflows.TinyControlNet.host = host
+    host.nodes["TestTinyControlNet"] = workflows.TinyControlNet
+    if picture.demo:
+        workflows.placeholders(host, prompt)
+        prompt = workflows.swapped(host, prompt, few={})
+        example, operation = picture.demo
+        loads = [key for key, node in prompt.items() if node["class_type"] == "LoadImage"]
+        for key in loads:
+            prompt[key] = {"class_type": DEMO, "inputs": {"example": example, "operation": operation, "size": 64}}
+        for node in prompt.values():
+            for key, value in node["inputs"].items():
+                if isinstance(value, list) and value[0] in loads:
+                    node["inputs"][key] = [value[0], {0: 0, 1: 2}[value[1]]]
+        for node in prompt.values():
+            if "instruction" in node["inputs"]:
+                node["inputs"]["instruction"] = [loads[0], 1]
+    for where, inputs in picture.inputs.items():
+        prompt[find(graph, prompt, where)]["inputs"].update(inputs)
+    return graph, prompt
+
+
+def paint(host, name: str, picture: Picture) -> list[list]:
+    """The images of a template's run as PIL images, in rows."""
+    graph, prompt = prepared(host, name, picture)
+    places = {f"{i} {j}": place for i, row in enumerate(picture.rows) for j, place in enumerate(row)}
+    for label, (where, slot) in places.items():
+        value = {"value": [find(graph, prompt, where), slot], "name": label}
+        prompt[f"keep {label}"] = {"class_type": "TestKeepValue", "inputs": value}
+    kept = host.run(prompt).kept
+    return [[image(kept[f"{i} {j}"]) for j in range(len(row))] for i, row in enumerate(picture.rows)]
+
+
+def image(tensor):
+    """The first image of a batch as a PIL image."""
+    from PIL import Image
+
+    pixels = tensor[0].detach().cpu().float().clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(pixels.numpy())
+
+
+def compose(rows: list[list], arrow: bool):
+    """A square of rows of images below the band of the badge; an arrow leads from the first to the second."""
+    from PIL import Image, ImageDraw
+
+    canvas = Image.new("RGB", (SIDE, SIDE), GROUND)
+    room = SIDE - BAND - GAP * len(rows)
+    wanted = [(SIDE - GAP * (len(row) + 1)) / sum(i.width / i.height for i in row) for row in rows]
+    tallest = wanted if sum(wanted) <= room else [min(h, share(wanted, h, room)) for h in wanted]
+    heights = [int(height) for height in tallest]
+    middle = (SIDE - sum(heights) - GAP * (len(rows) - 1)) // 2
+    y, boxes = max(BAND, middle), []
+    for row, height in zip(rows, heights, strict=True):
+        widths = [round(i.width * height / i.height) for i in row]
+        x = (SIDE - sum(widths) - GAP * (len(row) - 1)) // 2
+        for one, width in zip(row, widths, strict=True):
+            canvas.paste(one.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), (x, y))
+            boxes.append((x, y, width, height))
+            x += width + GAP
+        y += height + GAP
+    if arrow and len(boxes) > 1:
+        draw_arrow(ImageDraw.Draw(canvas), *boxes[:2], down=len(rows[0]) == 1)
+    return canvas
+
+
+def share(wanted: list[float], height: float, room: float) -> float:
+    """The largest height of a row when all rows together have `room`: every row is cut to the same."""
+    return room / len(wanted) if height > room / len(wanted) else height
+
+
+def draw_arrow(draw, a: tuple, b: tuple, down: bool) -> None:
+    """A small disc with an arrow on the seam of two images."""
+    x, y = (SIDE // 2, a[1] + a[3] + GAP // 2) if down else (a[0] + a[2] + GAP // 2, a[1] + a[3] // 2)
+    draw.ellipse((x - 15, y - 15, x + 15, y + 15), fill=INK)
+    points = [(-6, -4), (6, -4), (0, 7)] if down else [(-4, -6), (-4, 6), (7, 0)]
+    draw.polygon([(x + dx, y + dy) for dx, dy in points], fill=GROUND)
+
+
+def main() -> None:
+    comfyui, *names = sys.argv[1:]
+    sys.path.insert(0, str(Path(__file__).parent))
+    import comfy_cases
+    import comfy_host
+    import finding
+
+    out = Path(os.environ.get("DIPTYCH_THUMBNAILS", comfy_cases.ROOT / "example_workflows"))
+    with tempfile.TemporaryDirectory() as folder:
+        base = finding.make_base(Path(folder) / "base", Path(comfyui))
+        host = comfy_host.Host(Path(comfyui), base, [])
+        comfy_cases.load_all()
+        for name in names or PICTURES:
+            picture = PICTURES[name]
+            thumbnail = compose(paint(host, name, picture), picture.arrow)
+            thumbnail.save(out / f"{name}.jpg", quality=88)
+            print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
