@@ -31,53 +31,73 @@ class Picture:
     arrow: bool = True
 
 
-def wide(result: str = PASTE, **more) -> Picture:
-    """The image above, the wider result below."""
-    return Picture([[BEFORE], [(result, 0)]], **more)
+EDIT, FILLED = Picture(), Picture([[BEFORE, (DECODE, 0)]])
 
 
-EDIT, TWO_STEPS = Picture(), {"DiptychFlowMatchScheduler": {"steps": 16}}
-BESIDE = "a {} background with a large {} at the top left and a large {} at the top right"
-
-
-def inpaint(example: int, prompt: str, conditioner: str = "CLIPTextEncode", **more) -> Picture:
+def inpaint(example: int, prompt: str, where: str = "Prompt: the whole image", key: str = "text") -> Picture:
     """Room on the right of a demo image, painted in a window of 64 px; `prompt` says what the window shows."""
-    return wide(
-        demo=(example, "recolour"),
-        inputs={
-            "DiptychOutpaintCanvas": {"right": 32, "overlap": 0},
-            "Prompt: the whole image": {"text": prompt},
-            "Negative prompt": {"text": ""},
-            "KSampler": {"seed": 5, "cfg": 2.5, "steps": 16, "sampler_name": "ddim", "scheduler": "simple"},
-            **more,
-        },
-    )
+    sampler = {"seed": 5, "cfg": 2.5, "steps": 16, "sampler_name": "ddim", "scheduler": "simple"}
+    inputs = {"DiptychOutpaintCanvas": {"right": 32}, where: {key: prompt}, "KSampler": sampler}
+    return Picture([[BEFORE], [(PASTE, 0)]], (example, "recolour"), inputs)
 
 
 PICTURES: dict[str, Picture] = {
-    "Best of six - tiny": Picture([[BEFORE], [("One start", 0), (SPLIT, 0)]]),
-    "Edit by instruction - tiny": EDIT,
     "Edit by instruction - FLUX": Picture(demo=(5, "replace")),
-    "Edit with Kontext - tiny": EDIT,
     "Edit with MoE-LoRA - FLUX": Picture(demo=(8, "remove")),
     "Edit with a reward LoRA - FLUX": Picture(demo=(4, "background")),
-    "Edit with a reward LoRA - tiny": EDIT,
+    "Outpaint - FLUX Fill": Picture(
+        [[BEFORE], [("DiptychOutpaint", 0)]],
+        (1, "recolour"),
+        {"DiptychOutpaint": {"left": 32, "right": 32}, "CLIPTextEncode": {"text": "a green background"}},
+    ),
+    "Inpaint - SD 1.5": inpaint(
+        6,
+        "a green background with a large red cross at the top left and a large white circle at the bottom right",
+    ),
+    "Inpaint - SD 1.5 with ControlNet": inpaint(
+        9,
+        "a blue background with a large black cross at the top left, a large yellow triangle at the top right "
+        "and a small cyan square at the bottom left",
+    ),
+    "Inpaint - any SD 1.5 finetune": inpaint(
+        12,
+        "a black background with a large white square at the top left and a large cyan circle at the bottom right",
+    ),
+    "Inpaint - PowerPaint": inpaint(
+        8,
+        "a yellow background with a large black circle at the top left, a large red square at the top right "
+        "and a large green triangle at the bottom left",
+        "DiptychPowerPaintPrompt",
+        "prompt",
+    ),
+    "Two references - FLUX Kontext": Picture(
+        [[("First image", 0), ("Second image", 0)], [(SPLIT, 0)]],
+        (7, "add"),
+        {
+            "Second image": {"example": 10, "operation": "background"},
+            "Instruction": {"text": "place a large white triangle in the bottom right"},
+        },
+        arrow=False,
+    ),
     "Fill a mask - tiny": EDIT,
-    "Fill a mask - tiny SD": Picture([[BEFORE, (DECODE, 0)]]),
-    "Infinite zoom - tiny": Picture([[("Export", 1)]]),
-    "Outpaint - FLUX Fill": wide("DiptychOutpaint", demo=(1, "recolour"), inputs={"DiptychOutpaint": {"left": 32, "right": 32}}),
-    "Outpaint - tiny glid": wide(),
-    "Outpaint in one node - tiny": Picture([[BEFORE, ("DiptychOutpaint", 0)]]),
-    "Outpaint step by step - tiny": wide(),
-    "Panorama - tiny": wide(),
+    "Fill a mask - tiny SD": FILLED,
     "Repair a detail - tiny": Picture([[BEFORE, (PASTE, 0)]]),
+    "Edit by instruction - tiny": EDIT,
+    "Edit with Kontext - tiny": EDIT,
+    "Edit with a reward LoRA - tiny": Picture([[BEFORE], [("13", 0), ("24", 0)]], arrow=False),
+    "Best of six - tiny": Picture([[BEFORE], [("17", 0), ("20", 0)]], arrow=False),
+    "Outpaint step by step - tiny": Picture([[BEFORE], [(PASTE, 0)]]),
+    "Outpaint - tiny glid": Picture([[BEFORE], [(PASTE, 0)]]),
+    "Outpaint in one node - tiny": Picture([[BEFORE, ("DiptychOutpaint", 0)]]),
+    "Panorama - tiny": Picture([[BEFORE], [(PASTE, 0)]]),
+    "Infinite zoom - tiny": Picture([[("Export", 1)]]),
 }
 
 
 def find(graph: dict, prompt: dict, name: str) -> str:
-    """The id of the last node of that title or class in the prompt."""
+    """The id of the last node in the prompt that has this id, title or class."""
     titles = {str(node["id"]): node.get("title") for node in graph["nodes"]}
-    return [key for key, node in prompt.items() if name in (node["class_type"], titles.get(key))][-1]
+    return [key for key, node in prompt.items() if name in (key, node["class_type"], titles.get(key))][-1]
 
 
 def prepared(host, name: str, picture: Picture) -> tuple[dict, dict]:
@@ -93,7 +113,10 @@ def prepared(host, name: str, picture: Picture) -> tuple[dict, dict]:
         example, operation = picture.demo
         loads = [key for key, node in prompt.items() if node["class_type"] == "LoadImage"]
         for key in loads:
-            prompt[key] = {"class_type": DEMO, "inputs": {"example": example, "operation": operation, "size": 64}}
+            prompt[key] = {
+                "class_type": DEMO,
+                "inputs": {"example": example, "operation": operation, "size": 64},
+            }
         for node in prompt.values():
             for key, value in node["inputs"].items():
                 if isinstance(value, list) and value[0] in loads:
