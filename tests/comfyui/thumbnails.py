@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 SIDE, BAND, GAP = 480, 66, 8
@@ -27,69 +27,76 @@ class Picture:
 
     rows: list[list[tuple[str, int]]] = field(default_factory=lambda: [[BEFORE, (SPLIT, 0)]])
     demo: tuple[int, str] | None = None  # example and operation in the place of Load Image
-    inputs: dict[str, dict] = field(default_factory=dict)  # class or title of a node -> its inputs
+    inputs: dict[str, dict] = field(default_factory=dict)  # node -> its inputs; a tuple is a socket
     arrow: bool = True
+    of: str = ""  # another template that is run instead
 
 
-EDIT, FILLED = Picture(), Picture([[BEFORE, (DECODE, 0)]])
+EDIT, FILLED, PASTED = (Picture([[BEFORE, (result, 0)]]) for result in (SPLIT, DECODE, PASTE))
+WIDER = Picture([[BEFORE], [(PASTE, 0)]])
+CAPTION = (DEMO, 4)
 
 
-def inpaint(example: int, prompt: str, where: str = "Prompt: the whole image", key: str = "text") -> Picture:
-    """Room on the right of a demo image, painted in a window of 64 px; `prompt` says what the window shows."""
+def inpaint(example: int, *, prompt: str = "CLIPTextEncode", **more: dict) -> Picture:
+    """A painted mask is filled, nothing is added on the right; `prompt` names the node of the prompt."""
     sampler = {"seed": 5, "cfg": 2.5, "steps": 16, "sampler_name": "ddim", "scheduler": "simple"}
-    inputs = {"DiptychOutpaintCanvas": {"right": 32}, where: {key: prompt}, "KSampler": sampler}
-    return Picture([[BEFORE], [(PASTE, 0)]], (example, "recolour"), inputs)
+    inputs = {"DiptychOutpaintCanvas": {"right": 0}, prompt: {}, "KSampler": sampler, **more}
+    inputs[prompt] = {"prompt" if prompt == "DiptychPowerPaintPrompt" else "text": CAPTION}
+    return Picture([[BEFORE, (PASTE, 0)]], (example, "recolour"), inputs)
 
 
+WHOLE = "Prompt: the whole image"
 PICTURES: dict[str, Picture] = {
-    "Edit by instruction - FLUX": Picture(demo=(5, "replace")),
-    "Edit with MoE-LoRA - FLUX": Picture(demo=(8, "remove")),
-    "Edit with a reward LoRA - FLUX": Picture(demo=(4, "background")),
+    "Edit by instruction - FLUX": replace(EDIT, demo=(5, "replace")),
+    "Edit with MoE-LoRA - FLUX": replace(EDIT, demo=(8, "remove")),
+    "Edit with a reward LoRA - FLUX": replace(EDIT, demo=(4, "background")),
     "Outpaint - FLUX Fill": Picture(
         [[BEFORE], [("DiptychOutpaint", 0)]],
         (1, "recolour"),
         {"DiptychOutpaint": {"left": 32, "right": 32}, "CLIPTextEncode": {"text": "a green background"}},
     ),
-    "Inpaint - SD 1.5": inpaint(
-        6,
-        "a green background with a large red cross at the top left and a large white circle at the bottom right",
-    ),
+    "Inpaint - SD 1.5": inpaint(11, prompt=WHOLE),
     "Inpaint - SD 1.5 with ControlNet": inpaint(
-        9,
-        "a blue background with a large black cross at the top left, a large yellow triangle at the top right "
-        "and a small cyan square at the bottom left",
+        1,
+        prompt=WHOLE,
+        DiptychControlNetInpaint={"strength": 0.0},  # there is no tiny ControlNet
     ),
-    "Inpaint - any SD 1.5 finetune": inpaint(
-        12,
-        "a black background with a large white square at the top left and a large cyan circle at the bottom right",
-    ),
-    "Inpaint - PowerPaint": inpaint(
-        8,
-        "a yellow background with a large black circle at the top left, a large red square at the top right "
-        "and a large green triangle at the bottom left",
-        "DiptychPowerPaintPrompt",
-        "prompt",
-    ),
+    "Inpaint - any SD 1.5 finetune": inpaint(10, prompt=WHOLE),
+    "Inpaint - PowerPaint": inpaint(8, prompt="DiptychPowerPaintPrompt"),
     "Two references - FLUX Kontext": Picture(
         [[("First image", 0), ("Second image", 0)], [(SPLIT, 0)]],
-        (7, "add"),
+        (1, "add"),
         {
-            "Second image": {"example": 10, "operation": "background"},
-            "Instruction": {"text": "place a large white triangle in the bottom right"},
+            "Second image": {"example": 12, "operation": "add"},
+            "Instruction": {"text": "put a small green cross at the bottom left"},
+            "RandomNoise": {"noise_seed": 1},
+            "DiptychFlowMatchScheduler": {"steps": 16},
         },
         arrow=False,
     ),
     "Fill a mask - tiny": EDIT,
     "Fill a mask - tiny SD": FILLED,
-    "Repair a detail - tiny": Picture([[BEFORE, (PASTE, 0)]]),
+    "Repair a detail - tiny": PASTED,
     "Edit by instruction - tiny": EDIT,
     "Edit with Kontext - tiny": EDIT,
     "Edit with a reward LoRA - tiny": Picture([[BEFORE], [("13", 0), ("24", 0)]], arrow=False),
     "Best of six - tiny": Picture([[BEFORE], [("17", 0), ("20", 0)]], arrow=False),
-    "Outpaint step by step - tiny": Picture([[BEFORE], [(PASTE, 0)]]),
-    "Outpaint - tiny glid": Picture([[BEFORE], [(PASTE, 0)]]),
-    "Outpaint in one node - tiny": Picture([[BEFORE, ("DiptychOutpaint", 0)]]),
-    "Panorama - tiny": Picture([[BEFORE], [(PASTE, 0)]]),
+    "Judge edits - tiny": Picture([[("DiptychRewardScore", 3)]]),
+    "See what models see - tiny": Picture([[("DiptychTokenInspector", 0)]]),
+    "Outpaint step by step - tiny": WIDER,
+    "Outpaint - tiny glid": WIDER,
+    "Outpaint - glid": replace(
+        WIDER,
+        of="Outpaint - tiny glid",
+        inputs={
+            "What the window shows": {
+                "text": "a yellow background with a large red cross at the bottom left and a large green "
+                "square at the bottom right"
+            }
+        },
+    ),
+    "Outpaint in one node - tiny": Picture([[(DEMO, 3), ("DiptychOutpaint", 0)]]),
+    "Panorama - tiny": WIDER,
     "Infinite zoom - tiny": Picture([[("Export", 1)]]),
 }
 
@@ -125,13 +132,17 @@ def prepared(host, name: str, picture: Picture) -> tuple[dict, dict]:
             if "instruction" in node["inputs"]:
                 node["inputs"]["instruction"] = [loads[0], 1]
     for where, inputs in picture.inputs.items():
-        prompt[find(graph, prompt, where)]["inputs"].update(inputs)
+        linked = {
+            k: [find(graph, prompt, v[0]), v[1]] if isinstance(v, tuple) else v for k, v in inputs.items()
+        }
+        prompt[find(graph, prompt, where)]["inputs"].update(linked)
     return graph, prompt
 
 
 def paint(host, name: str, picture: Picture) -> list[list]:
     """The images of a template's run as PIL images, in rows."""
-    graph, prompt = prepared(host, name, picture)
+    graph, prompt = prepared(host, picture.of or name, picture)
+    host.executor = None  # what an earlier run kept is not kept again
     places = {f"{i} {j}": place for i, row in enumerate(picture.rows) for j, place in enumerate(row)}
     for label, (where, slot) in places.items():
         value = {"value": [find(graph, prompt, where), slot], "name": label}
