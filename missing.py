@@ -17,6 +17,7 @@ OPTIONAL = (
     "wandb",
     "lycoris",
     "open_clip",
+    "gradio",
 )
 DISTRIBUTION = "diptych"  # its name in pyproject.toml, and so on registry.comfy.org and for pip
 DOCS = "https://github.com/comfyui-diptych/ComfyUI-Diptych/blob/main/docs"

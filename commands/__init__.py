@@ -28,7 +28,8 @@ def modules() -> list[ModuleType]:
         resize,
         score,
         train,
+        web,
     )
 
-    makers = [edit, outpaint, inpaint, generate, caption, train, grpo, report, precompute, score]
+    makers = [edit, outpaint, inpaint, generate, caption, web, train, grpo, report, precompute, score]
     return [*makers, resize, merge_inpaint, powerpaint, glid, doctor]

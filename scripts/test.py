@@ -9,9 +9,9 @@ import sys
 from _venv import ROOT, ensure
 
 # Modules stay together (loadscope), as do what they share: toy models, a launch of two processes. A real
-# ComfyUI, where one is found, is booted once and answers its tests in order: not by workers.
+# ComfyUI, where one is found, is booted once and answers its tests in order, as does a page: not by workers.
 WORKERS = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "loadscope"]
-WHOLE_SUITE = [[*WORKERS, "tests/unit", "tests/parity", "tests/fuzz"], ["tests/comfyui"]]
+WHOLE_SUITE = [[*WORKERS, "tests/unit", "tests/parity", "tests/fuzz"], ["tests/comfyui"], ["tests/page"]]
 
 if __name__ == "__main__":
     # Workers fill the cores: a torch of each that used all of them would be several times slower.

@@ -24,11 +24,13 @@ FLOORS = [
     "training.reinforce",
     "training",
     "nodes commands",
+    "page",
+    "commands.web",
     "",
 ]
 FLOOR = {room: number for number, line in enumerate(FLOORS) for room in line.split(" ")}
-# ComfyUI's side of a sampler reads masks as every node does.
-EXCEPTIONS = {("samplers.comfy_tiles", "models.pixels")}
+# ComfyUI's side of a sampler reads masks as every node does; the list of commands names the page's.
+EXCEPTIONS = {("samplers.comfy_tiles", "models.pixels"), ("commands", "commands.web")}
 
 
 @cache
@@ -37,7 +39,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] in ("samplers", "models", "training", "nodes", "commands") or len(parts) == 1:
+        if parts[0] in ("samplers", "models", "training", "nodes", "commands", "page") or len(parts) == 1:
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

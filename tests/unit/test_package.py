@@ -12,11 +12,11 @@ import pytest
 from comfyui_diptych import missing
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "comfy"}
+HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "comfy", "gradio"}
 
 
 def test_import_loads_no_heavy_library():
-    code = "import sys, comfyui_diptych, comfyui_diptych.models.multimodal; "
+    code = "import sys, comfyui_diptych, comfyui_diptych.models.multimodal, comfyui_diptych.commands.web; "
     code += "print(' '.join(sorted({m.split('.')[0] for m in sys.modules})))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -45,7 +45,7 @@ def test_requirements_leave_torch_to_the_host():
 
 def test_every_package_folder_is_installed():
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    rooms = ("commands", "models", "nodes", "samplers", "training")
+    rooms = ("commands", "models", "nodes", "page", "samplers", "training")
     for init in (path for room in rooms for path in (ROOT / room).rglob("__init__.py")):
         assert f'"comfyui_diptych.{".".join(init.parent.relative_to(ROOT).parts)}"' in listed
 
@@ -58,7 +58,17 @@ def test_an_installed_package_has_every_file_that_the_code_reads():
     packed = {path for folder in folders for path in folder.glob("*.py")}
     for pattern in listed["package-data"]["comfyui_diptych"]:
         packed |= set(ROOT.glob(pattern))
-    rooms = ("commands", "models", "nodes", "samplers", "training", "web", "locales", "example_workflows")
+    rooms = (
+        "commands",
+        "models",
+        "nodes",
+        "page",
+        "samplers",
+        "training",
+        "web",
+        "locales",
+        "example_workflows",
+    )
     needed = {path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
     needed = {path for path in needed if "__pycache__" not in path.parts and path.name != ".DS_Store"}
     assert len(needed) > 100 and not sorted(str(path) for path in needed - packed)
