@@ -80,7 +80,8 @@ def on_run(
     ]
 
     def end(request: gr.Request) -> None:
-        if backend.jobs.stop(visitor(request)):
-            gr.Info("stopping at the next step")
+        for job in backend.jobs.stop(visitor(request)):
+            gr.Info(f"stopping at the next step, {job.done} of {job.total} were done: nothing will change")
 
-    stop.click(end, None, None, cancels=events, queue=False, api_visibility="private")
+    # The page forgets a job that is cancelled, and its error with it. Only what is queued can say something.
+    stop.click(end, None, None, cancels=events, concurrency_limit=None, api_visibility="private")

@@ -63,9 +63,9 @@ class Jobs:
             if not jobs:
                 self._running.pop(visitor, None)
 
-    def stop(self, visitor: str) -> bool:
-        """Ask a visitor's jobs to end at their next step; returns whether there are any."""
+    def stop(self, visitor: str) -> list[Job]:
+        """Ask a visitor's jobs to end at their next step; returns them."""
         jobs = list(self._running.get(visitor, ()))
         for job in jobs:
             job.stop()
-        return bool(jobs)
+        return jobs

@@ -17,7 +17,7 @@ const step = (name) => process.stderr.write(`${name}\n`);
 // The two images under a slider, once they are others than before.
 async function slid(id, before = "") {
   const wait = `(() => {
-    const images = [...document.querySelectorAll("#${id} img")].filter((i) => i.naturalWidth);
+    const images = [...document.querySelectorAll("#${id} img[src]")];  // loaded when they come into view
     const now = images.map((image) => image.src).join(" ");
     return images.length >= 2 && now !== ${JSON.stringify(before)} ? now : "";
   })()`;
@@ -82,7 +82,7 @@ async function editing() {
   await page.waitForFunction(running, null, WAIT);
   seen.progress = (await page.locator("#edit-slider").innerText()).replace(/\s+/g, " ");
   await press("edit-stop");
-  await page.waitForFunction(() => /stopped after/.test(document.body.innerText), null, WAIT);
+  await page.waitForFunction(() => /stopping at/.test(document.body.innerText), null, WAIT);
   seen.stopped = await toast();
 }
 
@@ -190,7 +190,7 @@ async function main() {
   const browser = await chromium.launch({
     executablePath: task.chromium, headless: true, args: ["--no-sandbox", "--disable-gpu"],
   });
-  const context = await browser.newContext({ viewport: { width: 1300, height: 950 }, acceptDownloads: true });
+  const context = await browser.newContext({ viewport: { width: 1300, height: 1500 }, acceptDownloads: true });
   page = await context.newPage();
   page.setDefaultTimeout(WAIT.timeout);
   page.on("pageerror", (error) => problems.push(String(error.stack || error)));

@@ -73,7 +73,7 @@ def test_edit_compare_error_progress_stop_and_example(visit, example, folder):
     assert "icedit" in seen["report"] and seen["sliderMoved"]
     assert "the instruction is empty: say what to change" in seen["error"]
     assert re.search(r"\d+/100 steps", seen["progress"])
-    done, total = map(int, re.search(r"stopped after (\d+) of (\d+) steps", seen["stopped"]).groups())
+    done, total = map(int, re.search(r"next step, (\d+) of (\d+) were done", seen["stopped"]).groups())
     assert 2 <= done < total == 100
     assert seen["example"] == examples.pair(examples.EDITS[1]).instruction
 
