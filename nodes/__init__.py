@@ -13,12 +13,14 @@ from . import (
     diptych,
     glid,
     grpo,
+    icedit,
     inspect,
     lora,
     masks,
     outpaint,
     outpaint_methods,
     powerpaint,
+    replaced,
     rewards,
     sampling,
     score,
@@ -31,6 +33,7 @@ from .guard import guard
 NODE_CLASSES = [
     *diptych.NODES,
     *compare.NODES,
+    *icedit.NODES,
     *masks.NODES,
     *conditioning.NODES,
     *outpaint.NODES,
@@ -53,3 +56,4 @@ NODE_CLASSES = [
 
 NODE_CLASS_MAPPINGS = {cls.__name__: guard(cls) for cls in NODE_CLASSES}
 NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: cls.DISPLAY_NAME for cls in NODE_CLASSES}
+replaced.register()

@@ -14,6 +14,7 @@ from ..models import tiny
 # models.lora is imported where it is used: it is a third of what importing the pack would cost.
 
 NONE = "none"
+NO_FILE = "None"  # as ICEdit-official's DiptychCreate has it, whose saved workflows open here
 DEMO = "shapes demo (512 pairs)"
 DEMO_SPEC = "shapes:512?split=train&seed=0&size=64&task={task}"
 TINY = {
@@ -34,6 +35,33 @@ def comfy_folders() -> ModuleType | None:
     except ImportError:
         return None
     return folder_paths
+
+
+# images of the input folder
+
+
+def input_images() -> list[str]:
+    """Image files of ComfyUI's input folder, as Load Image lists them."""
+    folders = comfy_folders()
+    top = Path(folders.get_input_directory()) if folders else None
+    if top is None or not top.is_dir():
+        return []
+    files = [entry.name for entry in top.iterdir() if entry.is_file()]
+    return sorted(folders.filter_files_content_types(files, ["image"]))
+
+
+def input_image_exists(name: object) -> bool:
+    """Whether a name of that list, or one with a folder that an upload gave, is there."""
+    folders = comfy_folders()
+    return isinstance(name, str) and folders is not None and folders.exists_annotated_filepath(name)
+
+
+def input_image_fingerprint(name: object) -> str:
+    """Another text once the file of that name changes; "" without one."""
+    if not input_image_exists(name):
+        return ""
+    stat = Path(comfy_folders().get_annotated_filepath(name)).stat()
+    return f"{stat.st_mtime_ns} {stat.st_size}"
 
 
 # datasets and base models of the training nodes

@@ -78,3 +78,15 @@ def test_the_code_knows_the_name_it_is_published_under():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["name"] == missing.DISTRIBUTION and "comfyui" not in project["name"].lower()
+
+
+def test_what_the_registry_asks_for_is_there():
+    """https://docs.comfy.org/registry/specifications: an icon of at most 400 px, square; a banner of 21:9."""
+    tomllib = pytest.importorskip("tomllib")
+    image = pytest.importorskip("PIL.Image")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    comfy, project = listed["tool"]["comfy"], listed["project"]
+    assert {"PublisherId", "DisplayName", "requires-comfyui"} <= comfy.keys()
+    assert project["license"] == "Apache-2.0" and "Repository" in project["urls"]
+    icon, banner = (image.open(ROOT / comfy[key].partition("/main/")[2]).size for key in ("Icon", "Banner"))
+    assert icon[0] == icon[1] <= 400 and banner[0] * 9 == banner[1] * 21
