@@ -1,6 +1,6 @@
 """Figures, not a race: how well the tiny multimodal model reads and draws scenes of one shape.
 
-    python benchmarks/multimodal_tiny.py [MODEL ...] [--threads 1]
+    python benchmarks/multimodal_tiny.py [MODEL ...] [--sheet OUT.png] [--threads 1]
 
 MODEL is a folder that `diptych train multimodal_tiny` wrote (default: the bundled one); with several, one
 per training seed, each figure is their mean and standard deviation. `train`: 400 of the 1,434 scenes that the
@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from comfyui_diptych.models import tiny
 from comfyui_diptych.models.multimodal import GenerativeMultimodalModel
+from comfyui_diptych.training.evaluate.plots import contact_sheet
 from comfyui_diptych.training.tiny.shapes import read, render_many
 from comfyui_diptych.training.tiny.shapes.scenes import COLOURS, KINDS, SIZES, codes, single_scenes
+from PIL import Image
 
 SPLITS = {"train": "train", "held out": "test"}
 LIMIT = 400
@@ -87,15 +89,37 @@ def short_prompts(model) -> float:
     return found / len(made)
 
 
+def sheet(model, rows: int = 4) -> Image.Image:
+    """Held-out scenes, what each half of the model makes of them, and what short prompts give."""
+    scenes = single_scenes(0, SPLITS["held out"])[:rows]
+    captions = [scene.caption for scene in scenes]
+    images = render_many(scenes, model.architecture.image_size)
+    decoded = model.decode(model.image_decoder.get_latent_from_embedding(model.encode_image(images)))
+    direct = model.generate_from_text(captions, 1, False)
+    drawn = [model.generate_from_text(captions, 1, True, steps, SEED) for steps in (5, 50)]
+    columns = [images, decoded, direct, *drawn]
+    said = model.generate_text_from_image(model.encode_image(images))
+    whole = [([column[row] for column in columns], f"reads: {said[row]}") for row in range(rows)]
+    short = ["a small red circle", "a large blue cross", "a yellow triangle at the top left"]
+    free = model.generate_from_text(short, len(columns), True, 20, SEED).split(len(columns))
+    headings = ["image", "decoded", "text, direct", "5 steps", "50 steps"]
+    parts = [(list(images), f"asked: {prompt}") for prompt, images in zip(short, free, strict=True)]
+    return contact_sheet(whole + parts, headings, side=112, columns=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="*", help="folders of save_pretrained")
+    parser.add_argument("--sheet", type=Path, help="draw examples of the first model instead")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folders = [Path(name) for name in options.model] or [tiny.folder() / "multimodal"]
+    if options.sheet:
+        sheet(GenerativeMultimodalModel.from_pretrained(folders[0])).save(options.sheet)
+        return
     table: dict[str, dict[str, list[float]]] = {}
     for folder in folders:
         model = GenerativeMultimodalModel.from_pretrained(folder)
