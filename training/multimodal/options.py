@@ -45,8 +45,8 @@ class MultimodalOptions:
     )
     prompt_part: float = _pairs(
         0.0,
-        "Share of rows of which the text encoder reads only some consecutive words of the caption, so that "
-        "short prompts work; the caption is learnt whole.",
+        "Share of rows of which the text encoder reads only a phrase of the caption, or some in a row, so "
+        "that short prompts work; the caption is learnt whole.",
         low=0,
         high=1,
     )

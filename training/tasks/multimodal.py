@@ -18,7 +18,7 @@ from .base import Task
 
 MEASURED = 4096  # rows that the latents' mean and deviation are taken from
 TOGETHER = 64  # of them, encoded at a time
-LEAST = 3  # words of a part of a caption
+JOINTS = frozenset("and at behind beside by from in near of on over to under with".split())
 FOLLOWED = 0.02  # joint: how far the statistics of the latents go towards a batch's
 
 
@@ -207,14 +207,19 @@ def images(batch: dict[str, Any]) -> Tensor:
 
 
 def part(text: str, at: float) -> str:
-    """Some consecutive words of a text, at least `LEAST`, all such parts alike in 0..1; at 1 and above, and
-    where there are no fewer words, the whole."""
+    """One of the `parts` of a text, all alike in 0..1; at 1 and above, and where it has none, the whole."""
+    found = parts(text)
+    return text if at >= 1 or not found else found[int(at * len(found))]
+
+
+def parts(text: str) -> list[str]:
+    """What stands between the small words of a text ("a red circle" of "a red circle at the top left"), and
+    such phrases in a row, but not the whole."""
     words = text.split()
-    spans = [(a, b) for a in range(len(words)) for b in range(a + LEAST, len(words) + 1)]
-    if at >= 1 or not spans:
-        return text
-    first, end = spans[int(at * len(spans))]
-    return " ".join(words[first:end])
+    joints = [i for i, word in enumerate(words) if word.lower() in JOINTS and 0 < i < len(words) - 1]
+    starts, ends = [0, *(i + 1 for i in joints)], [*joints, len(words)]
+    runs = [(a, b) for a in starts for b in ends if a < b and (a, b) != (0, len(words))]
+    return [" ".join(words[a:b]).strip(",.;") for a, b in runs]
 
 
 def _words(text: str) -> list[str]:
