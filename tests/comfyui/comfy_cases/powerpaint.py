@@ -23,14 +23,14 @@ CONFIG = {
 TASKS = [("remove", 1.0), ("outpaint", 1.0), ("shape", 1.0), ("shape", 0.3), ("text", 1.0)]
 
 
-def write_embeddings(host, width: int) -> dict[str, torch.Tensor]:
+def write_embeddings(host, width: int, scale: float = 0.3) -> dict[str, torch.Tensor]:
     """PowerPaint's text encoder file of random tokens, cut by the pack into ComfyUI's embeddings folder."""
     import folder_paths
     from safetensors.torch import save_file
 
     powerpaint, checkpoints = host.pack("models.powerpaint"), host.pack("models.checkpoints")
     generator = torch.Generator().manual_seed(5)
-    tokens = {t: torch.randn(10, width, generator=generator) * 0.3 for t in powerpaint.TOKENS}
+    tokens = {t: torch.randn(10, width, generator=generator) * scale for t in powerpaint.TOKENS}
     prefix = "text_model.embeddings.token_embedding."
     state = {f"{prefix}trainable_embeddings.{token}": vectors for token, vectors in tokens.items()}
     file = host.base / "powerpaint_encoder.safetensors"

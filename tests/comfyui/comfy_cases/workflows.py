@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from pathlib import Path
 
 import torch
 
-from . import ROOT, SkipCase, case, glid, workflow, workflow_names
+from . import SkipCase, case, glid, workflow, workflow_names
 
 # Where a loader looks for its files, and which of the tiny loader's outputs takes its place.
 LOADERS = {
@@ -164,16 +163,6 @@ def its_note_names_every_file_it_needs(host, name):
     assert text, "no note"
     for file, folder in files(convert(host, name)).items():
         assert file in text and folder in text, f"{folder}/{file} is not in the note"
-
-
-@case(each=workflow_names)
-def it_has_a_square_jpeg_thumbnail(host, name):
-    from PIL import Image
-
-    path = ROOT / "example_workflows" / f"{name}.jpg"
-    with Image.open(io.BytesIO(path.read_bytes())) as thumbnail:
-        assert thumbnail.format == "JPEG" and thumbnail.width == thumbnail.height
-    assert path.stat().st_size < 100_000
 
 
 @case(each=workflow_names)
