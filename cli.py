@@ -49,13 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     with streams.lasting():
         try:
-            args = build_parser().parse_args(words, argparse.Namespace(json=False, verbose=0, debug=False))
+            parser = build_parser()
+            args = parser.parse_args(words, argparse.Namespace(json=False, verbose=0, debug=False))
         except values.Usage as usage:
             sys.stderr.write(f"{usage.sentence}\n")
             if "--json" in words:
                 answers.write(Answer.failed("usage", usage.sentence, 2), usage.command)
             raise
-        args.words = words
+        args.words, args.parser = words, parser
         logs.begin(args.verbose)
         with answers.aside(args.json):
             answer = _answer(args)

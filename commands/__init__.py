@@ -14,6 +14,7 @@ def modules() -> list[ModuleType]:
     """The subcommand modules, in the order of the help text."""
     from . import (
         caption,
+        completion,
         doctor,
         edit,
         generate,
@@ -32,4 +33,4 @@ def modules() -> list[ModuleType]:
     )
 
     makers = [edit, outpaint, inpaint, generate, caption, web, train, grpo, report, precompute, score]
-    return [*makers, resize, merge_inpaint, powerpaint, glid, doctor]
+    return [*makers, resize, merge_inpaint, powerpaint, glid, doctor, completion]

@@ -25,16 +25,29 @@ def add_parser(subparsers: Any) -> None:
         description="Improve a model by reward. Several GPUs: "
         "accelerate launch -m comfyui_diptych grpo RECIPE ...",
     )
-    add_recipe_arguments(parser, options_of_reward_training)
+    add_recipe_arguments(parser, options_of_reward_training, recipes_of_reward_training, _kind)
     parser.set_defaults(run=run)
 
 
 def options_of_reward_training() -> str:
     """What `diptych grpo --help` adds: the recipes and every option."""
-    from ..training import recipes
     from ..training.reinforce.config import GRPOConfig
 
-    return recipe_help(recipes.summaries("grpo_"), GRPOConfig)
+    return recipe_help(recipes_of_reward_training(), GRPOConfig)
+
+
+def recipes_of_reward_training() -> dict[str, str]:
+    """The bundled recipes of reward training, each with its line."""
+    from ..training import recipes
+
+    return recipes.summaries("grpo_")
+
+
+def _kind() -> type:
+    """A configuration with every option that a recipe may have."""
+    from ..training.reinforce.config import TinyGRPOConfig
+
+    return TinyGRPOConfig
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .logs import speak
 from .progress import over, quiet
+from .recipe_options import add_set
 from .stopping import Stop, Stopped
 
 
@@ -30,15 +31,19 @@ def add_parser(subparsers: Any) -> None:
     add("--model", required=True, metavar="DIR_OR_HUB_ID", help="FLUX Fill as diffusers folder or hub id")
     add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where index.json and tensors go")
     add("--targets", action="store_true", help="the target images' latents too, for supervised training")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="recipe options that shape a row: resolution, sizing, layout, mask_kinds, mask_variants, "
+    add_set(
+        parser,
+        "recipe options that shape a row: resolution, sizing, layout, mask_kinds, mask_variants, "
         "max_sequence_length, cache_dtype, seed, ...",
+        _kind,
     )
     parser.set_defaults(run=run)
+
+
+def _kind() -> type:
+    from ..training.config import TrainConfig
+
+    return TrainConfig
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

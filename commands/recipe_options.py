@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
+
+from .completion import offer
 
 
 class Help(argparse.Action):
@@ -44,12 +47,18 @@ def recipe_help(summaries: dict[str, str], kind: type) -> str:
     )
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, options: Callable[[], str]) -> None:
-    """What every command with a recipe takes. options: what its help adds."""
-    parser.add_argument("recipe", nargs="?", help="YAML file or bundled recipe, for example icedit")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe option"
-    )
+def add_recipe_arguments(
+    parser: argparse.ArgumentParser,
+    options: Callable[[], str],
+    recipes: Callable[[], dict[str, str]],
+    kind: Callable[[], type],
+) -> None:
+    """What every command with a recipe takes. options: what its help adds; recipes, kind: for completion, the
+    bundled ones, each with its line, and their configuration.
+    """
+    recipe = parser.add_argument("recipe", nargs="?", help="YAML file or bundled recipe, for example icedit")
+    offer(recipe, recipes)
+    add_set(parser, "override a recipe option", kind)
     parser.add_argument("--resume", default=None, help="auto, or a checkpoint folder")
     parser.add_argument(
         *("-h", "--help", "--help-config"),
@@ -57,6 +66,23 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, options: Callable[[], 
         options=options,
         help="show this, the recipes and every option of a recipe",
     )
+
+
+def add_set(parser: argparse.ArgumentParser, text: str, kind: Callable[[], type]) -> None:
+    """Add --set KEY=VALUE, for the options of a configuration."""
+    action = parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    offer(action, lambda: settings(kind()))
+
+
+def settings(kind: type) -> dict[str, str]:
+    """What --set takes of a configuration: `KEY=`, or `KEY=VALUE` where the values are known; each with its
+    help."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in kind.unused:
+            known = field.metadata["choices"] or (("true", "false") if field.type == "bool" else ("",))
+            found |= {f"{field.name}={value}": field.metadata["help"] for value in known}
+    return found
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:

@@ -27,17 +27,29 @@ def add_parser(subparsers: Any) -> None:
         description="Train from a YAML recipe (a file or a bundled name). Several GPUs or machines: "
         "accelerate launch -m comfyui_diptych train RECIPE ...",
     )
-    add_recipe_arguments(parser, options_of_training)
+    add_recipe_arguments(parser, options_of_training, recipes_of_training, _kind)
     parser.set_defaults(run=run)
 
 
 def options_of_training() -> str:
     """What `diptych train --help` adds: the recipes and every option."""
-    from ..training import recipes
     from ..training.config import TrainConfig
 
-    names = recipes.summaries()
-    return recipe_help({n: text for n, text in names.items() if not n.startswith("grpo_")}, TrainConfig)
+    return recipe_help(recipes_of_training(), TrainConfig)
+
+
+def recipes_of_training() -> dict[str, str]:
+    """The bundled recipes that are not for `diptych grpo`, each with its line."""
+    from ..training import recipes
+
+    return {name: text for name, text in recipes.summaries().items() if not name.startswith("grpo_")}
+
+
+def _kind() -> type:
+    """A configuration with every option that a recipe may have."""
+    from ..training.config import MultimodalTrainConfig
+
+    return MultimodalTrainConfig
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

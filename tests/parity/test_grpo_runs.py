@@ -81,6 +81,7 @@ def scored(trainer, rollouts, advantage, keep):
         *(("fill", rule) for rule in ("flow", "dance", "cps", "rf_ancestral")),
         ("kontext", "flow"),
         ("sd_inpaint", ""),
+        ("glid", ""),
     ],
 )
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
@@ -110,8 +111,14 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("task", ["fill", "sd_inpaint"])
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize(
+    "task, name",
+    [
+        *((task, name) for task in ("fill", "sd_inpaint") for name in UPDATES),
+        ("glid", "grpo"),
+        ("glid", "nft"),
+    ],
+)
 def test_an_update_makes_what_was_judged_better_likelier(begun, task, name):
     """By the probability of the recorded steps, or by the error of predicting the sample from noise on it."""
     if task == "sd_inpaint" and name == "grpo_prefix":
@@ -157,6 +164,27 @@ def test_a_run_says_what_it_was(folders, tmp_path):
     assert info.sigma_window == pytest.approx((sigmas[1], sigmas[3]))
 
 
+def test_glid_learns_by_reward_and_its_file_fits_a_fresh_model(folders, tmp_path):
+    """The file, on a glid that was loaded anew, predicts what the trainer's model does."""
+    from comfyui_diptych.models.glid.model import Glid
+
+    trainer = grpo.GRPOTrainer(toy(folders, tmp_path, "glid", rollout_guidance=1.0, lr=1e-2))
+    file = lora.read(trainer.run())
+    assert (file.info.algorithm, file.info.step) == ("grpo", 2)
+    batch = trainer.sampling_batch(trainer.data.batches, [0])
+    noise, time = torch.randn(batch["latents"].shape), torch.tensor([501])
+    with torch.no_grad():
+        expected = trainer.task.predict(noise, time, batch, 1.0)
+    fresh = Glid.load(trainer.config.model, dtype=torch.float32)
+    condition = trainer.task.condition(batch, 1.0)
+    with torch.no_grad():
+        without = fresh.epsilon(noise, time, condition)
+        lora.apply_to_diffusers(fresh.unet, file)
+        made = fresh.epsilon(noise, time, condition)
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
+    assert (made - without).abs().max() > 1e-3
+
+
 def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_path):
     """Header, loader and sampler count alike: trained in steps 1 and 2 of 4, on there and nowhere else."""
     options = {"window": "fixed:1", "rollout_guidance": 1.0, "max_steps": 1}
@@ -180,7 +208,7 @@ def test_a_stable_diffusion_lora_works_at_the_trained_timesteps(folders, tmp_pat
     assert active == [(751, False), (501, True), (251, True), (1, False)]
 
 
-@pytest.mark.parametrize("task", ["fill", "sd_inpaint"])
+@pytest.mark.parametrize("task", ["fill", "sd_inpaint", "glid"])
 def test_held_out_images_are_made_as_loaders_use_the_file(begun, task):
     """The LoRA is on in the window only: equal to a plain loop that switches it by hand."""
     trainer = begun(task)
@@ -191,7 +219,7 @@ def test_held_out_images_are_made_as_loaders_use_the_file(begun, task):
     made, _ = family.rollout(batch, noise, dataclasses.replace(plain, lora_window=window))
     flow = schedule.sigmas(4, seq_len=schedule.token_count(*noise.shape[-2:]))
     times = flow if task == "fill" else ddim.schedule(4, trainer.task.scheduler_config).timesteps
-    alphas = ddim.schedule(4).alphas
+    alphas = None if task == "fill" else ddim.schedule(4, trainer.task.scheduler_config).alphas
     x = noise
     for number in range(4):
         off = adapters.switched_off(trainer.model.parts[trainer.task.denoiser_part])

@@ -50,8 +50,9 @@ def train_config(folders, output, task="fill", **options):
 
 def reward_config(folders, output, task="fill", **options):
     """Of reward training, the same."""
-    data = INPAINT if task == "sd_inpaint" else ["shapes:12?size=32"]
-    values = {**REWARD, "data": data, "task": task, "model": str(folders / task)}
+    data = INPAINT if task in ("sd_inpaint", "glid") else ["shapes:12?size=32"]
+    model = "tiny:glid" if task == "glid" else str(folders / task)  # no pipeline of diffusers is glid's
+    values = {**REWARD, "data": data, "task": task, "model": model}
     return recipes.from_dict({**values, "output_dir": str(output), **options}, GRPOConfig)
 
 
