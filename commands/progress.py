@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -108,16 +109,17 @@ def over(items: Iterable, label: str, unit: str = "item") -> Iterator:
 
 
 def quiet() -> None:
-    """One progress bar, ours: the libraries' own bars and warnings about optional parts go.
+    """One progress bar, ours: the libraries' own bars go, and, but for -vv, warnings about optional parts.
 
-    Downloads keep theirs on a terminal.
+    Downloads keep their bars on a terminal.
     """
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        if logging.getLogger().level > logging.DEBUG:
+            library.set_verbosity_error()
+        library.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
