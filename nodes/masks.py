@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..models import geometry, packing, pixels
 from . import widgets
+from .shown import saved
 from .widgets import integer, socket, switch
 
 
@@ -15,8 +16,9 @@ class DiptychMaskPacker:
 
     DISPLAY_NAME = "Mask Packer (Flux Fill)"
     DESCRIPTION = (
-        "Turns a mask into the 256 channels per token that FLUX.1-Fill reads, and shows them. Grow, feather, "
-        "binarise or invert it on the way. Equal to diffusers' FluxFillPipeline bit for bit."
+        "Turns a mask into the 256 channels per token that FLUX.1-Fill reads, and shows them: "
+        "hover over a token to see its 16 x 16 pixels and 256 values. Grow, feather, binarise or invert the "
+        "mask on the way. Equal to diffusers' FluxFillPipeline bit for bit."
     )
     CATEGORY = "diptych"
     RETURN_TYPES = ("DIPTYCH_MASK_TOKENS", "MASK", "IMAGE")
@@ -64,8 +66,11 @@ class DiptychMaskPacker:
         feather: int = 0,
         invert: bool = False,
         policy: str = "stretch",
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens [B,S,256], the mask [B,h,w] as packed, preview [B,h,w,3]) of a mask [B,H,W]."""
+    ) -> dict:
+        """(tokens [B,S,256], the mask [B,h,w] as packed, preview [B,h,w,3]) of a mask [B,H,W].
+
+        The node shows the mask under `web/js/mask.js`, which tells the 256 values of the token hovered over.
+        """
         seen = pixels.as_mask(mask)
         if image is not None:
             seen = pixels.resize_mask(seen, *pixels.as_image(image).shape[1:3])
@@ -79,7 +84,8 @@ class DiptychMaskPacker:
         if feather and binarise:
             seen = pixels.binarise(seen)
         tokens = packing.pack_mask(seen)
-        return tokens, seen, _mosaic(tokens, *seen.shape[1:])
+        ui = {"diptych_masks": saved(seen[..., None].expand(-1, -1, -1, 3))}
+        return {"ui": ui, "result": (tokens, seen, _mosaic(tokens, *seen.shape[1:]))}
 
 
 def _mosaic(tokens: Tensor, height: int, width: int) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from comfyui_diptych import NODE_CLASS_MAPPINGS
+from comfyui_diptych.models.packing import pack_mask
 from comfyui_diptych.nodes.guard import checked
 from comfyui_diptych.training.choices import PRESETS
 from comfyui_diptych.training.recipes import read
+from PIL import Image
 from test_browser import browser, has_nodes_2, page  # noqa: F401  (fixtures)
 
 RENDERERS = ["canvas", "nodes 2.0"]
@@ -109,4 +112,32 @@ def test_numbers_that_meant_auto_read_as_auto(page, vue, comfyui):  # noqa: F811
         assert (
             words.startswith(f"auto: group_size {recipe['group_size']}, ") and "learning_rate 5e-4" in words
         )
+    assert [problem for problem in seen["problems"] if "iptych" in problem] == []
+
+
+def test_hovering_a_token_of_a_mask_tells_its_256_values(page, vue, comfyui, server):  # noqa: F811
+    """Against `pack_mask`, which tests/parity holds to diffusers' pipeline."""
+    mask = (torch.rand(48, 80, generator=torch.Generator().manual_seed(3)) * 255).round()
+    Image.fromarray(mask.byte().numpy()).save(server.base / "input" / "tokens.png")
+    loader = {
+        "id": 1,
+        "type": "LoadImageMask",
+        "size": [300, 300],
+        "outputs": [{"name": "MASK", "type": "MASK", "links": [1]}],
+        "widgets_values": ["tokens.png", "red", "image"],
+    }
+    packer = {"id": 2, "type": "DiptychMaskPacker", "size": [480, 440]} | {
+        "inputs": [{"name": "mask", "type": "MASK", "link": 1}],
+        "widgets_values": [0, False, 0, False, "stretch"],
+    }
+    workflow = graph(loader, packer, links=[[1, 1, 0, 2, 0, "MASK"]])
+    seen = page(do="mask", workflow=workflow, vue=vue, tokens=[[2, 3], [0, 4]], screenshot=None)
+    assert seen["outcome"] == "success"
+    tokens = pack_mask(mask[None] / 255)[0]
+    for one, (row, column) in zip(seen["seen"], [(2, 3), (0, 4)], strict=True):
+        assert (one["row"], one["column"]) == (row, column)
+        assert torch.allclose(torch.tensor(one["channels"]), tokens[5 * row + column], atol=1e-6)
+        part = mask[16 * row : 16 * row + 16, 16 * column : 16 * column + 16] / 255
+        assert torch.allclose(torch.tensor(one["pixels"]), part.flatten(), atol=1e-6)
+        assert f"token {5 * row + column}, rows {16 * row} " in one["caption"]
     assert [problem for problem in seen["problems"] if "iptych" in problem] == []

@@ -107,7 +107,7 @@ def test_mask_packer_and_flux_fill_conditioner(data):
     beside = {"image": image} if draw(st.booleans()) else {}
     packed = tried(NODES["DiptychMaskPacker"]().pack, mask=mask, **beside, **options)
     if packed is not None:
-        tokens, seen, preview = packed
+        tokens, seen, preview = packed["result"]
         assert tokens.shape[1] * 256 == seen.shape[1] * seen.shape[2] and preview.shape[:3] == seen.shape
         assert bool(((tokens >= 0) & (tokens <= 1)).all())
         if options.get("binarise", True) is True:
@@ -121,7 +121,7 @@ def test_mask_packer_and_flux_fill_conditioner(data):
         negative=conditioning,
         vae=Vae(draw(st.sampled_from([16, 16, 16, 4]))),
         image=image,
-        **({"mask_tokens": packed[0]} if by_tokens else {"mask": mask}),
+        **({"mask_tokens": packed["result"][0]} if by_tokens else {"mask": mask}),
         model=draw(st.sampled_from([None, SimpleNamespace(), SimpleNamespace(model=None)])),
         noise_mask=draw(st.booleans()),
         **widgets(draw, policy=policies),

@@ -89,11 +89,11 @@ def test_fill_repeats_unequal_batches(images, masks):
 
 def test_fill_takes_mask_tokens_as_they_are():
     image, soft = random_image(1, 32, 48, 3), random_image(1, 32, 48, seed=3)
-    hard_tokens, seen, _ = DiptychMaskPacker().pack(soft)
+    hard_tokens, seen, _ = packed(soft)
     by_mask, by_tokens = fill(image, soft)[0][0][1], fill(image, mask_tokens=hard_tokens)[0][0][1]
     assert torch.equal(by_mask["concat_mask"], by_tokens["concat_mask"])
     assert torch.equal(by_mask["concat_latent_image"], by_tokens["concat_latent_image"])
-    soft_tokens = DiptychMaskPacker().pack(soft, binarise=False)[0]
+    soft_tokens = packed(soft, binarise=False)[0]
     assert torch.equal(fill(image, mask_tokens=soft_tokens)[0][0][1]["concat_mask"][:, 0], soft)
     assert torch.equal(by_mask["concat_mask"][:, 0], seen)
 
@@ -126,9 +126,14 @@ def test_fill_says_what_is_wrong_with_the_mask(options, words):
         fill(random_image(1, 32, 32, 3), **options)
 
 
+def packed(*args, **inputs):
+    """(tokens, mask, preview) of Mask Packer."""
+    return DiptychMaskPacker().pack(*args, **inputs)["result"]
+
+
 def test_packer_shows_every_channel_of_what_the_model_sees():
     mask = random_image(2, 30, 50)
-    tokens, seen, preview = DiptychMaskPacker().pack(mask)
+    tokens, seen, preview = packed(mask)
     assert seen.shape == (2, 32, 48) and set(seen.unique().tolist()) <= {0.0, 1.0}
     assert torch.equal(tokens, packing.pack_mask(seen)) and tokens.shape == (2, 6, 256)
     assert preview.shape == (2, 32, 48, 3) and preview.is_contiguous()
@@ -141,7 +146,7 @@ def test_packer_shows_every_channel_of_what_the_model_sees():
 def test_packer_options_do_what_they_say():
     mask = torch.zeros(1, 64, 64)
     mask[:, 24:40, 24:40] = 1
-    pack = DiptychMaskPacker().pack
+    pack = packed
     assert torch.equal(pack(mask)[1], mask) and torch.equal(pack(mask, invert=True)[1], 1 - mask)
     assert pack(mask, grow=8)[1][0, 32].sum() == 32 and pack(mask, grow=-4)[1][0, 32].sum() == 8
     assert torch.equal(pack(mask, feather=8)[1], mask)
@@ -155,7 +160,7 @@ def test_packer_options_do_what_they_say():
 def test_packer_and_fill_conditioner_agree_on_the_size_under_every_policy():
     image, mask = random_image(1, 41, 75, 3), random_image(1, 20, 30)
     for policy in geometry.POLICIES:
-        tokens = DiptychMaskPacker().pack(mask, image, policy=policy)[0]
+        tokens = packed(mask, image, policy=policy)[0]
         by_tokens = fill(image, mask_tokens=tokens, policy=policy)[0][0][1]["concat_mask"]
         assert torch.equal(by_tokens, fill(image, mask, policy=policy)[0][0][1]["concat_mask"])
 
@@ -267,7 +272,7 @@ def test_no_node_changes_what_it_is_given():
     given = (image, mask, conditioning)
     before = digest(given)
     diptych, diptych_mask, _, layout = DiptychBuilder().build(image, "x", mask, second_panel="gray")
-    tokens = DiptychMaskPacker().pack(mask, image, grow=3, feather=4, binarise=False, invert=True)[0]
+    tokens = packed(mask, image, grow=3, feather=4, binarise=False, invert=True)[0]
     outputs = (diptych, diptych_mask, tokens)
     after_build = digest(outputs)
     for paste in ("panel", "mask", "changed"):
@@ -304,7 +309,7 @@ def test_an_empty_mask_is_refused_where_a_mask_is_needed():
         with pytest.raises(ValueError, match=words):
             fill(image, mask, vae)
         with pytest.raises(ValueError, match="mask_tokens are of an empty mask"):
-            fill(image, vae=vae, mask_tokens=DiptychMaskPacker().pack(mask, image)[0])
+            fill(image, vae=vae, mask_tokens=packed(mask, image)[0])
     assert not vae.encoded
 
 
@@ -361,7 +366,7 @@ def test_a_stroke_of_one_pixel_reaches_the_model_through_every_node():
     built = DiptychBuilder().build(image, "x", mask, panel_width=32)[1]
     assert bool(built[:, :, 32 + column // 2].all())
     assert bool(fill(image, mask)[0][0][1]["concat_mask"][..., column].all())
-    assert bool(DiptychMaskPacker().pack(mask, image)[1][..., column].all())
+    assert bool(packed(mask, image)[1][..., column].all())
     _, latent, layout = kontext(image, mask=mask, size_policy="keep")
     assert bool(latent["noise_mask"][..., column].all())
     edited, _ = DiptychSplit().split(torch.zeros(1, 64, 64, 3), layout)
@@ -372,12 +377,12 @@ def test_soft_tokens_are_clamped_and_nan_is_refused():
     image = random_image(1, 32, 32, 3)
     wild = torch.full((1, 32, 32), 3.0)
     wild[:, :16] = -2
-    tokens, seen, _ = DiptychMaskPacker().pack(wild, binarise=False)
+    tokens, seen, _ = packed(wild, binarise=False)
     assert set(tokens.unique().tolist()) == set(seen.unique().tolist()) == {0.0, 1.0}
     given = fill(image, mask_tokens=packing.pack_mask(wild))[0][0][1]["concat_mask"]
     assert torch.equal(given[:, 0], seen)
     with pytest.raises(ValueError, match="mask holds NaN"):
-        DiptychMaskPacker().pack(torch.full((1, 32, 32), torch.nan), binarise=False)
+        packed(torch.full((1, 32, 32), torch.nan), binarise=False)
     with pytest.raises(ValueError, match="mask_tokens holds NaN"):
         fill(image, mask_tokens=torch.full((1, 4, 256), torch.nan))
     with pytest.raises(ValueError, match="mask_tokens is a str"):

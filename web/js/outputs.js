@@ -8,6 +8,12 @@ export function address(image) {
   return api.apiURL(`/view?${new URLSearchParams(image)}`);
 }
 
+/** A text in the language of the page. */
+export function said(english, chinese) {
+  const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? navigator.language;
+  return String(locale).startsWith("zh") ? chinese : english;
+}
+
 /** The node of a key in the page's table of outputs: "7", or inside a subgraph "its-id:7". */
 function located(locator) {
   const [id, ...inside] = String(locator).split(":").reverse();

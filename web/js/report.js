@@ -1,7 +1,7 @@
 // The report of a node as text in the node, in both renderers: of every node of the pack that returns one.
 
 import { app } from "../../../scripts/app.js";
-import { kind, register } from "./outputs.js";
+import { kind, register, said } from "./outputs.js";
 
 const NAME = "diptych_report";
 const HEIGHT = 90;  // pixels; on the canvas the least: there a box takes what the node has to spare
@@ -27,7 +27,7 @@ function create(node) {
   box.append(note, text);
   note.className = `${NAME}_note`;
   text.className = `${NAME}_text`;
-  text.dataset.empty = navigator.language.startsWith("zh") ? "运行后在此显示报告" : "The report comes here when it has run.";
+  text.dataset.empty = said("The report comes here when it has run.", "运行后在此显示报告。");
   box.dataset.captureWheel = "true";  // the wheel scrolls the text, it does not zoom the canvas
   box.addEventListener("wheel", (event) => {
     if (box.scrollHeight > box.clientHeight) event.stopPropagation();
