@@ -100,6 +100,9 @@ def run(choices: Choices) -> tuple[Path, session.Outcome]:
                 progress=bar.wrap,
                 cpu=memory.get_torch_device().type == "cpu",
             )
+    except memory.InterruptProcessingException:
+        tell("stopped before the first step\nto go on, run the node again: what was cached is kept")
+        raise
     finally:
         memory.soft_empty_cache()
     if outcome.lora is None:

@@ -111,7 +111,7 @@ def train(
                 _illustrate(trainer.output, samples[0])
         step, notes = trainer.step, trainer.data.notes
         trainer = None  # before its memory is collected
-    report = _report(config, step, logged, lora, notes)
+    report = _report(config, step, logged, path, notes)
     return Outcome(lora, step, curve_of(config, logged)[None], samples, report)
 
 
@@ -141,11 +141,13 @@ def preview(curve: Tensor, sheets: Sequence[Tensor]) -> Tensor:
     return torch.cat([curve, sheet[0].movedim(0, -1)])
 
 
-def _report(
-    config: TrainConfig, step: int, logged: History, lora: Path | None, notes: Sequence[str] = ()
-) -> str:
-    """What was trained on what, and how it went; a line each."""
+def _report(config: TrainConfig, step: int, logged: History, path: Path, notes: Sequence[str] = ()) -> str:
+    """What was trained on what, and how it went; a line each.
+
+    path: the LoRA; of a run that was stopped its checkpoint, or the run's folder if it has none.
+    """
     by_reward, values = isinstance(config, GRPOConfig), list(logged.values())
+    lora = path.is_file()
     tenth = max(1, len(values) // 10)
     what = _rollouts(config) if by_reward else _steps(config)
     lines = [f"{'trained' if lora else 'stopped at'} {step} of {config.max_steps} {what}"]
@@ -157,8 +159,9 @@ def _report(
     if values:
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
         lines.append(f"{_curve_name(config)}: {first:.4f} at the start, {last:.4f} at the end")
-    if lora is None:
-        lines.append(f"run the node again with the same settings to go on from the checkpoint of step {step}")
+    if not lora:
+        kept = f"checkpoint: {path}" if path != Path(config.output_dir) else "no checkpoint yet"
+        lines += [kept, "to go on, run the node again with the same settings"]
     elif config.fuse_loras:
         lines.append("load it after the LoRA it started from, not instead of it")
     return "\n".join([*lines, f"run folder: {config.output_dir}"])

@@ -96,7 +96,8 @@ def an_interrupt_saves_a_checkpoint_and_the_same_settings_go_on(host):
         comfy.model_management.interrupt_current_processing(False)
     assert run.message("execution_interrupted"), run.error
     assert seen and all(shown for _, shown in seen) and not (loras() / "stopped.safetensors").exists()
-    assert any("to go on from the checkpoint of step" in text for text in told)
+    report = next(text for text in told if "to go on, run the node again with the same settings" in text)
+    assert Path(report.partition("checkpoint: ")[2].partition("\n")[0], "state.json").is_file()
     stopped = [value for value, _ in seen][-1]
     seen.clear()
     comfy.utils.set_progress_bar_global_hook(
