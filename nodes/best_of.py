@@ -6,7 +6,7 @@ from typing import Any
 
 from ..samplers.rules import RULES
 from . import widgets
-from .shown import report_to
+from .shown import download, report_to
 from .widgets import choice, integer, socket, text
 
 
@@ -98,6 +98,7 @@ class DiptychEarlyFilterSampler:
         from ..samplers.comfy_early_filter import Settings, early_filter_sampler
         from ..training.evaluate.judge import Judge
 
+        download(reward)
         judge = Judge.of(reward, instruction, source, mask, layout=layout)
         settings = Settings(
             judge=judge,

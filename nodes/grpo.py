@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import widgets
 from .menus import NONE, TINY, data_spec, datasets, lora_names, lora_path, model_folder
-from .shown import shown
+from .shown import download, shown
 from .training import DiptychTrainLora, base_model_menu, dataset_menu
 from .widgets import choice, integer, socket, text
 
@@ -120,6 +120,7 @@ class DiptychTrainGRPO:
         task = task_of(model)
         data = _data(dataset, task, images, instructions, comfy.root())
         recipe = reward.recipe()
+        download(reward)
         choices = RewardChoices(
             data=data,
             model=str(model),

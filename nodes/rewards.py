@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import widgets
 from .menus import REWARDS, reward_files, reward_path
-from .shown import shown
+from .shown import download, shown
 from .widgets import choice, number, socket, text
 
 PUBLISHED = "published"
@@ -168,6 +168,7 @@ class DiptychRewardScore:
         """
         from ..training.evaluate.judge import Judge, rank
 
+        download(reward)
         ranking = rank(Judge.of(reward, prompt, source, mask, target), images)
         best = ranking.scores[0]
         return {

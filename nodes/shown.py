@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,19 @@ def report_to(node: str | None) -> Callable[[str], None] | None:
             instance.send_progress_text(text, node)
 
     return show
+
+
+def download(reward: Any) -> None:
+    """Fetch what the weights of an Edit Reward lack, on the running node's progress bar.
+
+    Raises ValueError for what can be neither found nor reached, ComfyUI's interruption at its stop button.
+    """
+    try:
+        from comfy.utils import ProgressBar
+    except ImportError:  # outside ComfyUI whoever loads the reward shows bars on the console
+        return
+    bar = ProgressBar(1)
+    reward.fetch(lambda here, total, repository: bar.update_absolute(here, total))
 
 
 def saved(image: Tensor) -> list[dict[str, str]]:

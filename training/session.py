@@ -151,6 +151,9 @@ def _report(config: TrainConfig, step: int, logged: History, path: Path, notes: 
     tenth = max(1, len(values) // 10)
     what = _rollouts(config) if by_reward else _steps(config)
     lines = [f"{'trained' if lora else 'stopped at'} {step} of {config.max_steps} {what}"]
+    if not lora:
+        kept = f"checkpoint: {path}" if path != Path(config.output_dir) else "no checkpoint yet"
+        lines += [kept, "to go on, run the node again with the same settings"]
     if by_reward:
         lines.append(f"rewards: {', '.join(config.rewards)}")
     fused = f" with {', '.join(config.fuse_loras)}" if config.fuse_loras else ""
@@ -159,10 +162,7 @@ def _report(config: TrainConfig, step: int, logged: History, path: Path, notes: 
     if values:
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
         lines.append(f"{_curve_name(config)}: {first:.4f} at the start, {last:.4f} at the end")
-    if not lora:
-        kept = f"checkpoint: {path}" if path != Path(config.output_dir) else "no checkpoint yet"
-        lines += [kept, "to go on, run the node again with the same settings"]
-    elif config.fuse_loras:
+    if lora and config.fuse_loras:
         lines.append("load it after the LoRA it started from, not instead of it")
     return "\n".join([*lines, f"run folder: {config.output_dir}"])
 

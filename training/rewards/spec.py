@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from . import base
+from . import base, downloads
 from .composite import Composite
 from .external import CallableReward, HttpReward
 
@@ -60,6 +60,11 @@ class Spec:
         if self.name in base.names():
             base.check(self.name, **self._values())
 
+    def fetch(self, heard: downloads.Heard) -> None:
+        """Download what the reward's weights lack, as `downloads.fetch`. Raises as `check` does."""
+        if self.name in base.names():
+            downloads.fetch(base.check(self.name, **self._values()), heard)
+
     def create(self) -> base.Reward:
         """The reward, its weights loaded. Raises ValueError naming it where that cannot be done."""
         values = self._values()
@@ -85,6 +90,12 @@ class Selection:
         """As `Spec.check`, of all."""
         for spec in self.specs:
             spec.check()
+
+    def fetch(self, heard: downloads.Heard) -> None:
+        """As `Spec.fetch`, of all; nothing once they are loaded."""
+        if "composite" not in self.__dict__:
+            for spec in self.specs:
+                spec.fetch(heard)
 
     @cached_property
     def composite(self) -> Composite:

@@ -15,7 +15,7 @@ export function said(english, chinese) {
 }
 
 /** The node of a key in the page's table of outputs: "7", or inside a subgraph "its-id:7". */
-export function located(locator) {
+function located(locator) {
   const [id, ...inside] = String(locator).split(":").reverse();
   const root = app.rootGraph ?? app.graph;
   const graph = inside.length ? root?.subgraphs?.get(inside.reverse().join(":")) : root;

@@ -1,8 +1,7 @@
 // The report of a node as text in the node, in both renderers: of every node of the pack that returns one.
 
-import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { kind, located, register, said } from "./outputs.js";
+import { kind, register, said } from "./outputs.js";
 
 const NAME = "diptych_report";
 const HEIGHT = 90;  // pixels; on the canvas the least: there a box takes what the node has to spare
@@ -45,11 +44,5 @@ function show(node, output) {
   node.diptychReport.textContent = [output.text].flat().join("\n");
   app.canvas?.setDirty(true, true);
 }
-
-// A node that was stopped returns nothing: what it had to say came as its progress text.
-api.addEventListener("progress_text", ({ detail }) => {
-  const node = located(detail.nodeId);
-  if (node) show(node, { text: detail.text });
-});
 
 register("Report", wants, create, show);
