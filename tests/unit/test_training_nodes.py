@@ -222,9 +222,22 @@ def test_a_dataset_of_the_menu_names_no_file_outside_of_itself(tmp_path, monkeyp
         open_source(menus.data_spec("data", "fill"))[0]
 
 
-def test_what_was_done_to_the_data_stands_in_the_report():
+def test_what_was_done_to_the_data_stands_in_the_report(tmp_path):
     config = session.TrainConfig()
-    assert "\n3 images were stretched" in session._report(config, 1, {}, None, ["3 images were stretched"])
+    assert "\n3 images were stretched" in session._report(
+        config, 1, {}, tmp_path, ["3 images were stretched"]
+    )
+
+
+def test_a_stopped_run_says_where_its_checkpoint_is_and_how_to_go_on(tmp_path):
+    config = session.TrainConfig(output_dir=str(tmp_path))
+    step = tmp_path / "checkpoints" / "step_00000007"
+    first, where, how = session._report(config, 7, {}, step).splitlines()[:3]
+    assert first.startswith("stopped at 7 of ") and where == f"checkpoint: {step}"
+    assert how == "to go on, run the node again with the same settings"
+    assert "\nno checkpoint yet\n" in session._report(config, 0, {}, tmp_path)
+    (lora := tmp_path / "x.safetensors").write_bytes(b"")
+    assert "to go on" not in session._report(config, 7, {}, lora)
 
 
 @pytest.mark.parametrize("cls, name", [("DiptychTrainLora", "recipe"), ("DiptychTrainGRPO", "preset")])
