@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import __version__, commands
-from .commands import answers, failures, logs, streams, values
+from . import __version__, commands, failures
+from .commands import answers, logs, streams, values
 from .commands.answers import Answer
 from .commands.stopping import Stopped
 

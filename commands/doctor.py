@@ -126,7 +126,7 @@ def compute() -> Iterator[Finding]:
     try:
         import torch
     except ImportError:
-        yield Finding("fault", "torch is not installed", "install it for your machine: https://pytorch.org")
+        yield Finding("fault", "torch is not installed", missing.TORCH.partition(": ")[2])
         return
     if numbers(torch.__version__) < numbers(TORCH):
         yield Finding("fault", f"torch {torch.__version__} is older than {TORCH}", "install a newer torch")

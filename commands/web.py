@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,10 +46,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C. Raises ValueError before anything is served."""
     if find_spec("gradio") is None:
-        raise ValueError(
-            f'gradio is not installed: run "{sys.executable}" -m pip install "gradio>=6.31,<7", or install '
-            'the pack as "comfyui-diptych[web]"'
-        )
+        raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
     check_device(args.device)
     from ..page import models
     from ..page.backend import Backend

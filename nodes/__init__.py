@@ -4,6 +4,10 @@ A node is a schema, its validation, one call into `models/`, `samplers/` or `tra
 A new node goes into the file of its menu, at the end of that file's `NODES` list.
 """
 
+import logging
+import sys
+
+from .. import missing
 from . import (
     best_of,
     canvas_store,
@@ -57,3 +61,5 @@ NODE_CLASSES = [
 NODE_CLASS_MAPPINGS = {cls.__name__: guard(cls) for cls in NODE_CLASSES}
 NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: cls.DISPLAY_NAME for cls in NODE_CLASSES}
 replaced.register()
+if "folder_paths" in sys.modules and (lacking := missing.lacking()):  # in ComfyUI; a command says it itself
+    logging.getLogger(__name__).warning("ComfyUI-Diptych: %s", lacking)

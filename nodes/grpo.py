@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import widgets
+from .guard import validated
 from .menus import NONE, TINY, data_spec, datasets, lora_names, lora_path, model_folder
 from .shown import download, shown
 from .training import DiptychTrainLora, base_model_menu, dataset_menu
@@ -38,6 +39,7 @@ class DiptychTrainGRPO:
         "What was trained on what, and how the reward went.",
     )
     FUNCTION = "train"
+    NEEDS = ("diffusers", "transformers", "peft", "accelerate", "yaml")
     OUTPUT_NODE = True
     SEARCH_ALIASES = ["grpo training", "reinforcement learning", "dancegrpo", "flow grpo", "nft", "rlhf"]
 
@@ -82,6 +84,11 @@ class DiptychTrainGRPO:
                 "training_seed": widgets.training_seed(),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, base_model: object = None) -> bool | str:
+        """True, or what is not installed."""
+        return validated(cls, base_model=base_model)
 
     @classmethod
     def IS_CHANGED(cls, dataset: object = None, **_: Any) -> str:

@@ -13,9 +13,10 @@ import inspect
 import math
 from typing import Any
 
-from .. import missing
+from .. import failures, missing
 from .widgets import AUTO
 
+PACK = __name__.rpartition(".nodes.")[0]  # in ComfyUI the path of its folder
 LONGEST = 60  # characters of a value that an error repeats
 
 
@@ -30,17 +31,43 @@ def guard(cls: type) -> type:
         bound.arguments.update(_checked_for(cls, bound.arguments))
         try:
             return function(*bound.args, **bound.kwargs)
-        except ValueError as error:
-            # ComfyUI titles an error with the module and name of its class: for one of ours, a path.
-            if type(error) is ValueError:
+        except Exception as error:
+            plain = _plain(error)
+            if plain is None:
                 raise
-            raise ValueError(str(error)) from error
-        except ImportError as error:
-            raise ImportError(missing.sentence(error), name=error.name) from error
+            raise plain from error
 
     return type(
         cls.__name__, (cls,), {cls.FUNCTION: run, "__doc__": cls.__doc__, "__module__": cls.__module__}
     )
+
+
+def _plain(error: Exception) -> Exception | None:
+    """The error as ComfyUI should show it: a sentence, a plain type; None if it is so, or nothing of ours.
+
+    ComfyUI titles an error with the module and name of its class: for one of ours, a path.
+    """
+    if isinstance(error, ImportError):
+        return ImportError(missing.sentence(error), name=error.name)
+    if isinstance(error, ValueError):
+        return None if type(error) is ValueError else ValueError(str(error))
+    if type(error).__module__.startswith(f"{PACK}."):
+        return RuntimeError(str(error))
+    sentence = failures.translated(error)
+    return RuntimeError(sentence) if sentence else None
+
+
+def validated(cls: type, **values: Any) -> bool | str:
+    """What `VALIDATE_INPUTS` says of the widget values it names: True, or why the node cannot run.
+
+    They are held to their menus and ranges, which ComfyUI leaves to it; and what `cls.NEEDS` names has to be
+    installed. None is a value that comes by a link.
+    """
+    try:
+        checked(cls.INPUT_TYPES(), {name: value for name, value in values.items() if value is not None})
+    except ValueError as error:
+        return str(error)
+    return missing.lacking(*cls.NEEDS) or True
 
 
 def _checked_for(cls: type, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +77,8 @@ def _checked_for(cls: type, inputs: dict[str, Any]) -> dict[str, Any]:
         own = {name: inputs[name] for name in inspect.signature(validate).parameters if name in inputs}
         if (answer := validate(**own)) is not True:
             raise ValueError(answer)
+    if hasattr(cls, "NEEDS"):  # `validated` leaves open what came by a link
+        own = {}
     return checked(cls.INPUT_TYPES(), {name: value for name, value in inputs.items() if name not in own})
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import missing
 from . import widgets
+from .guard import validated
 from .menus import REWARDS, reward_files, reward_path
 from .shown import download, shown
 from .widgets import choice, number, socket, text
@@ -36,6 +38,7 @@ class DiptychReward:
         "add to.",
     )
     FUNCTION = "choose"
+    NEEDS = ("transformers",)
     SEARCH_ALIASES = ["pickscore", "hpsv2", "clip score", "aesthetic", "judge", "dino", "vlm", "preference"]
 
     @classmethod
@@ -71,6 +74,18 @@ class DiptychReward:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, name: object = None, weights_file: object = None) -> bool | str:
+        """True, or which package or file the judge lacks; the hub is asked when it is loaded."""
+        answer = validated(cls, name=name, weights_file=weights_file)
+        if answer is not True or name is None:
+            return answer
+        from ..training.rewards import package_of
+
+        if (package := package_of(name)) and (lacking := missing.lacking(package)):
+            return f"reward {name} cannot judge: {lacking}"
+        return _file_wanted(name, weights_file) or True
+
     def choose(
         self,
         name: str,
@@ -86,14 +101,11 @@ class DiptychReward:
         """
         from ..training.rewards import Selection, Spec, options
 
+        if wanted := _file_wanted(name, weights_file):
+            raise ValueError(wanted)
         given: dict[str, str] = {}
         if weights_file != PUBLISHED:
             given["path"] = str(reward_path(weights_file))
-        elif name in NEEDS_FILE:
-            raise ValueError(
-                f"reward {name} needs its weights: put {NEEDS_FILE[name]} into models/{REWARDS} and choose "
-                "it as weights_file."
-            )
         if question.strip():
             if "template" not in options(name):
                 raise ValueError(f"question is for vlm_yes, but the reward is {name}: leave it empty.")
@@ -103,7 +115,24 @@ class DiptychReward:
         return ((also or Selection()).and_also(Spec(name, weight, tuple(given.items()))),)
 
 
-NEEDS_FILE = {"hpsv2": "HPS_v2.1_compressed.pt", "aesthetic": "sac+logos+ava1-l14-linearMSE.pth"}
+NEEDS_FILE = {
+    "hpsv2": ("HPS_v2.1_compressed.pt", "https://huggingface.co/xswu/HPSv2"),
+    "aesthetic": (
+        "sac+logos+ava1-l14-linearMSE.pth",
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor",
+    ),
+}
+
+
+def _file_wanted(name: object, weights_file: object) -> str:
+    """What to say of a judge whose weights are no hub's; "" for any other, and where a file is chosen."""
+    if weights_file not in (PUBLISHED, None) or name not in NEEDS_FILE:
+        return ""
+    file, link = NEEDS_FILE[name]
+    return (
+        f"reward {name} needs its weights: put {file} of {link} into models/{REWARDS} and choose it as "
+        "weights_file."
+    )
 
 
 def _gpu() -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .guard import validated
 from .widgets import choice, integer
 
 OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background"]
@@ -30,6 +31,7 @@ class DiptychTinyModelLoader:
         "The autoencoder (16 latent channels, 8 pixels to a latent), for encoding and decoding.",
     )
     FUNCTION = "load"
+    NEEDS = ("diffusers", "transformers")
     SEARCH_ALIASES = ["diptych demo", "tiny flux", "test model", "bundled model", "shapes"]
 
     @classmethod
@@ -45,6 +47,11 @@ class DiptychTinyModelLoader:
                 )
             }
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, which: object = None) -> bool | str:
+        """True, or what is not installed."""
+        return validated(cls, which=which)
 
     def load(self, which: str) -> tuple[Any, Any, Any]:
         """(MODEL, CLIP, VAE). Raises ValueError if the pack was installed without the weights."""

@@ -8,6 +8,7 @@ import hashlib
 from typing import Any
 
 from . import widgets
+from .guard import validated
 from .menus import DEMO, TINY, base_models, data_spec, datasets, model_folder
 from .shown import shown
 from .widgets import Row, choice, integer, text
@@ -67,6 +68,7 @@ class DiptychTrainLora:
         "What was trained on what, and how the loss went.",
     )
     FUNCTION = "train"
+    NEEDS = ("diffusers", "transformers", "peft", "accelerate", "yaml")
     OUTPUT_NODE = True
     SEARCH_ALIASES = [
         "lora training",
@@ -108,6 +110,11 @@ class DiptychTrainLora:
                 "training_seed": widgets.training_seed(),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, base_model: object = None) -> bool | str:
+        """True, or what is not installed."""
+        return validated(cls, base_model=base_model)
 
     @classmethod
     def IS_CHANGED(cls, dataset: object = None, **_: Any) -> str:

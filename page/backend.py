@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..commands import edit, failures, images, inpaint, outpaint
+from .. import failures
+from ..commands import edit, images, inpaint, outpaint
 from ..commands.values import LARGEST_SEED, Parser
 from .canvas import Canvas
 from .jobs import Jobs

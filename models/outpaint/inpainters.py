@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ... import missing
 from .. import pixels
 from .inputs import whole_number
-
-EXTRA = 'pip install "diptych[inpaint]"'
 
 
 def telea(image: Tensor, mask: Tensor, radius: int = 3) -> Tensor:
@@ -80,5 +79,6 @@ def _library(module: str, name: str, how: str):
         return import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"how is '{how}' but {name} is not installed: run {EXTRA}, or choose another fill."
+            f"how is '{how}' but {name} is not installed: run {missing.install(module)}, "
+            "or choose another fill."
         ) from error

@@ -27,7 +27,7 @@ NO_BROWSER = (
 def web(tmp_path_factory):
     """The page with the tiny models and an untrained multimodal one."""
     if find_spec("gradio") is None:
-        pytest.skip('the page needs gradio: pip install "comfyui-diptych[web]"')
+        pytest.skip('the page needs gradio: pip install "gradio>=6.31,<7"')
     folder = tmp_path_factory.mktemp("web")
     model = GenerativeMultimodalModel.from_preset("tiny", word_tokenizer(WORDS.split()))
     model.save_pretrained(folder / "untrained")

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. A module belongs to the longest name that begins it; rooms of one line are strangers.
 FLOORS = [
     "missing",
+    "failures",
     "samplers",
     "models",
     "training.runtime",

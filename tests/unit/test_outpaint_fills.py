@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from comfyui_diptych import missing
 from comfyui_diptych.models.outpaint import FILLS, LATENT_FILLS, expand, fill
 from comfyui_diptych.models.outpaint.extend import nearest
 from hypothesis import given, settings
@@ -362,7 +363,7 @@ def test_a_missing_library_is_one_sentence_with_the_remedy(monkeypatch, tmp_path
     options = {"model": file} if how == "lama" else {}
     with pytest.raises(ValueError) as error:
         fill(photo(), hole(), how, **options)
-    assert words in str(error.value) and "diptych[inpaint]" in str(error.value)
+    assert words in str(error.value) and missing.install(module) in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def test_only_registered_rewards_and_local_weights_are_offered(models):
 
 
 def test_a_reward_that_has_no_published_place_says_what_to_put_where(models):
-    with pytest.raises(ValueError, match="put HPS_v2.1_compressed.pt into models/diptych_rewards"):
+    with pytest.raises(
+        ValueError, match="put HPS_v2.1_compressed.pt of https://.* into models/diptych_rewards"
+    ):
         choose("hpsv2")
     chosen = choose("hpsv2", weights_file="HPS_v2.1_compressed.pt")
     assert dict(chosen.specs[0].options)["path"] == str(models / "HPS_v2.1_compressed.pt")

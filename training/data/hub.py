@@ -13,12 +13,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ... import missing
 from ..runtime.fingerprints import stamp
 from .files import files_below, is_visible
 from .sample import BrokenSample, Sample, read_image
 
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
-NEEDS_DATASETS = "reading {} needs the package datasets: pip install datasets"
+NEEDS_DATASETS = "{} cannot be read: datasets is not installed: run " + missing.install("datasets")
 
 
 def load_table(where: str, split: str, usual: str, columns: dict[str, bool]):

@@ -5,7 +5,7 @@ several as one `Composite`. A new reward is a class in the file of its kind with
 """
 
 from . import clip, fidelity, shapes, vision, vlm  # noqa: F401  (each registers its rewards)
-from .base import Context, Reward, check, create, names, options, register
+from .base import Context, Reward, check, create, names, options, package_of, register
 from .composite import Composite, CompositeScores, group_normalise
 from .spec import Selection, Spec, from_recipe, parse
 
@@ -22,6 +22,7 @@ __all__ = [
     "group_normalise",
     "names",
     "options",
+    "package_of",
     "parse",
     "register",
 ]

@@ -5,7 +5,6 @@ How single rewards compute stands in their own files, how a person names them in
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ... import missing
 from ...missing import page
 from . import weights
 
@@ -147,6 +147,11 @@ def check_weight(name: str, weight: object) -> float:
     return number
 
 
+def package_of(name: str) -> str:
+    """The module of an optional package that a reward judges with; "" for none, or an unknown reward."""
+    return getattr(_REGISTRY.get(name), "package", "")
+
+
 def check(name: str, **options: object) -> dict[str, object]:
     """The options that `create` would use, defaults included, where it can be expected to succeed.
 
@@ -159,9 +164,8 @@ def check(name: str, **options: object) -> dict[str, object]:
     for option, parameter in signature.parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise ValueError(f"reward {name} needs the option {option}: see {page('grpo.md')}")
-    package = getattr(make, "package", "")
-    if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"reward {name} needs the package {package}: pip install {package}.")
+    if (package := getattr(make, "package", "")) and (lacking := missing.lacking(package)):
+        raise ValueError(f"reward {name} cannot judge: {lacking}")
     bound = signature.bind(**options)
     bound.apply_defaults()
     if lacking := weights.absent(bound.arguments):

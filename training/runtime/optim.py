@@ -9,9 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ... import missing
+
 REMEDIES = {
-    "prodigy": ("prodigyopt", "pip install prodigyopt, or set optimizer: adamw and lr: 1e-4"),
-    "adamw8bit": ("bitsandbytes", "pip install bitsandbytes, or set optimizer: adamw"),
+    "prodigy": ("prodigyopt", "set optimizer: adamw and lr: 1e-4"),
+    "adamw8bit": ("bitsandbytes", "set optimizer: adamw"),
 }
 
 
@@ -19,7 +21,7 @@ def check(config) -> None:
     """Raises ValueError, before anything expensive, if the optimiser's package is missing."""
     package, remedy = REMEDIES.get(config.optimizer, (None, ""))
     if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"optimizer is {config.optimizer} but {package} is not installed: {remedy}")
+        raise ValueError(f"optimizer is {config.optimizer} but {missing.lacking(package)}, or {remedy}")
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config) -> torch.optim.Optimizer:

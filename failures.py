@@ -1,4 +1,4 @@
-"""One sentence for whatever ended a command: what failed, on what, and what to do about it.
+"""One sentence for whatever ended a command or a node: what failed, on what, and what to do about it.
 
 Errors of our own (ValueError and its kinds) already are such sentences. Those of the system, the network, the
 device and the libraries are translated here, known by their names so that no library is imported for it.
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .. import missing
+from . import missing
 
 LONGEST = 700  # letters; libraries append whole pages
 NETWORK = ("requests", "httpx", "httpx2", "httpcore", "urllib3", "aiohttp", "socket", "ssl")
@@ -57,6 +57,17 @@ def explain(error: BaseException) -> Failure:
         "the traceback, and please report it: this should have been one clear sentence)",
         ours=True,
     )
+
+
+def translated(error: BaseException) -> str:
+    """What a node says of an error of the device, the network, the hub or the disk; "" for any other.
+
+    Memory that ran out is not among them: ComfyUI knows what to do about it by the error's type.
+    """
+    if _memory(error):
+        return ""
+    sentences = (translate(error) for translate in (_missing, _device, _hub, _network, _system))
+    return _short(next(filter(None, sentences), ""))
 
 
 def _short(text: str) -> str:
