@@ -120,7 +120,7 @@ def test_every_value_that_was_logged_is_a_point(run):
     assert points(report.write(run)) == {
         "reward: shapes": 7 + 3,
         "loss": 7,
-        "grad norm": 7,
+        "grad_norm": 7,
         "lr": 7,
         "psnr, images in order": 4,
     }
@@ -232,6 +232,12 @@ def test_long_runs_are_thinned_and_keep_both_ends():
 def test_the_running_mean_is_that_of_the_values_before():
     means = svg._running_mean([(n, float(n)) for n in range(40)])  # over 2
     assert means[0] == (0, 0.0) and means[39] == (39, 38.5)
+
+
+def test_many_values_get_a_running_mean_but_not_a_schedule():
+    values = {"": {step: step % 3 for step in range(40)}}
+    assert svg.chart("loss", values).count("<polyline") == 2
+    assert svg.chart("lr", values, smooth=False).count("<polyline") == 1
 
 
 def test_values_lie_between_the_ends_of_the_axes():

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-LARGEST = 150_000  # bytes of an image that is taken as it is
-WIDEST = 1280  # px of the others
+LARGEST = 80_000  # bytes of an image that is taken as it is
+WIDEST = 1024  # px of the others
 NARROW = 480  # px: narrower ones are shown at this width, pixel by pixel
 STYLE = """
 :root { color-scheme: light dark; --ink: #1e1e22; --pale: #777; --line: #ddd; --paper: #fff;
@@ -24,7 +24,7 @@ h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid var(--line) }
 p.state { color: var(--pale); margin-top: .2em }
 code, pre { font: 13px/1.4 ui-monospace, monospace }
 pre { white-space: pre-wrap; word-break: break-word; border: 1px solid var(--line); padding: .6em }
-.curves { display: flex; flex-wrap: wrap; gap: 12px }
+.row { display: flex; flex-wrap: wrap; gap: 12px }
 svg.curve { width: 460px; max-width: 100%; font: 11px system-ui, sans-serif }
 svg text { fill: var(--pale) }
 svg text.title { fill: var(--ink); font-size: 13px }
@@ -44,6 +44,7 @@ figcaption { color: var(--pale) }
 table { border-collapse: collapse }
 td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top; word-break: break-word;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
+td:first-child { white-space: nowrap }
 """
 
 
@@ -93,6 +94,6 @@ def _embedded(file: Path) -> tuple[str, int]:
             image = image.convert("RGB")
             image.thumbnail((WIDEST, WIDEST * 4))
             buffer = io.BytesIO()
-            image.save(buffer, "WEBP", quality=85)
+            image.save(buffer, "WEBP", quality=80)
             data, kind = buffer.getvalue(), "webp"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width

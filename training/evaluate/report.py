@@ -118,14 +118,14 @@ def _before_after(run: Run) -> str:
 
 def _stage(run: Run) -> list[str]:
     """Curves and samples of one run."""
-    charts = [chart for title, series in curves(run) if (chart := svg.chart(title, series))]
-    drawn = f'<h2>Curves</h2><div class="curves">{"".join(charts)}</div>' if charts else ""
+    charts = [chart for title, series in curves(run) if (chart := svg.chart(title, series, title != "lr"))]
+    drawn = f'<h2>Curves</h2><div class="row">{"".join(charts)}</div>' if charts else ""
     sheets = sorted((run.folder / "samples").glob("step_*.png"))
     chosen = [sheets[index] for index in _spread(len(sheets), SHEETS)]
     shown = "".join(
         html.figure(file, f"after {int(file.stem.partition('_')[2] or 0)} steps") for file in chosen
     )
-    return [drawn, f"<h2>Samples</h2>{shown}" if shown else ""]
+    return [drawn, f'<h2>Samples</h2><div class="row">{shown}</div>' if shown else ""]
 
 
 def curves(run: Run) -> Iterable[tuple[str, Mapping[str, run_folder.History]]]:
@@ -137,7 +137,7 @@ def curves(run: Run) -> Iterable[tuple[str, Mapping[str, run_folder.History]]]:
         yield f"reward: {plain}", series if series["held out"] else {"": series["rollouts"]}
     last = [name for name in UNTOLD[2:] if name in columns]
     for name in [*(name for name in columns if name not in UNTOLD), *last]:
-        yield name.replace("_", " "), {"": columns[name]}
+        yield name, {"": columns[name]}
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -179,8 +179,8 @@ def _distribution(rows: Sequence[Mapping[str, Any]]) -> str:
         values = [row.get(name) for row in rows]
         numbers = sorted(v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
         if len(numbers) > 1 and numbers[0] < numbers[-1] and name not in ("index", "number"):
-            charts.append(svg.chart(f"{name}, images in order", {"": dict(enumerate(numbers, 1))}))
-    return f'<div class="curves">{"".join(charts)}</div>' if charts else ""
+            charts.append(svg.chart(f"{name}, images in order", {"": dict(enumerate(numbers, 1))}, False))
+    return f'<div class="row">{"".join(charts)}</div>' if charts else ""
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> str:

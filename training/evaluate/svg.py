@@ -13,10 +13,10 @@ MOST = 150  # points that are drawn of a series: those between are left out, the
 SMOOTH = 20  # so many points or more get a running mean over a twentieth of them
 
 
-def chart(title: str, series: Mapping[str, History]) -> str:
+def chart(title: str, series: Mapping[str, History], smooth: bool = True) -> str:
     """One chart of the series by name, values over steps; "" where none has a value.
 
-    Hovering a point shows its step and value.
+    Hovering a point shows its step and value. smooth: with a running mean over many points.
     """
     series = {name: values for name, values in series.items() if values}
     if not series:
@@ -30,11 +30,11 @@ def chart(title: str, series: Mapping[str, History]) -> str:
     parts = [f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>', *_legend(series)]
     parts.append(f'<path class="axis" d="M{LEFT},{TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     for value, at in ((max(numbers), TOP + 8), (min(numbers), HEIGHT - BOTTOM)):
-        parts.append(f'<text x="{LEFT - 4}" y="{at}" text-anchor="end">{value:.4g}</text>')
+        parts.append(f'<text x="{LEFT - 4}" y="{at}" text-anchor="end">{value:.3g}</text>')
     for step, anchor, at in ((min(steps), "start", LEFT), (max(steps), "end", WIDTH - RIGHT)):
         parts.append(f'<text x="{at}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step}</text>')
     for number, (name, values) in enumerate(series.items()):
-        parts.append(_series(name, values, x, y, number))
+        parts.append(_series(name, values, x, y, number, smooth))
     about = f'class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
     return f"<svg {about}>{''.join(parts)}</svg>"
 
@@ -55,17 +55,17 @@ def _legend(series: Mapping[str, History]) -> list[str]:
     return [f'<text x="{WIDTH - RIGHT}" y="16" text-anchor="end">{words}</text>']
 
 
-def _series(name: str, values: History, x, y, number: int) -> str:
+def _series(name: str, values: History, x, y, number: int, smooth: bool) -> str:
     points = list(values.items())
-    smooth = _running_mean(points) if len(points) >= SMOOTH else []
+    smoothed = _running_mean(points) if smooth and len(points) >= SMOOTH else []
     line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(points))
-    mean = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(smooth))
+    mean = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(smoothed))
     dots = "".join(
         f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="2">'
         f"<title>{escape(f'{name} {step}: {value:.6g}'.strip())}</title></circle>"
         for step, value in thinned(points)
     )
-    raw = f'<polyline class="raw{" pale" if smooth else ""}" points="{line}"/>'
+    raw = f'<polyline class="raw{" pale" if smoothed else ""}" points="{line}"/>'
     return f'<g class="s{number}">{raw}{f"""<polyline points="{mean}"/>""" if mean else ""}{dots}</g>'
 
 
