@@ -1,0 +1,73 @@
+"""In a real browser, set to Chinese: the page shows what `locales/zh` says; workflows keep their values."""
+
+from __future__ import annotations
+
+import json
+
+import comfy_cases
+import pytest
+from test_browser import browser, has_nodes_2, page  # noqa: F401  (fixtures)
+
+CHINESE = json.loads((comfy_cases.ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def chinese_page(server, page):  # noqa: F811
+    server.post("/api/settings/Comfy.Locale", "zh")
+    yield page
+    server.post("/api/settings/Comfy.Locale", "en")
+
+
+def wrong(shown: dict, entry: dict) -> list[str]:
+    """What a node shows otherwise than its entry says; files and core's own inputs keep their names."""
+    names = {name: given["name"] for name, given in entry["inputs"].items()}
+    options = {name: given.get("options", {}) for name, given in entry["inputs"].items()}
+    labels = {name: label for name, label in shown["widgets"].items() if name in names}
+    slots = {name: names.get(name) for name in shown["inputs"]}
+    menus = {
+        name: {v: options.get(name, {}).get(v, v) for v in menu} for name, menu in shown["options"].items()
+    }
+    right = {
+        "title": shown["title"] == entry["display_name"],
+        "description": shown["description"] == entry["description"],
+        "category": shown["category"].startswith("Diptych 双联画"),
+        "inputs": shown["inputs"] == slots and labels.items() <= names.items(),
+        "every input": {*slots, *labels, "compare_view"} >= set(names),
+        "outputs": shown["outputs"] == [given["name"] for given in entry["outputs"].values()],
+        "options": shown["options"] == menus,
+        "what stands in the menus": all(
+            menus[name][value] == text for name, (value, text) in shown["shown"].items()
+        ),
+    }
+    return [what for what, good in right.items() if not good]
+
+
+@pytest.mark.parametrize("renderer", ["canvas", "nodes 2.0"])
+def test_the_page_speaks_chinese(chinese_page, comfyui, renderer):
+    if renderer != "canvas" and not has_nodes_2(comfyui):
+        pytest.skip("its page has no Nodes 2.0")
+    builder = {"id": 1, "type": "DiptychBuilder", "pos": [60, 60], "flags": {}, "mode": 0}
+    workflow = {
+        "nodes": [builder],
+        "links": [],
+        "groups": [],
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "version": 0.4,
+    }
+    seen = chinese_page(do="language", workflow=workflow, vue=renderer != "canvas")
+    for node, entry in CHINESE.items():
+        assert wrong(seen["nodes"][node], entry) == [], node
+    assert seen["sent"]["1"]["inputs"]["side"] == "right"
+    if renderer != "canvas":
+        assert all(word in seen["text"] for word in ("双联画构建", "编辑位置", "右", "尺寸策略", "自动"))
+    assert [problem for problem in seen["problems"] if "Diptych" in problem] == []
+
+
+def test_chinese_help_pages_and_texts_are_served(server):
+    for node in comfy_cases.node_ids():
+        page_text = server.get(f"/extensions/ComfyUI-Diptych/docs/{node}/zh.md").decode("utf-8")
+        assert page_text.startswith(f"# {CHINESE[node]['display_name']}\n")
+    served = server.get_json("/i18n")
+    assert served["zh"]["nodeDefs"].items() >= CHINESE.items()
+    assert served["zh"]["nodeCategories"]["outpaint"] == "扩图"
