@@ -5,8 +5,9 @@
 
 `locales/en` is never edited by hand. The page shows the classes' own texts where a language has no key, so
 it changes nothing in English, and other languages do not fall back to it; it is the list of keys that a
-translation starts from and is checked with. An `options` table is read by `web/js/options.js`: ComfyUI's
-page translates everything else by itself.
+translation starts from and is checked with. An `options` table is read by `web/js/options.js`, the notes and
+titles of templates (`web/notes`, by their English text) by `web/js/notes.js`: ComfyUI's page translates
+everything else by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from unittest.mock import patch
 from comfyui_diptych import NODE_CLASS_MAPPINGS
 from comfyui_diptych.nodes.menus import BUNDLED_PREFIX
 
-LOCALES = Path(__file__).resolve().parents[1] / "locales"
+ROOT = Path(__file__).resolve().parents[1]
+LOCALES, NOTES = ROOT / "locales", ROOT / "web" / "notes"
 # Parts of our categories that ComfyUI's page translates itself, for every pack.
 TRANSLATED_BY_COMFYUI = {"sampling", "training"}
 
@@ -39,10 +41,24 @@ def main_texts() -> dict[str, dict]:
     return {"nodeCategories": {part: part for part in sorted(parts - TRANSLATED_BY_COMFYUI)}}
 
 
+def template_texts() -> dict[str, dict]:
+    """{notes, titles} of the templates and blueprints, each text by itself."""
+    files = [*ROOT.glob("example_workflows/*.json"), *ROOT.glob("subgraphs/*.json")]
+    flows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
+    graphs = [graph for flow in flows for graph in (flow, *flow.get("definitions", {}).get("subgraphs", []))]
+    nodes = [node for graph in graphs for node in graph["nodes"]]
+    notes = [node["widgets_values"][0] for node in nodes if node["type"] in ("Note", "MarkdownNote")]
+    groups = [group for graph in graphs for group in graph.get("groups", [])]
+    titles = sorted({titled["title"] for titled in (*nodes, *groups) if titled.get("title")})
+    return {"notes": {text: text for text in notes}, "titles": {text: text for text in titles}}
+
+
 def read(language: str) -> dict[str, dict]:
-    """{file name: its content} of one language."""
-    files = sorted((LOCALES / language).glob("*.json"))
-    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    """{file name: its content} of one language; `notes.json` for that of `web/notes`."""
+    files = {path.name: path for path in sorted((LOCALES / language).glob("*.json"))}
+    if (NOTES / f"{language}.json").is_file():
+        files["notes.json"] = NOTES / f"{language}.json"
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
 
 
 def english() -> dict[str, dict]:
@@ -61,7 +77,8 @@ def keys(texts: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 def faults(language: str) -> list[str]:
     """What a language's files lack, and what they still say of things that are gone, a line each."""
-    wanted, found = dict(keys(english())), dict(keys(read(language)))
+    texts = english() if language == "en" else {**english(), "notes.json": template_texts()}
+    wanted, found = dict(keys(texts)), dict(keys(read(language)))
     lines = [f"missing in {language}: {' > '.join(path)}" for path in wanted if not found.get(path)]
     return lines + [f"stale in {language}: {' > '.join(path)}" for path in found if path not in wanted]
 

@@ -1,5 +1,5 @@
-// The pack in the page's language: {workflow, vue}. What each node calls itself, its inputs, options and outputs,
-// in the canvas' terms; in Nodes 2.0 also the words that stand in the page; and what is sent to be run.
+// The pack in the page's language: {workflow, vue}. What each node calls itself, its inputs, options and outputs;
+// the notes and titles of the workflow as it opened; in Nodes 2.0 the words in the page; what is sent to be run.
 module.exports = async (page, task, { load }) => {
   await load(page, task.workflow, task.vue);
   const nodes = await page.evaluate((types) => Object.fromEntries(types.map((type) => {
@@ -17,5 +17,9 @@ module.exports = async (page, task, { load }) => {
   })), task.nodes);
   const text = await page.evaluate(() => [...document.querySelectorAll("[data-node-id]")].map((e) => e.innerText).join("\n"));
   const sent = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
-  return { nodes, text, sent };
+  const opened = await page.evaluate(() => ({
+    notes: window.app.graph._nodes.filter((node) => node.type === "MarkdownNote").map((node) => node.widgets[0].value),
+    titles: [...window.app.graph._nodes, ...window.app.graph._groups].map((titled) => titled.title),
+  }));
+  return { nodes, ...opened, text, sent };
 };

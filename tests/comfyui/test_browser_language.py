@@ -9,6 +9,7 @@ import pytest
 from test_browser import browser, has_nodes_2, page  # noqa: F401  (fixtures)
 
 CHINESE = json.loads((comfy_cases.ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+NOTES = json.loads((comfy_cases.ROOT / "web/notes/zh.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -46,21 +47,18 @@ def wrong(shown: dict, entry: dict) -> list[str]:
 def test_the_page_speaks_chinese(chinese_page, comfyui, renderer):
     if renderer != "canvas" and not has_nodes_2(comfyui):
         pytest.skip("its page has no Nodes 2.0")
-    builder = {"id": 1, "type": "DiptychBuilder", "pos": [60, 60], "flags": {}, "mode": 0}
-    workflow = {
-        "nodes": [builder],
-        "links": [],
-        "groups": [],
-        "last_node_id": 1,
-        "last_link_id": 0,
-        "version": 0.4,
-    }
-    seen = chinese_page(do="language", workflow=workflow, vue=renderer != "canvas")
+    template = comfy_cases.ROOT / "example_workflows" / "Edit by instruction - tiny.json"
+    seen = chinese_page(do="language", workflow=str(template), vue=renderer != "canvas")
     for node, entry in CHINESE.items():
         assert wrong(seen["nodes"][node], entry) == [], node
-    assert seen["sent"]["1"]["inputs"]["side"] == "right"
+    assert len(seen["notes"]) == 1 and seen["notes"][0] in NOTES["notes"].values()
+    assert {"说明", "双联画", "取出编辑结果", "双联画构建"} <= set(seen["titles"])
+    sent = {node["class_type"]: node["inputs"] for node in seen["sent"].values()}
+    assert sent["DiptychBuilder"]["side"] == "right" and sent["DiptychSplit"]["paste"] == "auto"
     if renderer != "canvas":
-        assert all(word in seen["text"] for word in ("双联画构建", "编辑位置", "右", "尺寸策略", "自动"))
+        assert [
+            word for word in ("双联画构建", "编辑位置", "右", "贴回方式", "自动") if word not in seen["text"]
+        ] == []
     assert [problem for problem in seen["problems"] if "Diptych" in problem] == []
 
 

@@ -1,7 +1,9 @@
 // Shows the options of this pack's menus in the language of the page: ComfyUI translates names and tooltips by
 // itself, options not. Only what is displayed changes; widgets and saved workflows keep the values.
+
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { language } from "./language.js";
 import { kind } from "./outputs.js";
 
 let texts = {};  // what the packs' locales/ hold: {language: {nodeDefs: {node: {inputs: {input: {options}}}}}}
@@ -13,9 +15,8 @@ app.registerExtension({
     if (answer.ok) texts = await answer.json();
   },
   nodeCreated(node) {
-    const language = app.extensionManager.setting.get("Comfy.Locale");
-    if (language === "en" || !kind(node)?.startsWith("Diptych")) return;
-    const inputs = texts[language]?.nodeDefs?.[kind(node)]?.inputs ?? {};
+    if (language() === "en" || !kind(node)?.startsWith("Diptych")) return;
+    const inputs = texts[language()]?.nodeDefs?.[kind(node)]?.inputs ?? {};
     for (const widget of node.widgets ?? []) {
       const options = inputs[widget.name]?.options;
       if (options) widget.options.getOptionLabel = (value) => options[value] ?? value ?? "";
