@@ -20,11 +20,11 @@ def chinese_page(server, page):  # noqa: F811
 
 
 def wrong(shown: dict, entry: dict) -> list[str]:
-    """What a node shows otherwise than its entry says; files and core's own inputs keep their names."""
+    """What a node shows otherwise than its entry says; files and what the page adds by itself keep their names."""
     names = {name: given["name"] for name, given in entry["inputs"].items()}
     options = {name: given.get("options", {}) for name, given in entry["inputs"].items()}
     labels = {name: label for name, label in shown["widgets"].items() if name in names}
-    slots = {name: names.get(name) for name in shown["inputs"]}
+    slots = {name: label for name, label in shown["inputs"].items() if name in names}
     menus = {
         name: {v: options.get(name, {}).get(v, v) for v in menu} for name, menu in shown["options"].items()
     }
@@ -32,7 +32,7 @@ def wrong(shown: dict, entry: dict) -> list[str]:
         "title": shown["title"] == entry["display_name"],
         "description": shown["description"] == entry["description"],
         "category": shown["category"].startswith("Diptych 双联画"),
-        "inputs": shown["inputs"] == slots and labels.items() <= names.items(),
+        "inputs": slots.items() <= names.items() and labels.items() <= names.items(),
         "every input": {*slots, *labels, "compare_view"} >= set(names),
         "outputs": shown["outputs"] == [given["name"] for given in entry["outputs"].values()],
         "options": shown["options"] == menus,
