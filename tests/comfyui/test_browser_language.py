@@ -20,7 +20,7 @@ def chinese_page(server, page):  # noqa: F811
 
 
 def wrong(shown: dict, entry: dict) -> list[str]:
-    """What a node shows otherwise than its entry says; files and what the page adds by itself keep their names."""
+    """What a node shows otherwise than its entry says; files and what the page adds keep their names."""
     names = {name: given["name"] for name, given in entry["inputs"].items()}
     options = {name: given.get("options", {}) for name, given in entry["inputs"].items()}
     labels = {name: label for name, label in shown["widgets"].items() if name in names}
