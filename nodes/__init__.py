@@ -15,6 +15,7 @@ from . import (
     conditioning,
     control_inpaint,
     diptych,
+    edit_model,
     glid,
     grpo,
     icedit,
@@ -56,6 +57,7 @@ NODE_CLASSES = [
     *grpo.NODES,
     *inspect.NODES,
     *tiny.NODES,
+    *edit_model.NODES,
 ]
 
 NODE_CLASS_MAPPINGS = {cls.__name__: guard(cls) for cls in NODE_CLASSES}

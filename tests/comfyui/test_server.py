@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from urllib.parse import quote
 
 import comfy_cases
 import pytest
 import workflow
+from comfyui_diptych.commands import installed
 from PIL import Image
 
 
@@ -45,3 +47,16 @@ def test_an_example_workflow_posted_as_a_prompt_gives_an_image(server, name):
         query = "&".join(f"{key}={quote(image[key])}" for key in ("filename", "subfolder", "type"))
         image = Image.open(io.BytesIO(server.get(f"/view?{query}")))
         assert image.height >= 64 and len(image.getcolors(image.width * image.height)) > 1
+
+
+def test_blueprints_are_listed_under_the_pack(server, comfyui):
+    if tuple(map(int, installed.comfyui_version(comfyui).split("."))) < (0, 33):
+        pytest.skip("its server or page knows no blueprints of packs")
+    listed = server.get_json("/global_subgraphs").items()
+    pack = "custom_nodes.ComfyUI-Diptych"
+    ours = {entry["name"]: key for key, entry in listed if entry["info"]["node_pack"] == pack}
+    files = {path.stem: path for path in (comfy_cases.ROOT / "subgraphs").glob("*.json")}
+    assert sorted(ours) == sorted(files) and len(ours) >= 5
+    for name, key in ours.items():
+        served = server.get_json(f"/global_subgraphs/{key}")["data"]
+        assert json.loads(served) == json.loads(files[name].read_text(encoding="utf-8"))

@@ -28,7 +28,8 @@ def test_a_template_shows_it(node):
     templates = [
         json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "example_workflows").glob("*.json")
     ]
-    assert any(step["type"] == node for template in templates for step in template["nodes"])
+    graphs = [g for t in templates for g in (t, *t.get("definitions", {}).get("subgraphs", []))]
+    assert any(step["type"] == node for graph in graphs for step in graph["nodes"])
 
 
 @pytest.mark.parametrize("node", sorted(NODES))

@@ -68,6 +68,7 @@ def test_an_installed_package_has_every_file_that_the_code_reads():
         "web",
         "locales",
         "example_workflows",
+        "subgraphs",
     )
     needed = {path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()}
     needed = {path for path in needed if "__pycache__" not in path.parts and path.name != ".DS_Store"}

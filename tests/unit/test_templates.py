@@ -40,7 +40,12 @@ def graph(name: str) -> dict:
 
 
 def nodes(name: str) -> list[dict]:
-    return [node for node in graph(name)["nodes"] if node["type"] not in ("Note", "MarkdownNote")]
+    """Every node, those inside subgraphs too."""
+    workflow = graph(name)
+    subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
+    found = [node for part in (workflow, *subgraphs) for node in part["nodes"]]
+    passed = ("Note", "MarkdownNote", *(part["id"] for part in subgraphs))
+    return [node for node in found if node["type"] not in passed]
 
 
 def files(node: dict) -> list[str]:
@@ -105,7 +110,10 @@ def test_the_page_can_offer_every_model_file_for_download(name):
         models = {entry["name"]: entry for entry in node["properties"].get("models", [])}
         assert sorted(models) == sorted(files(node))
         for file, entry in models.items():
-            assert entry["directory"] == FOLDERS.get(node["type"], "loras")
+            if node["type"] == "DiptychEditModelLoader":
+                assert entry["directory"] in ("diffusion_models", "text_encoders", "vae")
+            else:
+                assert entry["directory"] == FOLDERS.get(node["type"], "loras")
             url = urlparse(entry["url"])  # the page takes safetensors from these hosts only
             assert (url.scheme, url.netloc) == ("https", "huggingface.co") and url.path.endswith(
                 ".safetensors"

@@ -17,8 +17,15 @@ LOADERS = {
     "VAELoader": {"vae_name": "vae"},
     "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
     "ControlNetLoader": {"control_net_name": "controlnet"},
+    "DiptychEditModelLoader": {
+        "unet_name": "diffusion_models",
+        "clip_name1": "text_encoders",
+        "clip_name2": "text_encoders",
+        "vae_name": "vae",
+    },
 }
 SLOTS = {"UNETLoader": 0, "DualCLIPLoader": 1, "CLIPLoader": 1, "VAELoader": 2, "CheckpointLoaderSimple": 0}
+TINY = {"clip_name1": "auto", "clip_name2": "auto", "vae_name": "auto"}
 LORAS = {"DiptychGRPOLoraLoader": "lora", "LoraLoaderModelOnly": "lora_name"}
 BUNDLED = "diptych tiny demo/"
 SD_NODES = {"DiptychSDInpaintConditioner", "DiptychControlNetInpaint"}
@@ -50,7 +57,8 @@ def files(prompt: dict) -> dict[str, str]:
     found = {}
     for node in prompt.values():
         for key, folder in LOADERS.get(node["class_type"], {}).items():
-            found[node["inputs"][key]] = folder
+            if (name := node["inputs"][key]) != "auto" and "(bundled)" not in name:
+                found[name] = folder
         lora = node["inputs"].get(LORAS.get(node["class_type"]), BUNDLED)
         if not lora.startswith(BUNDLED):
             found[lora] = "loras"
@@ -97,6 +105,9 @@ def swapped(host, prompt: dict, few: dict = FEW) -> dict:
             if isinstance(value, list) and value[0] in slots:
                 inputs[key] = ["tiny", slots[value[0]] + value[1]]
         inputs.update({key: value for key, value in few.items() if key in inputs})
+        if node["class_type"] == "DiptychEditModelLoader" and "(bundled)" not in inputs["unet_name"]:
+            which = "kontext" if "kontext" in inputs["unet_name"] else "fill"
+            inputs.update(TINY, unet_name=f"tiny {which} (bundled)")
         if inputs.get("panel_width", 0) > SIDE:
             inputs["panel_width"] = SIDE
         if few and node["class_type"] == "DiptychGlidSampler":
@@ -147,8 +158,12 @@ def small_example(host) -> None:
 
 @case(each=workflow_names)
 def it_opens_without_a_missing_node_and_validates(host, name):
-    known = set(host.nodes) | {"Note", "MarkdownNote"}
-    assert [node["type"] for node in workflow(name)["nodes"] if node["type"] not in known] == []
+    import workflow as convert_module
+
+    subgraphs = convert_module.subgraphs(workflow(name))
+    known = set(host.nodes) | {"Note", "MarkdownNote"} | set(subgraphs)
+    nodes = [node for graph in (workflow(name), *subgraphs.values()) for node in graph["nodes"]]
+    assert [node["type"] for node in nodes if node["type"] not in known] == []
     prompt = convert(host, name)
     placeholders(host, prompt)
     valid, error, _, node_errors = host.validate(prompt)
