@@ -105,6 +105,8 @@ def _memory(error: BaseException) -> str:
 
 
 def _device(error: BaseException) -> str:
+    if "not compiled with CUDA" in str(error):
+        return f"{missing.CUDA}, or use cpu"
     if any(words in str(error) for words in DEVICE):
         return f"the device cannot be used ({str(error).split('. ')[0]}): use cpu, or see diptych doctor"
     return ""

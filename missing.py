@@ -12,6 +12,7 @@ from pathlib import Path
 DISTRIBUTION = "diptych"  # its name in pyproject.toml, and so on registry.comfy.org and for pip
 DOCS = "https://github.com/comfyui-diptych/ComfyUI-Diptych/blob/main/docs"
 TORCH = "torch is not installed: install PyTorch for your machine, see https://pytorch.org/get-started"
+CUDA = "this torch is built without CUDA: install one for your GPU, see https://pytorch.org/get-started"
 REQUIRED = ("diffusers", "transformers", "safetensors", "peft", "accelerate", "einops", "numpy", "PIL")
 OPTIONAL = {
     "bitsandbytes",

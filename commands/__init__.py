@@ -15,6 +15,7 @@ def modules() -> list[ModuleType]:
     from . import (
         caption,
         completion,
+        docs,
         doctor,
         edit,
         generate,
@@ -33,4 +34,4 @@ def modules() -> list[ModuleType]:
     )
 
     makers = [edit, outpaint, inpaint, generate, caption, web, train, grpo, report, precompute, score]
-    return [*makers, resize, merge_inpaint, powerpaint, glid, doctor, completion]
+    return [*makers, resize, merge_inpaint, powerpaint, glid, doctor, docs, completion]

@@ -14,31 +14,15 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from .. import missing
-from . import installed
+from . import engines, installed
 from .answers import Answer
+from .engines import Finding
 
 PYTHONS = ((3, 10), (3, 13))
 TORCH = "2.4"
 COMFYUI = "0.3.64"
-HUB_MODELS = {
-    "FLUX.1 Fill": "black-forest-labs/FLUX.1-Fill-dev",
-    "FLUX.1 Kontext": "black-forest-labs/FLUX.1-Kontext-dev",
-    "SD inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
-}
-WORDS = {"SD inpainting": "inpaint"}  # in its file names, where it is not the last of the name
-KINDS = ("diffusion_models", "unet", "checkpoints")
-ICEDIT_LORA = "RiverZ/normal-lora"
-
-
-class Finding(NamedTuple):
-    """state: "ok"; "missing", which the pack can do without; or "fault", which it cannot."""
-
-    state: str
-    what: str
-    remedy: str = ""
 
 
 def add_parser(subparsers) -> None:
@@ -74,9 +58,10 @@ def examine() -> Iterator[tuple[str, Iterable[Finding]]]:
     """Each section's title and its findings, slow ones last."""
     yield "Python and libraries", [python(), *libraries()]
     yield "Compute", compute()
-    comfyuis = installed.comfyui_folders()
+    comfyuis = installed.all_comfyui_folders()
     yield "ComfyUI", comfyui(comfyuis)
-    yield "Models", [*tiny(), *base_models(comfyuis)]
+    yield "Models", [*engines.tiny(), *engines.engines(comfyuis)]
+    yield "Page and judges", [*engines.web(), *engines.judges()]
 
 
 def python() -> Finding:
@@ -144,6 +129,8 @@ def compute() -> Iterator[Finding]:
         yield Finding("ok", "GPU: Apple MPS")
     else:
         advice = "the tiny models run on the CPU; FLUX needs a GPU to be practical"
+        if installed.nvidia_gpu() and torch.version.cuda is None:
+            advice = missing.CUDA
         yield Finding(
             "missing", f"no GPU that torch can use, CPU with {torch.get_num_threads()} threads", advice
         )
@@ -176,47 +163,3 @@ def comfyui(folders: list[Path]) -> Iterator[Finding]:
         if not installed.holds_pack(folder):
             remedy = f"put or link {installed.PACK} into {folder / 'custom_nodes'}"
             yield Finding("missing", "this pack is not in its custom_nodes", remedy)
-
-
-def tiny() -> Iterator[Finding]:
-    """Whether the bundled tiny models are complete, and trained."""
-    from ..models import tiny as bundled
-
-    folder = bundled.folder()
-    names = ("fill", "kontext", "sd_inpaint", "glid")
-    found = [name for name in names if (folder / name / "model_index.json").is_file()]
-    if len(found) < len(names):
-        lost = ", ".join(name for name in names if name not in found)
-        yield Finding(
-            "missing", f"bundled tiny models ({lost}) are not in {folder}", "reinstall the whole pack"
-        )
-        return
-    trained = bundled.card().get("trained")
-    what = f"bundled tiny models: {', '.join(found)} ({'trained' if trained else 'untrained'})"
-    yield Finding("ok", what, "" if trained else "their images are noise until they are trained")
-
-
-def base_models(comfyuis: list[Path]) -> Iterator[Finding]:
-    """Where full-size models and LoRAs lie: in the hub's cache and in ComfyUI's folders."""
-    for name, hub_id in HUB_MODELS.items():
-        folder = installed.cached_model(hub_id)
-        files = _named(comfyuis, WORDS.get(name, name.split()[-1].lower()), *KINDS)
-        if folder:
-            yield Finding("ok", f"{name} for the command line: {folder}")
-        if files:
-            yield Finding("ok", f"{name} for ComfyUI: {', '.join(str(path) for path in files[:3])}")
-        if not folder and not files:
-            first = f"accept its licence at https://huggingface.co/{hub_id}, then: " if "FLUX" in name else ""
-            remedy = f"{first}hf download {hub_id}"
-            yield Finding("missing", f"{name} is not on this machine", remedy)
-    loras = [path for comfyui in comfyuis for path in installed.model_files(comfyui, "loras")]
-    if loras:
-        yield Finding("ok", f"{len(loras)} LoRA file(s) for ComfyUI, e.g. {loras[0].name}")
-    if not any("icedit" in path.name.lower() for path in loras):
-        remedy = f"save https://huggingface.co/{ICEDIT_LORA}'s weights there as icedit_lora.safetensors"
-        yield Finding("missing", "no ICEdit LoRA in ComfyUI's models/loras", remedy)
-
-
-def _named(comfyuis: list[Path], word: str, *kinds: str) -> list[Path]:
-    files = (path for comfyui in comfyuis for path in installed.model_files(comfyui, *kinds))
-    return [path for path in files if word in path.name.lower()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def comfyui_folders() -> list[Path]:
         around = [PACK.parent.parent] if PACK.parent.name == "custom_nodes" else []
         named = next(([path] for path in [*around, *_comfy_cli_workspaces()] if is_comfyui(path)), [])
     return [path.resolve() for path in named]
+
+
+def all_comfyui_folders() -> list[Path]:
+    """Every one of them: COMFYUI_PATH's, the one around this pack, comfy-cli's workspaces."""
+    around = [PACK.parent.parent] if PACK.parent.name == "custom_nodes" else []
+    others = [path.resolve() for path in [*around, *_comfy_cli_workspaces()] if is_comfyui(path)]
+    return list(dict.fromkeys([*comfyui_folders(), *others]))
 
 
 def _comfy_cli_workspaces() -> list[Path]:
@@ -71,8 +79,32 @@ def cached_model(hub_id: str) -> Path | None:
 
 
 def model_files(comfyui: Path, *kinds: str) -> Iterator[Path]:
-    """Weight files below ComfyUI's `models/<kind>` folders."""
+    """Weight files below ComfyUI's `models/<kind>` folders, and those of its extra_model_paths.yaml."""
     for kind in kinds:
-        folder = comfyui / "models" / kind
-        if folder.is_dir():
-            yield from sorted(p for p in folder.rglob("*") if p.suffix.lower() in WEIGHTS and p.is_file())
+        for folder in [comfyui / "models" / kind, *_extra_folders(comfyui, kind)]:
+            if folder.is_dir():
+                yield from sorted(p for p in folder.rglob("*") if p.suffix.lower() in WEIGHTS and p.is_file())
+
+
+def _extra_folders(comfyui: Path, kind: str) -> list[Path]:
+    """What extra_model_paths.yaml names for a kind; nothing where it, or the reader of YAML, is not there."""
+    file = comfyui / "extra_model_paths.yaml"
+    try:
+        import yaml
+    except ImportError:
+        return []
+    try:
+        groups = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    found = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        base = comfyui / str(group.get("base_path", "")) if isinstance(group, dict) else comfyui
+        lines = str(group.get(kind) or "").splitlines() if isinstance(group, dict) else []
+        found += [(base / line.strip()).expanduser() for line in lines if line.strip()]
+    return found
+
+
+def nvidia_gpu() -> bool:
+    """Whether NVIDIA's driver is on this machine, whatever torch can use."""
+    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()

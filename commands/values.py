@@ -7,6 +7,8 @@ import difflib
 import math
 from collections.abc import Callable, Iterator
 
+from .. import missing
+
 MOST_STEPS = 10_000
 LARGEST_SEED = 2**63 - 1  # of a torch generator
 LARGEST_SIDE = 16_384  # pixels
@@ -115,6 +117,8 @@ def check_device(name: str | None) -> None:
     if device.type not in found:
         raise ValueError(f"--device is {name}: use cuda, mps or cpu")
     if found[device.type] <= (device.index or 0):
+        if device.type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+            raise ValueError(f"--device is {name} but {missing.CUDA}, or use cpu")
         raise ValueError(
             f"--device is {name} but torch finds {found[device.type] or 'none'} here: use cpu, or see "
             "diptych doctor"

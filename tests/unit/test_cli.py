@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_diptych import cli
-from comfyui_diptych.commands import doctor, edit, images, installed
+from comfyui_diptych import cli, missing
+from comfyui_diptych.commands import doctor, edit, engines, images, installed
 from PIL import Image
 
 
@@ -59,7 +59,7 @@ WRONG = [
     (["{tmp}/thin.png", "x"], "a panel has at most 33 megapixels"),
     (["{photo}", "x", "--reference", "{photo}"], "--reference works with --engine kontext only"),
     (["{photo}", "x", "--cfg", "3"], "--cfg works with --engine kontext only"),
-    (["{photo}", "x", "--device", "cuda:99"], "--device is cuda:99 but torch finds"),
+    (["{photo}", "x", "--device", "cuda:99"], "--device is cuda:99 but "),
     (["{photo}", "x", "--device", "meta"], "--device is meta: use cuda, mps or cpu"),
     (["{photo}", "x", "--device", "warp"], "--device is warp: use cuda, mps or cpu"),
     (["{photo}", "x", "--engine", "kontext"], "has 384 input channels where FLUX.1 Kontext has 64"),
@@ -150,7 +150,7 @@ ENDINGS = [
     (ModuleNotFoundError("No module named 'datasets'", name="datasets"), "-m pip install datasets"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the device's memory is full"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 25 GB"), "main memory is full"),
-    (AssertionError("Torch not compiled with CUDA enabled"), "the device cannot be used"),
+    (AssertionError("Torch not compiled with CUDA enabled"), "this torch is built without CUDA: install"),
     (hub_error("ConnectError", "[Errno -3] no name"), "unexpected ConnectError"),
     (hub_error("GatedRepoError", "403", OSError), "asks for its licence"),
     (hub_error("LocalEntryNotFoundError", "not cached", FileNotFoundError), "the network was needed"),
@@ -281,14 +281,18 @@ def findings(sections) -> list[doctor.Finding]:
 
 
 def test_the_doctor_is_content_without_comfyui_and_models(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(installed, "comfyui_folders", lambda: [])
+    monkeypatch.setattr(installed, "all_comfyui_folders", lambda: [])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("DIPTYCH_TINY_FOLDER", str(tmp_path))
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "no ComfyUI found" in said
-    assert "FLUX.1 Fill is not on this machine" in said
-    assert "bundled tiny models (fill, kontext, sd_inpaint, glid) are not in" in said
+    for engine in ("FLUX.1 Fill (fill)", "FLUX.1 Kontext (kontext)", "SD inpainting (sd_inpaint)"):
+        assert f"{engine} is not on this machine" in said
+    for engine in ("glid-3-xl-stable (glid)", "PowerPaint v1 (powerpaint)"):
+        assert f"{engine} is not on this machine" in said
+    assert "bundled tiny models (fill, kontext, sd_inpaint, glid, multimodal) are not in" in said
+    assert "diptych web: gradio" in said and "judges ready: " in said
     assert "The pack can run." in said
 
 
@@ -326,6 +330,10 @@ def test_comfyui_is_found_where_it_is_named_or_above_custom_nodes(monkeypatch, t
     named, around = make_comfyui(tmp_path / "a"), make_comfyui(tmp_path / "b")
     monkeypatch.setenv("COMFYUI_PATH", str(named))
     assert installed.comfyui_folders() == [named]
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    workspace = make_comfyui(tmp_path / "comfy" / "ComfyUI")
+    monkeypatch.setattr(installed, "PACK", around / "custom_nodes" / "any-name")
+    assert installed.all_comfyui_folders() == [named, around, workspace]
     monkeypatch.delenv("COMFYUI_PATH")
     monkeypatch.setattr(installed, "PACK", around / "custom_nodes" / "any-name")
     assert installed.comfyui_folders() == [around]
@@ -350,9 +358,23 @@ def test_downloaded_models_and_loras_are_found(monkeypatch, tmp_path):
         path = comfyui / "models" / name
         path.parent.mkdir(parents=True)
         path.touch()
-    found = list(doctor.base_models([comfyui]))
-    assert [finding.state for finding in found] == ["ok", "ok", "missing", "ok"]
-    assert "SD inpainting" in found[2].what and "hf download" in found[2].remedy
+    shared = tmp_path / "shared" / "unets" / "sd-v1-5-inpainting.safetensors"
+    shared.parent.mkdir(parents=True)
+    shared.touch()
+    lines = f"any:\n  base_path: {tmp_path / 'shared'}\n  diffusion_models: |\n    none/\n    unets/\n"
+    (comfyui / "extra_model_paths.yaml").write_text(lines, encoding="utf-8")
+    found = list(engines.engines([comfyui]))
+    assert [finding.state for finding in found] == ["ok", "ok", "ok", "missing", "missing", "ok"]
+    assert str(shared) in found[2].what and "hf download JunhaoZhuang" in found[4].remedy
+
+
+def test_the_doctor_says_that_torch_was_built_without_cuda(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(installed, "nvidia_gpu", lambda: True)
+    assert missing.CUDA in [finding.remedy for finding in doctor.compute()]
 
 
 def test_the_help_text_loads_nothing_heavy(capsys, monkeypatch):

@@ -104,7 +104,10 @@ Ours.__module__ = "comfyui_diptych.training.somewhere"
     [
         (LoraError("no LoRA"), ValueError("no LoRA")),
         (Ours("odd"), RuntimeError("odd")),
-        (AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("the device cannot be used")),
+        (
+            AssertionError("Torch not compiled with CUDA enabled"),
+            RuntimeError("this torch is built without CUDA: install"),
+        ),
         (FileNotFoundError(2, "No such file", "/nowhere"), RuntimeError("/nowhere does not exist")),
     ],
 )

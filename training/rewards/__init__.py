@@ -5,7 +5,7 @@ several as one `Composite`. A new reward is a class in the file of its kind with
 """
 
 from . import clip, fidelity, shapes, vision, vlm  # noqa: F401  (each registers its rewards)
-from .base import Context, Reward, check, create, names, options, package_of, register
+from .base import Context, Reward, at_hand, check, create, names, options, package_of, register
 from .composite import Composite, CompositeScores, group_normalise
 from .spec import Selection, Spec, from_recipe, parse
 
@@ -16,6 +16,7 @@ __all__ = [
     "Reward",
     "Selection",
     "Spec",
+    "at_hand",
     "check",
     "create",
     "from_recipe",

@@ -152,6 +152,19 @@ def package_of(name: str) -> str:
     return getattr(_REGISTRY.get(name), "package", "")
 
 
+def at_hand(name: str) -> str:
+    """What a reward lacks to judge at once, with the remedy; "" if nothing. Asks no network."""
+    make = factory(name)
+    if (package := getattr(make, "package", "")) and (lacking := missing.lacking(package)):
+        return lacking
+    rows = inspect.signature(make).parameters.items()
+    if wanted := [option for option, row in rows if row.default is row.empty]:
+        return f"needs the option {wanted[0]}: see {page('grpo.md')}"
+    defaults = {option: row.default for option, row in rows}
+    here = all(weights.on_disk(place) for place in weights.places(defaults).values())
+    return "" if here else weights.remedy(defaults)
+
+
 def check(name: str, **options: object) -> dict[str, object]:
     """The options that `create` would use, defaults included, where it can be expected to succeed.
 
