@@ -111,6 +111,7 @@ function pretendToHaveRun() {
     DiptychTrainLora: { images: [...images, ...images], text },
     DiptychTrainGRPO: { images: [...images, ...images], text },
     DiptychCompare: { a_images: images, b_images: images },
+    DiptychTokenInspector: { images, text }, DiptychShapeWalk: { images, text }, DiptychSchedulePlot: { images, text },
   };
   app.canvas.ds.scale = 1;
   app.canvas.ds.offset = [60, 60];
