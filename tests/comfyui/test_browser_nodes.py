@@ -117,20 +117,28 @@ def test_numbers_that_meant_auto_read_as_auto(page, vue, comfyui):  # noqa: F811
 
 def test_hovering_a_token_of_a_mask_tells_its_256_values(page, vue, comfyui, server):  # noqa: F811
     """Against `pack_mask`, which tests/parity holds to diffusers' pipeline."""
-    mask = (torch.rand(48, 80, generator=torch.Generator().manual_seed(3)) * 255).round()
-    Image.fromarray(mask.byte().numpy()).save(server.base / "input" / "tokens.png")
+    mask = (torch.rand(48, 80, generator=torch.Generator().manual_seed(int(vue))) * 255).round()
+    Image.fromarray(mask.byte().numpy()).save(server.base / "input" / f"tokens_{vue}.png")
     loader = {
         "id": 1,
         "type": "LoadImageMask",
         "size": [300, 300],
         "outputs": [{"name": "MASK", "type": "MASK", "links": [1]}],
-        "widgets_values": ["tokens.png", "red", "image"],
+        "widgets_values": [f"tokens_{vue}.png", "red", "image"],
     }
     packer = {"id": 2, "type": "DiptychMaskPacker", "size": [480, 440]} | {
         "inputs": [{"name": "mask", "type": "MASK", "link": 1}],
+        "outputs": [
+            {"name": "mask_tokens", "type": "DIPTYCH_MASK_TOKENS"},
+            {"name": "mask", "type": "MASK"},
+            {"name": "preview", "type": "IMAGE", "links": [2]},
+        ],
         "widgets_values": [0, False, 0, False, "stretch"],
     }
-    workflow = graph(loader, packer, links=[[1, 1, 0, 2, 0, "MASK"]])
+    inputs = [{"name": "images", "type": "IMAGE", "link": 2}]
+    shown = {"id": 3, "type": "PreviewImage", "size": [300, 300], "inputs": inputs}
+    links = [[1, 1, 0, 2, 0, "MASK"], [2, 2, 2, 3, 0, "IMAGE"]]
+    workflow = graph(loader, packer, shown, links=links)
     seen = page(do="mask", workflow=workflow, vue=vue, tokens=[[2, 3], [0, 4]], screenshot=None)
     assert seen["outcome"] == "success"
     tokens = pack_mask(mask[None] / 255)[0]
