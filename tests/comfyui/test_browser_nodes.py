@@ -117,7 +117,7 @@ def test_numbers_that_meant_auto_read_as_auto(page, vue, comfyui):  # noqa: F811
 
 def test_hovering_a_token_of_a_mask_tells_its_256_values(page, vue, comfyui, server):  # noqa: F811
     """Against `pack_mask`, which tests/parity holds to diffusers' pipeline."""
-    mask = (torch.rand(48, 80, generator=torch.Generator().manual_seed(int(vue))) * 255).round()
+    mask = torch.rand(48, 80, generator=torch.Generator().manual_seed(int(vue))).round() * 255
     Image.fromarray(mask.byte().numpy()).save(server.base / "input" / f"tokens_{vue}.png")
     loader = {
         "id": 1,
@@ -133,7 +133,7 @@ def test_hovering_a_token_of_a_mask_tells_its_256_values(page, vue, comfyui, ser
             {"name": "mask", "type": "MASK"},
             {"name": "preview", "type": "IMAGE", "links": [2]},
         ],
-        "widgets_values": [0, False, 0, False, "stretch"],
+        "widgets_values": [0, True, 0, False, "stretch"],
     }
     inputs = [{"name": "images", "type": "IMAGE", "link": 2}]
     shown = {"id": 3, "type": "PreviewImage", "size": [300, 300], "inputs": inputs}
