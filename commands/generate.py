@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the images. Raises ValueError or FileNotFoundError before the model is loaded."""
+    """Write the images. Raises ValueError or FileNotFoundError before the images are made."""
     prompt, paths = args.prompt.strip(), _paths(args.output, args.count)
     if not prompt:
         raise ValueError("the prompt is empty: say what the image shows")
@@ -58,12 +58,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{option} does nothing with --direct: leave one out")
     for path in paths:
         images.check_writable(path)
+    from ..models.multimodal.reading import remarks
+
     folder = multimodal.check_model(args)
     with Stop("stopped before the images were made: nothing was written"):
-        made = _generate(multimodal.load(folder, args), prompt, args)
+        model = multimodal.load(folder, args)
+        told = remarks(model, prompt)
+        sys.stderr.writelines(f"{remark}\n" for remark in told)
+        made = _generate(model, prompt, args)
     written = [images.save(images.to_pil(image), path) for path, image in zip(paths, made, strict=True)]
     sys.stdout.writelines(f"{path}\n" for path in written)
-    return {"images": written, "prompt": prompt, "model": folder, "seed": args.seed}
+    return {"images": written, "prompt": prompt, "model": folder, "seed": args.seed, "remarks": told}
 
 
 def _generate(model: Any, prompt: str, args: argparse.Namespace) -> Any:

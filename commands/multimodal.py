@@ -9,29 +9,25 @@ from typing import Any
 from .progress import quiet
 from .values import check_device
 
-BUNDLED = "multimodal"  # below the folder of the tiny models
-CONFIG = "config.json"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --model and --device."""
     add = parser.add_argument
-    add("--model", type=Path, metavar="FOLDER", help="what `diptych train multimodal` wrote")
+    add(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="what `diptych train multimodal` wrote (default: the bundled tiny one, of coloured shapes)",
+    )
     add("--device", help="cuda, mps or cpu (default: cpu for the tiny model, else the best there is)")
 
 
 def check_model(args: argparse.Namespace) -> Path:
     """The model's folder. Raises ValueError or FileNotFoundError if it is none, before anything is loaded."""
-    from ..models import tiny
-    from ..models.multimodal.storage import read_architecture
+    from ..models.multimodal.storage import bundled, read_architecture
 
     check_device(args.device)
-    folder = args.model or tiny.folder() / BUNDLED
-    if args.model is None and not (folder / CONFIG).is_file():
-        raise ValueError(
-            "no weights of the multimodal model are bundled yet: train them with `diptych train "
-            "multimodal_tiny`, then add --model runs/multimodal_tiny/model"
-        )
+    folder = args.model or bundled()
     read_architecture(folder)
     return folder
 

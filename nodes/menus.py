@@ -24,6 +24,8 @@ TINY = {
 }
 BUNDLED_PREFIX = "diptych tiny demo/"
 REWARDS = "diptych_rewards"
+MULTIMODAL = "diptych_multimodal"
+BUNDLED_MULTIMODAL = "tiny (bundled)"
 LAMA_FOLDERS = ("inpaint", "upscale_models")
 LAMA_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
@@ -221,6 +223,40 @@ def _lama_choices() -> dict[str, Path]:
                 if file.suffix.lower() in LAMA_SUFFIXES and file.is_file():
                     found.setdefault(f"{folder}/{file.relative_to(place).as_posix()}", file)
     return found
+
+
+# multimodal models
+
+
+def multimodal_models() -> dict[str, Path]:
+    """Folders of multimodal models under ComfyUI's models/diptych_multimodal, by name.
+
+    The folder is one of ComfyUI's own list, so extra_model_paths.yaml may name more.
+    """
+    folders = comfy_folders()
+    if folders is None:
+        return {}
+    folders.add_model_folder_path(MULTIMODAL, str(Path(folders.models_dir) / MULTIMODAL))
+    found: dict[str, Path] = {}
+    for parent in folders.get_folder_paths(MULTIMODAL):
+        for weights in sorted(Path(parent).glob("*/model.safetensors")):
+            found.setdefault(weights.parent.name, weights.parent)
+    return found
+
+
+def multimodal_folder(name: str) -> Path:
+    """The folder of an entry of the model menu. Raises ValueError when it is not there any more."""
+    if name == BUNDLED_MULTIMODAL:
+        from ..models.multimodal.storage import bundled
+
+        return bundled()
+    folder = multimodal_models().get(name)
+    if folder is None:
+        raise ValueError(
+            f"model is {name!r}, which is not in models/{MULTIMODAL}: put the folder that "
+            "`diptych train multimodal` wrote there"
+        )
+    return folder
 
 
 # textual inversions

@@ -51,7 +51,8 @@ class DiptychReward:
                 "name": choice(names(), "pickscore")(
                     "pickscore, hpsv2, clip_l, clip_h: does it look as described. vlm_yes: was the edit "
                     "made. clip_i, dino: is it still the source. keep_l1, keep_ssim, keep_lpips: the rest "
-                    "untouched. shapes: exact, for the demo images."
+                    "untouched. shapes: exact, for the demo images. multimodal: like its caption, for "
+                    "demo images of one shape."
                 ),
                 "weight": number(1.0, -100.0, 100.0, step=0.05)(
                     "Share in the sum with other rewards; negative punishes."

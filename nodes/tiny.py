@@ -10,6 +10,7 @@ from .guard import validated
 from .widgets import choice, integer
 
 OPERATIONS = ["any", "recolour", "replace", "remove", "add", "move", "background"]
+SHAPES = ["one to three", "one"]
 MODELS = ["fill", "kontext", "sd_inpaint", "glid"]
 
 
@@ -97,20 +98,27 @@ class DiptychDemoImage:
                 "operation": choice(OPERATIONS, "any")(
                     "The kind of edit to ask for; any takes them in turn."
                 ),
-                "size": integer(64, 32, 1024, step=16, advanced=True)(
-                    "Width and height in pixels. The tiny models expect 64."
+                "size": integer(64, 32, 1024, step=8, advanced=True)(
+                    "Width and height in pixels. The tiny models expect 64, the multimodal one 56."
+                ),
+                "shapes": choice(SHAPES, "one to three", advanced=True)(
+                    "How many shapes the image has before the edit. The tiny multimodal model knows one only."
                 ),
             },
         }
 
     def draw(
-        self, example: int, operation: str = "any", size: int = 64
+        self, example: int, operation: str = "any", size: int = 64, shapes: str = "one to three"
     ) -> tuple[Tensor, str, Tensor, Tensor, str]:
-        """(source [1,H,W,3], instruction, mask [1,H,W], target [1,H,W,3], caption of the target)."""
+        """(source [1,H,W,3], instruction, mask [1,H,W], target [1,H,W,3], caption of the target).
+
+        Raises ValueError for removing the only shape.
+        """
         from ..training.tiny.shapes import edit_pairs
 
         operations = OPERATIONS[1:] if operation == "any" else [operation]
-        pair = next(edit_pairs(example, 1, "test", size=size, operations=operations))
+        single = shapes == "one"
+        pair = next(edit_pairs(example, 1, "test", size=size, operations=operations, single=single))
         return (
             pair.source[None],
             pair.instruction,

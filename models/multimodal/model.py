@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..geometry import check_choice, place
-from ..pixels import as_image, fit_image
+from ..pixels import as_image, fit_image, on_white
 from . import storage, tokens
 from .images import ImageDecoder, ImageEncoder
 from .latent_diffusion import LatentDiffusionUNet
@@ -130,8 +130,11 @@ class GenerativeMultimodalModel(nn.Module):
     # images and texts to embeddings
 
     def pixels(self, images: Tensor) -> Tensor:
-        """IMAGE [B,H,W,C] in 0..1 of any size to pixels [B,3,S,S] in -1..1: middle square, antialiased."""
-        images = as_image(images, "images")
+        """IMAGE [B,H,W,C] in 0..1 of any size to pixels [B,3,S,S] in -1..1: middle square, antialiased.
+
+        What is transparent lies on white.
+        """
+        images = on_white(as_image(images, "images"))
         size = self.architecture.image_size
         square = fit_image(images, place(tuple(images.shape[1:3]), (size, size), "crop"))
         return (square.movedim(-1, 1) * 2 - 1).to(self.device)
@@ -149,7 +152,10 @@ class GenerativeMultimodalModel(nn.Module):
     @torch.no_grad()
     def similarity(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
         """Cosine similarity [images, prompts], float32 in -1..1."""
-        seen, read = self.encode_image(images).float(), self.encode_text(prompts).float()
+        seen = torch.cat(
+            [self.encode_image(part) for part in as_image(images, "images").split(BATCH)]
+        ).float()
+        read = self.encode_text(prompts).float()
         return F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T
 
     # training
@@ -321,18 +327,25 @@ class GenerativeMultimodalModel(nn.Module):
         repetition_penalty: float = 1.3,
         *,
         seed: int | None = None,
+        callback: Callable[[int], None] | None = None,
     ) -> list[list[str]]:
-        """IMAGE [B,H,W,C] in 0..1 to B lists of captions; see `TextDecoder.generate`."""
-        captions = self.generate_text_from_image(
-            self.encode_image(images),
-            num_captions=num_captions_per_image,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        count = num_captions_per_image
+        """IMAGE [B,H,W,C] in 0..1 to B lists of captions; see `TextDecoder.generate`.
+
+        16 images are read at a time, the next 16 with the next seed; callback(images read so far) after each.
+        """
+        count, captions = num_captions_per_image, []
+        for number, part in enumerate(as_image(images, "images").split(BATCH)):
+            captions += self.generate_text_from_image(
+                self.encode_image(part),
+                num_captions=count,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                seed=None if seed is None else (seed + number) % 2**64,
+            )
+            if callback is not None:
+                callback(len(captions) // count)
         return [captions[first : first + count] for first in range(0, len(captions), count)]
 
     def cross_modal_generation(self, source: Any, **options: Any) -> Any:

@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import tiny
 from .presets import Architecture
 
 FORMAT = "diptych-multimodal"
 VERSION = 1
 TIED = "text_decoder.gpt2.lm_head.weight"  # GPT-2's output layer is its word table
+
+
+def bundled() -> Path:
+    """The folder of the tiny model that comes with the pack. Raises ValueError where it was left out."""
+    folder = tiny.folder() / "multimodal"
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"the tiny multimodal model is missing from {folder.parent}: reinstall the whole pack"
+        )
+    return folder
 
 
 def refuse_old_design(keys: Iterable[str], name: str) -> None:
@@ -101,10 +112,10 @@ def _keys(file: Path) -> list[str]:
     """Names of the tensors in a checkpoint, also if it nests them; nothing is unpickled but tensors."""
     from safetensors import safe_open
 
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as tensors:
-            return list(tensors.keys())
     try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                return list(tensors.keys())
         content = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
         raise ValueError(
@@ -124,7 +135,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors: copy the whole folder")
-    missing, unexpected = model.load_state_dict(load_file(path), strict=False)
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # half a download: safetensors has an error of its own for each way
+        raise ValueError(f"{path} cannot be read ({error}): copy the whole folder") from error
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     wrong = sorted({*missing} - {TIED}) + sorted(unexpected)
     if wrong:
         raise ValueError(

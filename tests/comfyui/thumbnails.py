@@ -23,9 +23,12 @@ BEFORE = (DEMO, 0)
 
 @dataclass(frozen=True)
 class Picture:
-    """One thumbnail: rows of sockets (class or title of a node, output), and what to set for the run."""
+    """One thumbnail: rows of sockets (class or title of a node, output), and what to set for the run.
 
-    rows: list[list[tuple[str, int]]] = field(default_factory=lambda: [[BEFORE, (SPLIT, 0)]])
+    A third number in a socket is that of the image in its batch.
+    """
+
+    rows: list[list[tuple]] = field(default_factory=lambda: [[BEFORE, (SPLIT, 0)]])
     demo: tuple[int, str] | None = None  # example and operation in the place of Load Image
     inputs: dict[str, dict] = field(default_factory=dict)  # node -> its inputs; a tuple is a socket
     arrow: bool = True
@@ -98,6 +101,16 @@ PICTURES: dict[str, Picture] = {
     "Outpaint in one node - tiny": Picture([[(DEMO, 3), ("DiptychOutpaint", 0)]]),
     "Panorama - tiny": WIDER,
     "Infinite zoom - tiny": Picture([[("Export", 1)]]),
+    "Text to image - tiny": Picture(
+        [[("DiptychTextToImage", 0, n) for n in row] for row in ((0, 2), (4, 6))], arrow=False
+    ),
+    "Image to caption to image - tiny": Picture(
+        [[BEFORE], [("DiptychTextToImage", 0, n) for n in range(4)]], arrow=False
+    ),
+    "Best of N by similarity - tiny": Picture(
+        [[("DiptychTextToImage", 0, n) for n in range(4)], [("DiptychMultimodalScore", 0, n) for n in (0, 1)]],
+        arrow=False,
+    ),
 }
 
 
@@ -146,18 +159,21 @@ def paint(host, name: str, picture: Picture) -> list[list]:
     graph, prompt = prepared(host, picture.of or name, picture)
     host.executor = None  # what an earlier run kept is not kept again
     places = {f"{i} {j}": place for i, row in enumerate(picture.rows) for j, place in enumerate(row)}
-    for label, (where, slot) in places.items():
+    for label, (where, slot, *_) in places.items():
         value = {"value": [find(graph, prompt, where), slot], "name": label}
         prompt[f"keep {label}"] = {"class_type": "TestKeepValue", "inputs": value}
     kept = host.run(prompt).kept
-    return [[image(kept[f"{i} {j}"]) for j in range(len(row))] for i, row in enumerate(picture.rows)]
+    return [
+        [image(kept[f"{i} {j}"], *place[2:]) for j, place in enumerate(row)]
+        for i, row in enumerate(picture.rows)
+    ]
 
 
-def image(tensor):
-    """The first image of a batch as a PIL image."""
+def image(tensor, number: int = 0):
+    """An image of a batch as a PIL image."""
     from PIL import Image
 
-    pixels = tensor[0].detach().cpu().float().clamp(0, 1).mul(255).round().byte()
+    pixels = tensor[number].detach().cpu().float().clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.numpy())
 
 

@@ -310,11 +310,10 @@ def test_the_shell_generates_and_captions_as_the_model_does(both, tmp_path, caps
 
 
 @pytest.mark.parametrize("command", [["generate", "a circle"], ["caption", "image.png"]])
-def test_without_a_model_the_shell_says_how_to_train_one(command, tmp_path, monkeypatch, capsys):
+def test_without_the_bundled_model_the_shell_says_so(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DIPTYCH_TINY_FOLDER", str(tmp_path))
     assert cli.main(command) != 0
-    said = capsys.readouterr().err
-    assert "bundled yet" in said and "diptych train multimodal_tiny" in said and "--model" in said
+    assert "tiny multimodal model is missing" in capsys.readouterr().err
 
 
 def test_the_text_encoder_reads_parts_of_captions_and_the_decoder_learns_them_whole(folder, tmp_path):

@@ -15,7 +15,7 @@ HOW = "run scripts/locales.py, then add to locales/zh what `scripts/locales.py -
 NAMES = set(
     "aesthetic beta bfloat16 clip_h clip_i clip_l cpu cps dance ddim ddim_uniform dino eps exponential fast "
     "fill float32 float8_e4m3fn flow flow-grpo fp8_e4m3fn fp8_e4m3fn_fast fp8_e5m2 "
-    "glid gpu hpsv2 icedit icedit_moe jpeg_size karras keep_l1 "
+    "glid gpu hpsv2 icedit icedit_moe jpeg_size karras keep_l1 multimodal "
     "keep_lpips keep_ssim kontext lama mixgrpo nft normal ode pickscore plms rf_ancestral sd_inpaint "
     "sd_inpaint_dreambooth sgm_uniform shapes simple uxo vlm_yes winner".split()
 )

@@ -158,3 +158,14 @@ def test_places_match_looks_only_where_it_is_asked_to(scenes, rendered):
 def test_wrong_input_is_named(call):
     with pytest.raises(ValueError, match=r"nowhere|33|32|2 images"):
         call()
+
+
+def test_edits_of_images_with_one_shape():
+    edits = list(shapes.random_edits(3, 200, "test", single=True))
+    assert all(len(edit.source.shapes) == 1 for edit in edits)
+    assert {edit.operation for edit in edits} == {*shapes.OPERATIONS} - {"remove"}
+    assert {edit.source.split for edit in edits} == {"test"}
+    with pytest.raises(ValueError, match="the image has one shape"):
+        next(shapes.random_edits(0, 1, operations=["remove"], single=True))
+    pairs = list(shapes.edit_pairs(0, 2, size=56, single=True))
+    assert [pair.source.shape for pair in pairs] == [(56, 56, 3)] * 2

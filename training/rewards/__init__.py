@@ -4,7 +4,7 @@
 several as one `Composite`. A new reward is a class in the file of its kind with `@register("name")`.
 """
 
-from . import clip, fidelity, shapes, vision, vlm  # noqa: F401  (each registers its rewards)
+from . import clip, fidelity, multimodal, shapes, vision, vlm  # noqa: F401  (each registers its rewards)
 from .base import Context, Reward, at_hand, check, create, names, options, package_of, register
 from .composite import Composite, CompositeScores, group_normalise
 from .spec import Selection, Spec, from_recipe, parse

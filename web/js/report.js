@@ -1,4 +1,4 @@
-// The report of a node as text in the node, in both renderers: of every node of the pack that returns one.
+// The report of a node as text in the node, in both renderers: of every node of the pack that returns one, or captions.
 
 import { app } from "../../../scripts/app.js";
 import { kind, register, said } from "./outputs.js";
@@ -18,7 +18,7 @@ style.textContent = `
 document.head.append(style);
 
 function wants(node) {
-  return String(kind(node)).startsWith("Diptych") && !!node.outputs?.some((slot) => slot.name === "report");
+  return String(kind(node)).startsWith("Diptych") && !!node.outputs?.some((slot) => ["report", "captions"].includes(slot.name));
 }
 
 function create(node) {

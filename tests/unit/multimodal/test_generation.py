@@ -158,3 +158,24 @@ def test_the_old_entry_warns_and_forwards(shared, images):
     with pytest.warns(DeprecationWarning, match="call generate_from_image"):
         captions = shared.cross_modal_generation(images, seed=4)
     assert captions == shared.generate_from_image(images, seed=4)
+
+
+def test_many_images_are_read_in_parts_with_a_seed_each(shared):
+    many = torch.rand(20, 28, 28, 3, generator=torch.Generator().manual_seed(1))
+    told = []
+    captions = shared.generate_from_image(many, 2, seed=2**64 - 1, callback=told.append)
+    assert told == [16, 20] and [len(row) for row in captions] == [2] * 20
+    assert captions[:16] == shared.generate_from_image(many[:16], 2, seed=2**64 - 1)
+    assert captions[16:] == shared.generate_from_image(many[16:], 2, seed=0)
+    torch.testing.assert_close(
+        shared.similarity(many, ["a red circle"]),
+        torch.cat([shared.similarity(row[None], ["a red circle"]) for row in many]),
+        rtol=0,
+        atol=1e-6,
+    )
+
+
+def test_what_is_transparent_lies_on_white(shared):
+    image = torch.rand(1, 28, 28, 4, generator=torch.Generator().manual_seed(2))
+    white = image[..., :3] * image[..., 3:] + 1 - image[..., 3:]
+    torch.testing.assert_close(shared.pixels(image), shared.pixels(white), rtol=0, atol=1e-6)

@@ -173,3 +173,14 @@ def test_pretrained_text_parts_are_taken_and_saved_with_their_own_tokenizers(sha
     image = torch.rand(1, 56, 56, 3)
     assert again.generate_from_image(image, 1, 0) == model.generate_from_image(image, 1, 0)
     assert torch.allclose(again.encode_text("a red circle"), model.encode_text("a red circle"), atol=1e-5)
+
+
+def test_half_a_download_is_said_to_be_one(shared, tmp_path):
+    folder = shared.save_pretrained(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read .*: copy the whole folder"):
+        type(shared).from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="cannot be read as a file of tensors"):
+        type(shared).from_pretrained(folder)

@@ -126,26 +126,49 @@ def _edit_of(rng: random.Random, operation: str, source: Scene) -> Edit | None:
 
 
 def random_edits(
-    seed: int, n: int, split: str = "train", operations: Sequence[str] = OPERATIONS
+    seed: int,
+    n: int,
+    split: str = "train",
+    operations: Sequence[str] = OPERATIONS,
+    *,
+    single: bool = False,
 ) -> Iterator[Edit]:
-    """`n` edits, operations drawn evenly; source and target both belong to `split`."""
+    """`n` edits, operations drawn evenly; source and target both belong to `split`.
+
+    single: sources of one shape, which is never removed. Raises ValueError if nothing else is asked for.
+    """
     check_split(split)
+    if single:
+        operations = [operation for operation in operations if operation != "remove"]
+        if not operations:
+            raise ValueError(
+                "operation is remove, but the image has one shape: choose another, or more shapes"
+            )
     rng = random.Random(f"{seed} {split}")
     made = 0
     while made < n:
         operation = rng.choice(tuple(operations))
         edit = None
         while edit is None or edit.target.split != split:
-            edit = _edit_of(rng, operation, random_scene(rng, split))
+            edit = _edit_of(rng, operation, random_scene(rng, split, single=single))
         made += 1
         yield edit
 
 
 def edit_pairs(
-    seed: int, n: int, split: str = "train", *, size: int = 64, operations: Sequence[str] = OPERATIONS
+    seed: int,
+    n: int,
+    split: str = "train",
+    *,
+    size: int = 64,
+    operations: Sequence[str] = OPERATIONS,
+    single: bool = False,
 ) -> Iterator[EditPair]:
-    """`n` drawn edits of `split` ("train", "val" or "test"), the same ones for the same seed everywhere."""
-    edits = random_edits(seed, n, split, operations)
+    """`n` drawn edits of `split` ("train", "val" or "test"), the same ones for the same seed everywhere.
+
+    operations, single: see `random_edits`.
+    """
+    edits = random_edits(seed, n, split, operations, single=single)
     while chunk := [edit for _, edit in zip(range(512), edits, strict=False)]:
         sources = render_many([e.source for e in chunk], size)
         targets = render_many([e.target for e in chunk], size)

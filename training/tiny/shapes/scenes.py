@@ -81,11 +81,14 @@ def ordered(background: str, shapes: Sequence[Shape]) -> Scene:
     return Scene(background, tuple(sorted(shapes, key=lambda s: PLACES.index(s.place))))
 
 
-def random_scene(rng: random.Random, split: str | None = None) -> Scene:
-    """A scene of one to three shapes, from one split if named. Raises ValueError on an unknown split."""
+def random_scene(rng: random.Random, split: str | None = None, *, single: bool = False) -> Scene:
+    """A scene of one to three shapes, or of a single one, from one split if named.
+
+    Raises ValueError on an unknown split.
+    """
     check_split(split)
     while True:
-        background, *colours = rng.sample(COLOUR_NAMES, 1 + rng.choice((1, 2, 2, 3, 3)))
+        background, *colours = rng.sample(COLOUR_NAMES, 1 + (1 if single else rng.choice((1, 2, 2, 3, 3))))
         places = rng.sample(PLACES, len(colours))
         shapes = [
             Shape(rng.choice(KINDS), colour, rng.choice(SIZE_NAMES), place)
