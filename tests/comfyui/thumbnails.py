@@ -108,7 +108,10 @@ PICTURES: dict[str, Picture] = {
         [[BEFORE], [("DiptychTextToImage", 0, n) for n in range(4)]], arrow=False
     ),
     "Best of N by similarity - tiny": Picture(
-        [[("DiptychTextToImage", 0, n) for n in range(4)], [("DiptychMultimodalScore", 0, n) for n in (0, 1)]],
+        [
+            [("DiptychTextToImage", 0, n) for n in range(4)],
+            [("DiptychMultimodalScore", 0, n) for n in (0, 1)],
+        ],
         arrow=False,
     ),
 }
