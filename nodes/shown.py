@@ -1,7 +1,7 @@
 """What a node shows on itself in ComfyUI's page: a text, and images from the temp folder.
 
-The page draws the images of any node's `ui`; the text it draws for core's Preview nodes only, so a
-report that should be read without one stands in an image, or under the node (`report_to`).
+The page draws the images of any node's `ui`; its text is drawn by `web/js/report.js`, on nodes with an
+output named report. Without that a report is read from the output, or under the node (`report_to`).
 """
 
 from __future__ import annotations

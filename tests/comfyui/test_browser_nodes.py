@@ -46,6 +46,8 @@ def image(number: int, colour: int, link: int) -> dict:
 
 
 def test_a_slider_shows_before_and_after(page, vue, comfyui):  # noqa: F811
+    if not has_nodes_2(comfyui):
+        pytest.skip("its core has no IMAGECOMPARE widget: the node shows one image")
     inputs = [{"name": n, "type": "IMAGE", "link": k + 1} for k, n in enumerate(("before", "after"))]
     compare = {"id": 3, "type": "DiptychCompare", "size": [400, 400], "inputs": inputs}
     workflow = graph(
