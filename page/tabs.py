@@ -60,7 +60,7 @@ def slider(name: str, label: str) -> gr.ImageSlider:
     """Before and after, one over the other."""
     return gr.ImageSlider(
         label=label, format="png", image_mode=None, type="filepath", interactive=False,
-        max_height=HEIGHT + 60, elem_id=f"{name}-slider",
+        height=HEIGHT + 60, max_height=HEIGHT + 60, elem_id=f"{name}-slider",
     )  # fmt: skip
 
 

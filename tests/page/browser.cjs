@@ -5,7 +5,7 @@ const path = require("path");
 
 const task = JSON.parse(process.argv[2]);
 const { chromium } = require(task.playwright);
-const WAIT = { timeout: 180000 };
+const WAIT = { timeout: 600000 };  // a hang, not slowness: machines differ
 const seen = {}, problems = [], strangers = new Set();
 let page;
 

@@ -41,7 +41,7 @@ def visit(web, browser, folder, example):
 
     def run(*parts: str, **more) -> dict:
         command = [node, str(HERE / "browser.cjs"), json.dumps({**always, **more, "parts": parts})]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
         assert done.returncode == 0, done.stderr
         seen = json.loads(done.stdout)
         assert seen["problems"] == [] and seen["strangers"] == []  # nothing is fetched from elsewhere
