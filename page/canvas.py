@@ -66,6 +66,13 @@ class Canvas:
         shutil.rmtree(self._steps.pop(), ignore_errors=True)
 
 
+def first_box(known: Region, edge: int) -> Region:
+    """Where to begin: a box of `edge` px, half of it over the right edge of what is known."""
+    side = min(max(edge // SNAP * SNAP, SNAP), LARGEST)
+    left = known.x + known.width - side // 2
+    return Region(left // SNAP * SNAP, known.y, side, side)
+
+
 def box_of(value: object) -> Region:
     """The selection box of the page, {x, y, width, height} in px. Raises ValueError for anything else."""
     try:

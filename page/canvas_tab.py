@@ -10,12 +10,14 @@ from typing import Any
 
 import gradio as gr
 import torch
+from torch import Tensor
 
 from ..models import pixels
 from ..models.image_files import to_pil
+from ..models.outpaint.store import Region
 from . import examples, models, painting
 from .backend import Backend, read_image, save_png
-from .canvas import Canvas
+from .canvas import Canvas, first_box
 from .handlers import on_run, quick
 from .tabs import buttons, image_file, model_menu, numbers
 
@@ -33,12 +35,12 @@ canvas { width: 100%; height: 100%; display: block; touch-action: none; border-r
 _numbers = itertools.count(1)
 
 
-def view_of(canvas: Canvas, fit_to: int = 0) -> dict[str, Any]:
-    """What the page shows of a canvas. fit_to: px a side of a new box, 0 for the box as it is."""
+def view_of(canvas: Canvas, box: Region | None = None) -> dict[str, Any]:
+    """What the page shows of a canvas. box: the new one, to begin with."""
     bounds, number = canvas.bounds, next(_numbers)
     view: dict[str, Any] = {"image": None, "bounds": None, "number": number}
-    if fit_to:
-        view |= {"edge": fit_to, "at": number}
+    if box is not None:
+        view |= {"box": box._asdict(), "at": number}
     if bounds is None:
         return view
     image, unknown, _ = canvas.store.export()
@@ -61,7 +63,7 @@ def canvas_tab(backend: Backend) -> None:
             image = image_file("Image to begin with", "canvas-image", 200)
             with gr.Row():
                 begin = gr.Button("Begin with the image", size="sm", elem_id="canvas-begin")
-                example = gr.Button("Begin with an example", size="sm", elem_id="canvas-example")
+                example = gr.Button("Run an example", size="sm", elem_id="canvas-example")
             words = gr.Textbox(label="What the box shows", elem_id="canvas-prompt")
             model = model_menu(backend, models.PAINT, "canvas")
             seed, steps = numbers("canvas")
@@ -83,21 +85,21 @@ def canvas_tab(backend: Backend) -> None:
                 elem_id="canvas-view",
             )
 
-    def shown(canvas: Canvas, fit_to: int = 0) -> Any:
-        return gr.HTML(view=view_of(canvas, fit_to))
+    def shown(canvas: Canvas) -> Any:
+        return gr.HTML(view=view_of(canvas))
 
-    def edge(label: str) -> int:
-        return painting.natural_size(backend, label)
+    def begin_with(who: str, image: Tensor, label: str) -> Any:
+        canvas, edge = backend.canvas(who), painting.natural_size(backend, label)
+        canvas.write(image, 0, 0, "start over")
+        box = first_box(canvas.bounds, edge)
+        return gr.HTML(value=box._asdict(), view=view_of(canvas, box))
 
     def begun(who: str, path: str | None, label: str) -> Any:
-        canvas = backend.canvas(who)
-        canvas.write(read_image(path), 0, 0, "start over")
-        return shown(canvas, edge(label))
+        return begin_with(who, read_image(path), label)
 
     def begun_with_example(who: str, label: str) -> Any:
-        canvas = backend.canvas(who)
-        canvas.write(examples.start()[0], 0, 0, "start over")
-        return shown(canvas, edge(label)), examples.start()[1]
+        image, words = examples.start()
+        return begin_with(who, image, label), words
 
     def painted(job, who: str, *values: Any) -> Any:
         painting.canvas_box(backend, job, backend.canvas(who), *values)
@@ -114,8 +116,9 @@ def canvas_tab(backend: Backend) -> None:
 
     private = {"queue": False, "api_visibility": "private"}
     begin.click(quick(backend, begun), [image, model], viewer, **private)
-    example.click(quick(backend, begun_with_example), [model], [viewer, words], **private)
     undo.click(quick(backend, undone), None, viewer, **private)
     export.click(quick(backend, exported), None, file, **private)
     inputs = [viewer, repaint, words, model, seed, steps]
-    on_run(backend, [run.click, words.submit], stop, painted, "painting", inputs, viewer)
+    shown_example = example.click(quick(backend, begun_with_example), [model], [viewer, words], **private)
+    triggers = [run.click, words.submit, shown_example.success]
+    on_run(backend, triggers, stop, painted, "painting", inputs, viewer)

@@ -30,7 +30,7 @@ def job(backend: Backend, work: Callable[..., Any], what: str) -> Callable[..., 
 
         who = visitor(request)
         progress(0, desc=f"{what}: waiting for the model")
-        return told(backend, lambda: backend.jobs.run(who, lambda job: work(job, who, *values), tell))
+        return told(backend, lambda: backend.jobs.run(who, lambda job: work(job, who, *values), tell, what))
 
     return handler
 
@@ -80,7 +80,7 @@ def on_run(
     ]
 
     def end(request: gr.Request) -> None:
-        for job in backend.jobs.stop(visitor(request)):
+        for job in backend.jobs.stop(visitor(request), what):
             gr.Info(f"stopping at the next step, {job.done} of {job.total} were done: nothing will change")
 
     # The page forgets a job that is cancelled, and its error with it. Only what is queued can say something.

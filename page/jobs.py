@@ -14,9 +14,10 @@ class Stopped(Exception):
 class Job:
     """One run: counts steps for whoever looks on, and ends at the next step once `stop` was called."""
 
-    def __init__(self, tell: Callable[[int, int], Any] | None = None):
-        """tell: given the steps done and the steps in all, after each."""
+    def __init__(self, tell: Callable[[int, int], Any] | None = None, what: str = ""):
+        """tell: given the steps done and the steps in all, after each. what: its kind of work."""
         self.done = self.total = 0
+        self.what = what
         self._tell, self._asked = tell, threading.Event()
 
     def stop(self) -> None:
@@ -45,27 +46,28 @@ class Jobs:
 
     def __init__(self):
         self._turn = threading.Lock()
-        self._running: dict[str, list[Job]] = {}
+        self._running: list[tuple[str, Job]] = []
 
     def run(
-        self, visitor: str, work: Callable[[Job], Any], tell: Callable[[int, int], Any] | None = None
+        self,
+        visitor: str,
+        work: Callable[[Job], Any],
+        tell: Callable[[int, int], Any] | None = None,
+        what: str = "",
     ) -> Any:
         """What `work` returns, when it is its turn. Raises whatever it raises, Stopped too."""
-        job = Job(tell)
-        self._running.setdefault(visitor, []).append(job)
+        mine = (visitor, Job(tell, what))
+        self._running.append(mine)
         try:
             with self._turn:
-                job.more(0)
-                return work(job)
+                mine[1].more(0)
+                return work(mine[1])
         finally:
-            jobs = self._running[visitor]
-            jobs.remove(job)
-            if not jobs:
-                self._running.pop(visitor, None)
+            self._running.remove(mine)
 
-    def stop(self, visitor: str) -> list[Job]:
-        """Ask a visitor's jobs to end at their next step; returns them."""
-        jobs = list(self._running.get(visitor, ()))
+    def stop(self, visitor: str, what: str | None = None) -> list[Job]:
+        """Ask a visitor's jobs, of one kind or all, to end at their next step; returns them."""
+        jobs = [job for who, job in list(self._running) if who == visitor and what in (None, job.what)]
         for job in jobs:
             job.stop()
         return jobs

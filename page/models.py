@@ -87,9 +87,10 @@ class Offer:
         for model in self.models:
             if model.label == label and model.engine in engines:
                 return model
-        raise ValueError(
-            f"model is {label!r}: choose one of {', '.join(self.labels(engines)) or 'none here'}"
-        )
+        there = ", ".join(self.labels(engines))
+        if not there:
+            raise ValueError("no model is here for this: start the page with --model FOLDER")
+        raise ValueError(f"model is {label!r}: choose one of {there}")
 
     def lora_names(self, model: Model) -> list[str]:
         """The menu of LoRAs for a model; those of the tiny models are for the tiny models."""

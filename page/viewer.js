@@ -1,6 +1,6 @@
 // The canvas without an edge in the page: drag to move it, wheel to zoom, drag the box or its corner.
 // `props.view` is {image: data URL or null, bounds: [x, y, w, h] or null, number: of this view, and to begin
-// anew edge: px of the box, at: another number}; `props.value` is the box, {x, y, width, height}.
+// anew box, at: another number}; `props.value` is the box, {x, y, width, height}.
 const SNAP = 16, LARGEST = 2048, CORNER = 14;
 const surface = element.querySelector("canvas");
 const readout = element.querySelector(".readout");
@@ -71,7 +71,7 @@ function show() {
   const now = props.view || {};
   if (now.at && fitted !== now.at) {
     fitted = now.at;
-    if (now.edge) box = { x: 0, y: 0, width: now.edge, height: now.edge };
+    if (now.box) box = { ...now.box };
     tell();
     fit();
   }

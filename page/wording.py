@@ -49,11 +49,6 @@ def caption(
 
 
 def _model(backend: Backend, label: str) -> Any:
-    if not backend.offer.labels(models.WORDS):
-        raise ValueError(
-            "no multimodal model is here: train one with `diptych train multimodal_tiny`, then start the page"
-            " with --model runs/multimodal_tiny/model"
-        )
     chosen = backend.offer.model(label, models.WORDS)
     source = None if chosen.source is None else Path(chosen.source)
     args = Namespace(model=source, device=backend.device)

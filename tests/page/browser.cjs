@@ -38,7 +38,10 @@ async function upload(id, file) {
   await page.locator(`#${id} img`).first().waitFor(WAIT);
 }
 
-const toast = () => page.locator(".toast-wrap").innerText(WAIT);
+// What a note in the corner says, once it says this.
+const toast = async (words) => (await page.waitForFunction(
+  (part) => [...document.querySelectorAll(".toast-body")].map((e) => e.innerText).find((t) => t.includes(part)),
+  words, WAIT)).jsonValue();
 const enter = (id, value) => page.locator(`#${id} input[type=number]`).first().fill(String(value), WAIT);
 const both = async (id) => Promise.all((await slid(id)).split(" ").slice(0, 2).map(pixels));
 
@@ -68,11 +71,14 @@ async function editing() {
   const [x, y, box] = await middle("#edit-slider .slider-wrap"), before = await clip();
   await drag([x, y], [x - box.width / 5, y]);
   seen.sliderMoved = (await clip()) !== before;
-  if (task.screenshot) await page.screenshot({ path: task.screenshot, type: "jpeg", quality: 80 });
+  if (task.screenshot) {
+    const clip = { x: 0, y: 0, width: 1300, height: 1100 };
+    await page.screenshot({ path: task.screenshot, type: "jpeg", quality: 80, clip });
+  }
 
   await write("edit-instruction", "  ");
   await press("edit-run");
-  seen.error = await toast();
+  seen.error = await toast("instruction");
   await page.locator(".toast-close").first().click(WAIT);
 
   await write("edit-instruction", task.instruction);
@@ -82,8 +88,7 @@ async function editing() {
   await page.waitForFunction(running, null, WAIT);
   seen.progress = (await page.locator("#edit-slider").innerText()).replace(/\s+/g, " ");
   await press("edit-stop");
-  await page.waitForFunction(() => /stopping at/.test(document.body.innerText), null, WAIT);
-  seen.stopped = await toast();
+  seen.stopped = await toast("stopping at");
 }
 
 async function examples() {
@@ -118,6 +123,31 @@ async function outpainting() {
   seen.outpaint = await both("outpaint-slider");
 }
 
+// A job waits behind another tab's and is taken out of the queue; the other goes on.
+async function waiting() {
+  const before = await slid("outpaint-slider");
+  await show("Edit");
+  await upload("edit-image", task.image);
+  await write("edit-instruction", task.instruction);
+  await enter("edit-steps", 100);
+  await press("edit-run");
+  const steps = () => Number((/(\d+)\/100 steps/.exec(document.querySelector("#edit-slider").innerText) || [0, 0])[1]);
+  const reached = (n) => page.waitForFunction(`(${steps})() >= ${n}`, null, WAIT);
+  await reached(1);
+  await show_paint();
+  await press("outpaint-run");
+  await page.waitForFunction(() => /queue/.test(document.querySelector("#outpaint-slider").innerText), null, WAIT);
+  await press("outpaint-stop");
+  await show("Edit");
+  const then = await page.evaluate(steps);
+  await reached(then + 2);
+  await press("edit-stop");
+  await toast("stopping at");
+  await page.waitForTimeout(3000);
+  await show_paint();
+  seen.takenOut = (await slid("outpaint-slider")) === before;
+}
+
 const readout = () => page.locator("#canvas-view .readout").innerText();
 const shown = (now) => page.waitForFunction(
   (old) => { const n = document.querySelector("#canvas-view canvas").dataset.shown; return n && n !== old && n; },
@@ -134,7 +164,8 @@ async function canvas() {
   seen.boxes = [await readout()];
   const [x, y, frame] = await middle("#canvas-view canvas");
   const zoom = Number(/zoom ([\d.]+)/.exec(seen.boxes[0])[1]);
-  await drag([x, y], [x + 32 * zoom, y]);
+  const half = frame.x + frame.width / 2 + 16 * zoom;  // of box and image together, from 0 to 96
+  await drag([half, y], [half - 16 * zoom, y]);
   seen.boxes.push(await readout());
   await press("canvas-run");
   number = await shown(number);
@@ -205,7 +236,7 @@ async function main() {
   await browser.close();
 }
 
-const parts = { editing, examples, show_paint, filling, outpainting, canvas, words };
+const parts = { editing, examples, show_paint, filling, outpainting, waiting, canvas, words };
 main().catch(async (error) => {
   process.stderr.write(`${error.stack || error}\n${JSON.stringify({ seen: Object.keys(seen), problems })}\n`);
   if (page && task.folder) await page.screenshot({ path: path.join(task.folder, "failed.png") }).catch(() => {});

@@ -9,14 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from comfyui_diptych.models.multimodal import GenerativeMultimodalModel, word_tokenizer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import page_process  # noqa: E402
 
-WORDS = "a an and at the background with top bottom left right white green red blue circle square small large"
 NO_BROWSER = (
     "no browser for the test: install chromium (apt-get install chromium) and node, and run "
     "`npm install --no-save playwright-core` in the pack's folder (or name its folder in PLAYWRIGHT_CORE)"
@@ -25,13 +23,10 @@ NO_BROWSER = (
 
 @pytest.fixture(scope="session")
 def web(tmp_path_factory):
-    """The page with the tiny models and an untrained multimodal one."""
+    """The page with the tiny models."""
     if find_spec("gradio") is None:
         pytest.skip('the page needs gradio: pip install "gradio>=6.31,<7"')
-    folder = tmp_path_factory.mktemp("web")
-    model = GenerativeMultimodalModel.from_preset("tiny", word_tokenizer(WORDS.split()))
-    model.save_pretrained(folder / "untrained")
-    running = page_process.begin(folder, "--model", str(folder / "untrained"))
+    running = page_process.begin(tmp_path_factory.mktemp("web"))
     yield running
     page_process.end(running)
 

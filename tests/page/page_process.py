@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -45,8 +44,8 @@ def begin(folder: Path, *options: str) -> Web:
 
 
 def end(web: Web) -> int:
-    """Ctrl-C; returns the exit code."""
-    web.process.send_signal(signal.SIGINT)
+    """Ends it as a system does (where Ctrl-C may be ignored); returns the exit code."""
+    web.process.terminate()
     try:
         return web.process.wait(END_SECONDS)
     finally:

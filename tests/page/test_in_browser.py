@@ -85,27 +85,27 @@ def test_a_drawn_mask_is_filled_and_the_rest_kept(visit, example):
     assert changed.any() and not changed[:16].any() and not changed[:, :16].any()
 
 
-def test_an_outpaint_has_its_size_and_the_known_pixels(visit, example):
-    seen = visit("show_paint", "outpainting")
+def test_an_outpaint_has_its_size_and_the_known_pixels_and_can_leave_the_queue(visit, example):
+    seen = visit("show_paint", "outpainting", "waiting")
     before, after = map(image_of, seen["outpaint"])
     assert before.shape == after.shape == (64, 96, 3)  # 50 % more on the right
     assert np.array_equal(after[:, :64], file(example[0])) and (before[:, 64:] == 128).all()
+    assert seen["takenOut"]
 
 
 def test_the_canvas_is_painted_twice_undone_and_exported(visit, example, folder):
     boxes = visit("show_paint", "canvas", canvasShot=shot("DIPTYCH_CANVAS_SCREENSHOT"))["boxes"]
     places = [re.match(r"box at (-?\d+), (-?\d+)", text).groups() for text in boxes]
-    assert places[:3] == [("0", "0"), ("32", "0"), ("16", "-32")]
+    assert places[:3] == [("32", "0"), ("16", "0"), ("0", "-32")]
     # Moving and zooming moves no box, and an undo leaves the view as it is.
     assert places[3:] == [places[2]] * 2 and boxes[3] != boxes[2] and boxes[4] == boxes[3]
     twice, undone, known = Image.open(folder / "twice.png"), file(folder / "undone.png"), file(example[0])
-    assert twice.size == (96, 96) and undone.shape == (64, 96, 3)
+    assert twice.size == (80, 96) and undone.shape == (64, 80, 3)
     assert np.array_equal(undone[:, :64], known)
     assert np.array_equal(np.array(twice.convert("RGB"))[32:], undone)
-    assert twice.mode == "RGBA"  # two corners of the export are unknown
+    assert twice.mode == "RGBA"  # a corner of the export is unknown
     alpha = np.array(twice)[..., 3]
-    assert (alpha[32:] == 255).all() and (alpha[:32, 16:80] == 255).all()
-    assert not alpha[:32, :16].any() and not alpha[:32, 80:].any()
+    assert (alpha[32:] == 255).all() and (alpha[:32, :64] == 255).all() and not alpha[:32, 64:].any()
 
 
 def test_a_text_becomes_images_and_an_image_words(visit):

@@ -95,7 +95,7 @@ def test_visitors_wait_for_one_another_and_stop_their_own_work_only():
 
     def run(visitor, work):
         try:
-            jobs.run(visitor, work)
+            jobs.run(visitor, work, what="editing")
         except Stopped as stopped:
             order.append((visitor, str(stopped)[:14]))
 
@@ -104,7 +104,7 @@ def test_visitors_wait_for_one_another_and_stop_their_own_work_only():
     began.wait()
     threads.append(threading.Thread(target=run, args=("b", lambda job: order.append(("b", "ran")))))
     threads[1].start()
-    assert not jobs.stop("c") and order == []
+    assert not jobs.stop("c") and not jobs.stop("a", "filling") and order == []
     assert jobs.stop("a")
     for thread in threads:
         thread.join(10)
@@ -211,6 +211,12 @@ def test_a_canvas_is_painted_twice_and_undone(backend):
         canvas.undo()
     backend.forget("visitor")
     assert not canvas.folder.exists()
+
+
+def test_the_first_box_lies_half_over_the_edge():
+    assert canvases.first_box(canvases.Region(0, 0, 64, 64), 64) == (32, 0, 64, 64)
+    assert canvases.first_box(canvases.Region(0, 0, 1000, 700), 1024) == (480, 0, 1024, 1024)
+    assert canvases.first_box(canvases.Region(0, 0, 8, 8), 512) == (-256, 0, 512, 512)
 
 
 def test_a_canvas_keeps_so_many_steps_and_no_more_folders(tmp_path):
