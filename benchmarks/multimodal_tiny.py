@@ -3,8 +3,8 @@
     python benchmarks/multimodal_tiny.py [MODEL ...] [--sheet OUT.png] [--threads 1]
 
 MODEL is a folder that `diptych train multimodal_tiny` wrote (default: the bundled one); with several, one
-per training seed, each figure is their mean and standard deviation. `train`: 400 of the 1,434 scenes that the
-recipe trains on; `held out`: all 180 scenes of the split `test`, whose captions no training or choice saw.
+per training seed, each figure is their mean and standard deviation. `train`: 400 of the 1,434 scenes of the
+training split; `held out`: all 180 scenes of the split `test`, whose captions no training or choice saw.
 
 Right means that the checker of the shapes world reads the ground, the shape, its colour, its size and its
 place as the caption says, and nothing else. The chance control judges the images by
