@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..commands import edit, multimodal, painting
+from ..commands import edit, painting
 
 NAMES = {
     "fill": "FLUX Fill",
@@ -45,7 +45,7 @@ def engine_of(source: str) -> str:
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         try:
-            config = json.loads((folder / multimodal.CONFIG).read_text(encoding="utf-8"))
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             config = {}
         if isinstance(config, dict) and "architecture" in config:
