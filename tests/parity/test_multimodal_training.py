@@ -104,7 +104,7 @@ def test_both_stages_learn_and_leave_a_curve_and_sheets(both):
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         for name in names:
             assert mean(lines[-6:], name) < 0.9 * mean(lines[:6], name), name
-        weights = {"reconstruction": 2.0}
+        weights = {"reconstruction": trainer.config.reconstruction_weight}
         assert lines[3]["loss"] == pytest.approx(
             sum(weights.get(n, 1.0) * lines[3][n] for n in names), rel=1e-5
         )
