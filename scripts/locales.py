@@ -42,15 +42,22 @@ def main_texts() -> dict[str, dict]:
 
 
 def template_texts() -> dict[str, dict]:
-    """{notes, titles} of the templates and blueprints, each text by itself."""
+    """{notes, titles} of the templates and blueprints, each text by itself; titles are also names of slots."""
     files = [*ROOT.glob("example_workflows/*.json"), *ROOT.glob("subgraphs/*.json")]
     flows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
-    graphs = [graph for flow in flows for graph in (flow, *flow.get("definitions", {}).get("subgraphs", []))]
-    nodes = [node for graph in graphs for node in graph["nodes"]]
+    subgraphs = [graph for flow in flows for graph in flow.get("definitions", {}).get("subgraphs", [])]
+    nodes = [node for graph in (*flows, *subgraphs) for node in graph["nodes"]]
+    groups = [group for graph in (*flows, *subgraphs) for group in graph.get("groups", [])]
+    slots = [slot for graph in subgraphs for slot in (*graph["inputs"], *graph["outputs"])]
+    shown = [
+        entry for flow in flows for entry in flow.get("extra", {}).get("linearData", {}).get("inputs", [])
+    ]
     notes = [node["widgets_values"][0] for node in nodes if node["type"] in ("Note", "MarkdownNote")]
-    groups = [group for graph in graphs for group in graph.get("groups", [])]
-    titles = sorted({titled["title"] for titled in (*nodes, *groups) if titled.get("title")})
-    return {"notes": {text: text for text in notes}, "titles": {text: text for text in titles}}
+    titles = {titled["title"] for titled in (*nodes, *groups) if titled.get("title")}
+    titles |= {slot.get("label") or slot["name"] for slot in slots}
+    told = [more for app in apps for entry in app.get("inputs", []) for more in entry[2:]]
+    titles |= {more["description"] for more in told if more.get("description")}
+    return {"notes": {text: text for text in notes}, "titles": {text: text for text in sorted(titles)}}
 
 
 def read(language: str) -> dict[str, dict]:
