@@ -42,16 +42,14 @@ def main_texts() -> dict[str, dict]:
 
 
 def template_texts() -> dict[str, dict]:
-    """{notes, titles} of the templates and blueprints, each text by itself; titles are also names of slots."""
+    """{notes, titles} of the templates and blueprints; slots' names and hints of apps are titles too."""
     files = [*ROOT.glob("example_workflows/*.json"), *ROOT.glob("subgraphs/*.json")]
     flows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
     subgraphs = [graph for flow in flows for graph in flow.get("definitions", {}).get("subgraphs", [])]
     nodes = [node for graph in (*flows, *subgraphs) for node in graph["nodes"]]
     groups = [group for graph in (*flows, *subgraphs) for group in graph.get("groups", [])]
     slots = [slot for graph in subgraphs for slot in (*graph["inputs"], *graph["outputs"])]
-    shown = [
-        entry for flow in flows for entry in flow.get("extra", {}).get("linearData", {}).get("inputs", [])
-    ]
+    apps = [flow.get("extra", {}).get("linearData", {}) for flow in flows]
     notes = [node["widgets_values"][0] for node in nodes if node["type"] in ("Note", "MarkdownNote")]
     titles = {titled["title"] for titled in (*nodes, *groups) if titled.get("title")}
     titles |= {slot.get("label") or slot["name"] for slot in slots}

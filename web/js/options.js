@@ -1,5 +1,6 @@
 // Shows the options of this pack's menus in the language of the page: ComfyUI translates names and tooltips by
 // itself, options not. Only what is displayed changes; widgets and saved workflows keep the values.
+// Pages from before ComfyUI 0.8 ask for no labels: there the menus of the canvas show the values.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
