@@ -28,6 +28,7 @@ OPTIONAL = {
     "tensorboard",
     "wandb",
 }
+COMFYUI = ("comfy", "comfy_api", "comfy_extras", "folder_paths", "server")  # what no package brings
 # What pip calls a module.
 PACKAGES = {
     "yaml": "pyyaml",
@@ -87,5 +88,7 @@ def sentence(error: ImportError) -> str:
         return f"a library cannot be imported ({error}): {pip_install()} --upgrade"
     if name == "torch":
         return TORCH
+    if name in COMFYUI:
+        return "this needs ComfyUI: run it as a node there"
     remedy = install(name) if name in OPTIONAL else pip_install()
     return f"{PACKAGES.get(name, name)} is not installed: run {remedy}"

@@ -24,6 +24,11 @@ def test_what_only_some_need_is_installed_alone(name, package):
     assert said.endswith(f"-m pip install {package}")
 
 
+def test_what_only_comfyui_brings_is_not_to_be_installed():
+    said = missing.sentence(ModuleNotFoundError("No module named 'comfy'", name="comfy.sd"))
+    assert said == "this needs ComfyUI: run it as a node there"
+
+
 def test_a_node_says_so_too():
     class Needy:
         FUNCTION = "run"

@@ -28,7 +28,7 @@ function tell(node) {
 }
 
 app.registerExtension({
-  name: "ComfyUI-Diptych.Auto",
+  name: "comfyuidiptych.Auto",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!String(nodeData.name).startsWith("Diptych")) return;
     const inputs = { ...nodeData.input?.required, ...nodeData.input?.optional };

@@ -1,18 +1,16 @@
 // Mask Packer: the mask with its tokens of 16 x 16 pixels; hovering one shows its pixels, and its 256
 // values in the order of the channels.
 
-import { address, kind, register, said } from "./outputs.js";
+import { address, kind, register, said, style } from "./outputs.js";
 
 const NAME = "diptych_mask", TOKEN = 16, HEIGHT = 190;
 
-const style = document.createElement("style");
-style.textContent = `
+style(`
 .${NAME} { box-sizing: border-box; width: 100%; height: ${HEIGHT}px; padding: 4px; overflow: hidden; display: grid;
   grid-template: 1fr auto / 2fr 1fr 1fr; gap: 6px; font: 11px/1.3 sans-serif; color: var(--input-text, #ddd); }
 .${NAME} canvas { width: 100%; height: 100%; min-height: 0; object-fit: contain; object-position: left top;
   image-rendering: pixelated; }
-.${NAME} div { grid-column: 1 / -1; min-height: 2.6em; }`;
-document.head.append(style);
+.${NAME} div { grid-column: 1 / -1; min-height: 2.6em; }`);
 
 /**
  * Which of a token's 256 channels holds its pixel (y, x): within a latent cell of 8 x 8 pixels row by row,

@@ -19,7 +19,7 @@ function translate(holder, key, table, fallback) {
 }
 
 app.registerExtension({
-  name: "ComfyUI-Diptych.Notes",
+  name: "comfyuidiptych.Notes",
   async beforeConfigureGraph(workflow) {
     const subgraphs = workflow.definitions?.subgraphs ?? [], graphs = [workflow, ...subgraphs];
     const nodes = graphs.flatMap((graph) => graph.nodes ?? []);

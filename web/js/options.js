@@ -10,7 +10,7 @@ import { kind } from "./outputs.js";
 let texts = {};  // what the packs' locales/ hold: {language: {nodeDefs: {node: {inputs: {input: {options}}}}}}
 
 app.registerExtension({
-  name: "ComfyUI-Diptych.Options",
+  name: "comfyuidiptych.Options",
   async init() {
     const answer = await api.fetchApi("/i18n");
     if (answer.ok) texts = await answer.json();

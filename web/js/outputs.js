@@ -28,7 +28,7 @@ function located(locator) {
  */
 export function register(name, wants, create, show) {
   app.registerExtension({
-    name: `ComfyUI-Diptych.${name}`,
+    name: `comfyuidiptych.${name}`,
     nodeCreated(node) {
       if (!wants(node)) return;
       create(node);
@@ -50,4 +50,11 @@ export function register(name, wants, create, show) {
 /** The id of a node's class, "DiptychBuilder". */
 export function kind(node) {
   return node.comfyClass ?? node.type;
+}
+
+/** Rules for classes of the pack's own, in a sheet of its own: the page's document stays as it is. */
+export function style(rules) {
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(rules);
+  document.adoptedStyleSheets.push(sheet);
 }

@@ -1,21 +1,19 @@
 // The report of a node as text in the node, in both renderers: of every node of the pack that returns one, or captions.
 
 import { app } from "../../../scripts/app.js";
-import { kind, register, said } from "./outputs.js";
+import { kind, register, said, style } from "./outputs.js";
 
 const NAME = "diptych_report";
 const HEIGHT = 90;  // pixels; on the canvas the least: there a box takes what the node has to spare
 
-const style = document.createElement("style");
-style.textContent = `
+style(`
 .${NAME} { box-sizing: border-box; width: 100%; height: 100%; min-height: ${HEIGHT}px; overflow: auto;
   padding: 4px 8px; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
   font: 11px/1.4 ui-monospace, monospace; color: var(--input-text, #ddd);
   background: var(--comfy-input-bg, #222); }
 .${NAME}_note { opacity: 0.7; }
 .${NAME}_text:empty::before { content: attr(data-empty); opacity: 0.5; }
-[data-node-id] .${NAME} { max-height: ${HEIGHT}px; }`;
-document.head.append(style);
+[data-node-id] .${NAME} { max-height: ${HEIGHT}px; }`);
 
 function wants(node) {
   return String(kind(node)).startsWith("Diptych") && !!node.outputs?.some((slot) => ["report", "captions"].includes(slot.name));
