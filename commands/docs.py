@@ -11,6 +11,7 @@ from .. import missing
 
 # What each page is about; README.md of the repository has an overview.
 PAGES = {
+    "first-steps": "a walk for a first-time user of ComfyUI",
     "training": "train by examples: data, recipes, options",
     "grpo": "train by reward, judges",
     "outpainting": "outpainting and inpainting",
