@@ -382,7 +382,7 @@ def the_node_lists_and_loads_a_peft_folder_at_its_trained_strength(host):
     assert node.VALIDATE_INPUTS("grpo/checkpoint-7/") is True
     model = tiny_flux()
     with torch.inference_mode():
-        patched, report, _ = node().load(model, "grpo/checkpoint-7/", 1.0)
+        patched, report, _ = node().load(model, "grpo/checkpoint-7/", 1.0)["result"]
     want = apply(host, model, weights_of(host, pairs, 2.0))[0]
     assert change(predict(patched), predict(want)) < 1e-6
     assert "adapter_config.json" in report and "step 7" in report
@@ -402,9 +402,9 @@ def the_node_uses_the_files_window_unless_told_otherwise(host):
     folder_paths.filename_list_cache.pop("loras", None)
     model = tiny_flux()
     with torch.inference_mode():
-        assert "1 >= sigma > 0.5" in node().load(model, "windowed.safetensors", 1.0)[1]
-        assert "sigma" not in node().load(model, "windowed.safetensors", 1.0, file_window=False)[1]
-        report = node().load(model, "windowed.safetensors", 1.0, sigma_start=0.8, sigma_end=0.2)[1]
+        assert "1 >= sigma > 0.5" in node().load(model, "windowed.safetensors", 1.0)["result"][1]
+        assert "sigma" not in node().load(model, "windowed.safetensors", 1.0, file_window=False)["result"][1]
+        report = node().load(model, "windowed.safetensors", 1.0, sigma_start=0.8, sigma_end=0.2)["result"][1]
     assert "0.8 >= sigma > 0.2" in report
 
 
