@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from . import ROOT, case, node_ids, workflow, workflow_names
+from . import ROOT, case, node_ids
 
 IDS = {
     "DiptychBuilder",
@@ -72,9 +72,3 @@ def its_help_page_names_every_input_and_output(host, node):
     missing = [name for name in names if name not in page]
     assert not missing, f"not in {node}.md: {missing}"
     assert page.startswith("# ") and "example" in page.lower()
-
-
-@case(each=node_ids)
-def it_is_used_in_an_example_workflow(host, node):
-    used = {entry["type"] for name in workflow_names() for entry in workflow(name)["nodes"]}
-    assert node in used
