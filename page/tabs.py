@@ -212,7 +212,7 @@ def words_tab(backend: Backend) -> None:
     images = gr.Examples(examples.images(backend.folder), [image], label=EXAMPLES)
 
     def generate(job, _, *values: Any):
-        made = wording.generate(backend, job, *values)
+        made = wording.generate(backend, job, *values, remark=gr.Info)
         return [both(one[None], one[None])[0] for one in made]
 
     def caption(job, _, *values: Any):

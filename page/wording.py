@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,31 @@ MOST = 16  # images, and captions, at once
 
 
 def generate(
-    backend: Backend, job: Job, prompt: str, model: str, count: int, steps: int, cfg: float, seed: int
+    backend: Backend,
+    job: Job,
+    prompt: str,
+    model: str,
+    count: int,
+    steps: int,
+    cfg: float,
+    seed: int,
+    *,
+    remark: Callable[[str], Any] | None = None,
 ) -> Tensor:
-    """IMAGE [count,S,S,3] for a text. Raises ValueError in one sentence before a model is loaded."""
+    """IMAGE [count,S,S,3] for a text. Raises ValueError in one sentence before a model is loaded.
+
+    remark: told what the model does not read of the text, as HTML.
+    """
     if not (prompt or "").strip():
         raise ValueError("the prompt is empty: say what the image shows")
+    from ..models.multimodal.reading import remarks
+
     count, steps = int(number("images", count, 1, MOST)), int(number("steps", steps, 1, 1000))
     cfg, seed = number("guidance", cfg, 0, 100), int(number("seed", seed, 0, LARGEST_SEED))
     made = _model(backend, model)
+    for sentence in remarks(made, prompt):
+        if remark:
+            remark(html.escape(sentence, quote=False))
     job.more(steps)
     return made.generate_from_text(
         [prompt.strip()], count, True, steps, seed, cfg=cfg, callback=lambda *_: job.step()

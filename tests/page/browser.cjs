@@ -202,10 +202,11 @@ async function exported(name, old) {
 
 async function words() {
   await show("Generate and caption");
-  await write("generate-prompt", "a red circle");
+  await write("generate-prompt", "a red dinosaur circle");
   await enter("generate-count", 2);
   await enter("generate-steps", task.steps);
   await press("generate-run");
+  seen.remark = await toast("not known");
   await page.waitForFunction(
     () => [...document.querySelectorAll("#generate-images img")].filter((i) => i.naturalWidth).length >= 2,
     null, WAIT);

@@ -110,5 +110,6 @@ def test_the_canvas_is_painted_twice_undone_and_exported(visit, example, folder)
 
 def test_a_text_becomes_images_and_an_image_words(visit):
     seen = visit("words")
+    assert "not known dinosaur" in seen["remark"]
     assert len(seen["generated"]) >= 2 and set(seen["generated"]) == {seen["generated"][0]}
     assert seen["caption"].strip()

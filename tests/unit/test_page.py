@@ -308,6 +308,9 @@ def test_texts_and_images_of_a_multimodal_model(tmp_path):
         job = Job(lambda *step: told.append(step))
         made = wording.generate(backend, job, "a red circle", label, 2, 3, 2.0, 1)
         assert made.shape[0] == 2 and made.shape[-1] == 3 and told == [(1, 3), (2, 3), (3, 3)]
+        said = []
+        wording.generate(backend, Job(), "a red <b>", label, 1, 1, 2.0, 1, remark=said.append)
+        assert len(said) == 1 and "not known b" in said[0] and "&lt;b&gt;" in said[0]
         path = examples.images(backend.folder)[0][0]
         captions = wording.caption(backend, Job(), path, label, 2, 0.9, 1)
         assert len(captions) == 2 and any(word in " ".join(captions) for word in words)
