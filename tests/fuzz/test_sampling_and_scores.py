@@ -168,7 +168,8 @@ def test_lora_loader(data):
         package.apply_to_comfy = original
     if made is None:
         return
-    assert seen["weights"].modules and made[1] == "report" and made[2].ndim == 4
+    _, report, curve = made["result"]
+    assert seen["weights"].modules and report == "report" and curve.ndim == 4
     assert all(math.isfinite(module.scale) for module in seen["weights"].modules.values())
 
 

@@ -83,7 +83,8 @@ def test_outpaint_and_inpaint(answer, tmp_path):
 
 
 def test_generate_and_caption(answer, tmp_path):
-    GenerativeMultimodalModel.from_preset("tiny", word_tokenizer(["a red circle"])).save_pretrained("model")
+    words = word_tokenizer(["a", "red", "circle"])
+    GenerativeMultimodalModel.from_preset("tiny", words).save_pretrained("model")
     made = answer("generate", "a circle", "--model", "model", "--count", 2, "--direct")
     assert len(made["images"]) == 2 and all(Path(file).is_file() for file in made["images"])
     said = answer("caption", *made["images"], "--model", "model", "--count", 3)
