@@ -178,6 +178,26 @@ def as_a_reward_it_judges_elsewhere_and_needs_no_image_here(host):
 
 
 @case
+def reward_training_learns_from_it(host):
+    graph = host.graph()
+    bundled = graph.add("DiptychMultimodalLoader", model="tiny (bundled)")
+    score = graph.add("DiptychMultimodalScore", model=bundled[0], texts="")
+    demo = graph.add("DiptychDemoImage", example=3)
+    small = {"updates": 1, "group_size": 2, "groups": 1, "rank": 2, "preview_every": 0, "preset": "nft"}
+    trained = graph.add(
+        "DiptychTrainGRPO",
+        reward=score[5],
+        images=demo[0],
+        instructions=demo[1],
+        base_model="tiny kontext (bundled)",
+        output_name="by_likeness",
+        **small,
+    )
+    kept = host.run(graph.keep(report=trained[3])).kept
+    assert "1 of 1 updates" in kept["report"] and "multimodal" in kept["report"]
+
+
+@case
 def each_step_moves_the_bar_and_the_stop_button_ends_it(host):
     import comfy.model_management as memory
     import comfy.utils
