@@ -102,8 +102,8 @@ const show_paint = () => show("Fill and outpaint");
 
 async function filling() {
   await show_paint();
+  await page.locator("#fill-image canvas").first().waitFor(WAIT);  // the editor takes an image from then on
   await page.locator("#fill-image input[type=file]").first().setInputFiles(task.image, WAIT);
-  await page.locator("#fill-image canvas").first().waitFor(WAIT);
   await page.waitForTimeout(1500);  // the editor fits the image to its frame
   const [x, y] = await middle("#fill-image canvas");
   await drag([x + 20, y + 20], [x + 90, y + 90]);
