@@ -9,7 +9,6 @@ const WAIT = { timeout: 600000 };  // a hang, not slowness: machines differ
 const seen = {}, problems = [], strangers = new Set();
 let page;
 
-const MANY = 900;  // no machine is done with them before it is stopped; the page writes 1000 as 1k
 const show = (name) => page.getByRole("tab", { name, exact: true }).click(WAIT);
 const press = (id) => page.locator(`#${id}`).click(WAIT);
 const write = (id, text) => page.locator(`#${id} textarea, #${id} input`).first().fill(text, WAIT);
@@ -83,9 +82,9 @@ async function editing() {
   await page.locator(".toast-close").first().click(WAIT);
 
   await write("edit-instruction", task.instruction);
-  await enter("edit-steps", MANY);
+  await enter("edit-steps", 100);
   await press("edit-run");
-  const running = () => /[2-9]\/900 steps/.test(document.querySelector("#edit-slider").innerText);
+  const running = () => /[2-9]\/100 steps/.test(document.querySelector("#edit-slider").innerText);
   await page.waitForFunction(running, null, WAIT);
   seen.progress = (await page.locator("#edit-slider").innerText()).replace(/\s+/g, " ");
   await press("edit-stop");
@@ -130,9 +129,9 @@ async function waiting() {
   await show("Edit");
   await upload("edit-image", task.image);
   await write("edit-instruction", task.instruction);
-  await enter("edit-steps", MANY);
+  await enter("edit-steps", 100);
   await press("edit-run");
-  const steps = () => Number((/(\d+)\/900 steps/.exec(document.querySelector("#edit-slider").innerText) || [0, 0])[1]);
+  const steps = () => Number((/(\d+)\/100 steps/.exec(document.querySelector("#edit-slider").innerText) || [0, 0])[1]);
   const reached = (n) => page.waitForFunction(`(${steps})() >= ${n}`, null, WAIT);
   await reached(1);
   await show_paint();

@@ -72,9 +72,9 @@ def test_edit_compare_error_progress_stop_and_example(visit, example, folder):
     assert np.array_equal(before, file(example[0])) and np.array_equal(after, file(out))
     assert "icedit" in seen["report"] and seen["sliderMoved"]
     assert "the instruction is empty: say what to change" in seen["error"]
-    assert re.search(r"\d+/900 steps", seen["progress"])
+    assert re.search(r"\d+/100 steps", seen["progress"])
     done, total = map(int, re.search(r"next step, (\d+) of (\d+) were done", seen["stopped"]).groups())
-    assert 2 <= done < total == 900
+    assert 2 <= done < total == 100
     assert seen["example"] == examples.pair(examples.EDITS[1]).instruction
 
 
