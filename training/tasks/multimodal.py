@@ -140,10 +140,10 @@ class MultimodalTask(Task):
     def draw(self, seed: int, positions: list[int]) -> dict[str, Tensor]:
         """`dropped` [B]: which rows see the null vector instead of their text; `part` [B]: which part of it
         the others see, the whole where it is 1 or more."""
-        share = max(self.config.prompt_part, 1e-9)
+        share, at = self.config.prompt_part, row_uniform(seed, positions, "part")
         return {
             "dropped": row_uniform(seed, positions, "drop") < self.config.prompt_drop,
-            "part": row_uniform(seed, positions, "part") / share,
+            "part": at / share if share else torch.ones_like(at),
         }
 
     def noise_shape(self, batch: dict[str, Any]) -> tuple[int, ...]:
