@@ -72,15 +72,16 @@ ENGINES = (
 
 def engines(comfyuis: list[Path]) -> Iterator[Finding]:
     """Where full-size models and LoRAs lie: in the hub's cache and in ComfyUI's folders."""
+    files = [path for comfyui in comfyuis for path in installed.model_files(comfyui, *MODELS)]
     for engine in ENGINES:
         folder = installed.cached_model(engine.hub) if engine.hub else None
-        files = _named(comfyuis, engine.words)
+        named = [path for path in files if any(word in path.name.lower() for word in engine.words)]
         what = f"{engine.title} ({engine.name})"
         if folder:
             yield Finding("ok", f"{what} for the command line: {folder}")
-        if files:
-            yield Finding("ok", f"{what} for ComfyUI: {', '.join(str(path) for path in files[:3])}")
-        if not folder and not files:
+        if named:
+            yield Finding("ok", f"{what} for ComfyUI: {', '.join(str(path) for path in named[:3])}")
+        if not folder and not named:
             yield Finding("missing", f"{what} is not on this machine", engine.remedy)
     yield from loras(comfyuis)
 
@@ -132,8 +133,3 @@ def judges() -> Iterator[Finding]:
     yield Finding("ok", f"judges ready: {', '.join(name for name in names() if name not in lacking)}")
     for name, reason in lacking.items():
         yield Finding("missing", f"judge {name}", reason)
-
-
-def _named(comfyuis: list[Path], words: tuple[str, ...]) -> list[Path]:
-    files = (path for comfyui in comfyuis for path in installed.model_files(comfyui, *MODELS))
-    return [path for path in files if any(word in path.name.lower() for word in words)]

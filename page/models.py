@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..commands import edit, painting
+from ..models.lora.files import SUFFIXES
 
 NAMES = {
     "fill": "FLUX Fill",
@@ -24,7 +25,6 @@ EDIT = ("fill", "kontext")
 PAINT = ("fill", "sd_inpaint", "glid", "sd")
 WORDS = ("multimodal",)
 AS_TRAINED, NO_LORA = "as the model needs", "none"
-LORA_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 
 
 class Model(NamedTuple):
@@ -105,7 +105,7 @@ class Offer:
 
 def lora_files(folder: Path) -> dict[str, Path]:
     """LoRA files below a folder, by their path within it."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in LORA_SUFFIXES and p.is_file())
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 

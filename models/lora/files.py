@@ -30,7 +30,7 @@ WEIGHT_FILES = (
 SIDECARS = {"adapter_config.json": "adapter_model", "lora_config.json": "pytorch_lora_weights"}
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _SUBFOLDERS = ("lora", "transformer", "unet")
-_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 _LONGEST_JSON = 10_000_000
 
 
@@ -138,8 +138,8 @@ def _find(folder: Path) -> list[Path]:
         if (place / _INDEX).is_file():
             return _shards(place / _INDEX)
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    found = [p for p in files if p.suffix.lower() in _SUFFIXES[:2]]
-    found = found or [p for p in files if p.suffix.lower() in _SUFFIXES]
+    found = [p for p in files if p.suffix.lower() in SUFFIXES[:2]]
+    found = found or [p for p in files if p.suffix.lower() in SUFFIXES]
     if len(found) != 1:
         listing = ", ".join(p.name for p in found[:4]) or "none"
         raise LoraError(

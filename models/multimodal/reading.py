@@ -23,6 +23,12 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
     return [word for word in words(text) if unknown in tokenizer(word, add_special_tokens=False).input_ids]
 
 
+def read_words(tokenizer: Any, text: str) -> list[str]:
+    """Those words of a text that the tokenizer knows, each once, in their order."""
+    unknown = unknown_words(tokenizer, text)
+    return [word for word in words(text) if word not in unknown]
+
+
 def known_words(tokenizer: Any) -> list[str]:
     """Every word of a small vocabulary, sorted; [] for one of more than `LISTED` words."""
     pieces = (piece.lstrip("\u2581") for piece in tokenizer.get_vocab())
@@ -39,7 +45,7 @@ def remarks(model: Any, prompts: str | Sequence[str]) -> list[str]:
     told = []
     for prompt in check_texts("prompts", prompts):
         unknown = unknown_words(tokenizer, prompt)
-        read = [word for word in words(prompt) if word not in unknown]
+        read = read_words(tokenizer, prompt)
         if not read:
             raise ValueError(f"prompt {prompt!r} has no word that this model knows{_knows(tokenizer)}")
         if unknown:

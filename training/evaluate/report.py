@@ -121,7 +121,7 @@ def _stage(run: Run) -> list[str]:
     charts = [chart for title, series in curves(run) if (chart := svg.chart(title, series, title != "lr"))]
     drawn = f'<h2>Curves</h2><div class="row">{"".join(charts)}</div>' if charts else ""
     sheets = sorted((run.folder / "samples").glob("step_*.png"))
-    chosen = [sheets[index] for index in _spread(len(sheets), SHEETS)]
+    chosen = [sheets[index] for index in svg.spread(len(sheets), SHEETS)]
     shown = "".join(
         html.figure(file, f"after {int(file.stem.partition('_')[2] or 0)} steps") for file in chosen
     )
@@ -138,11 +138,6 @@ def curves(run: Run) -> Iterable[tuple[str, Mapping[str, run_folder.History]]]:
     last = [name for name in UNTOLD[2:] if name in columns]
     for name in [*(name for name in columns if name not in UNTOLD), *last]:
         yield name, {"": columns[name]}
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most so many indices below count, evenly, first and last among them."""
-    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)}) if count else []
 
 
 def _configuration(run: Run) -> str:

@@ -71,9 +71,12 @@ def _series(name: str, values: History, x, y, number: int, smooth: bool) -> str:
 
 def thinned(points: list[tuple[int, float]], most: int = MOST) -> list[tuple[int, float]]:
     """At most so many of the points, evenly, first and last among them."""
-    if len(points) <= most:
-        return points
-    return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
+    return [points[index] for index in spread(len(points), most)]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many indices below count, evenly, first and last among them."""
+    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)}) if count else []
 
 
 def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -27,11 +27,11 @@ class TextSimilarity(Reward):
         self.model = model.eval().requires_grad_(False)
 
     def _score(self, images: Tensor, context: Context) -> Tensor:
-        from ...models.multimodal.reading import unknown_words, words
+        from ...models.multimodal.reading import read_words
 
         tokenizer, prompts = self.model.tokenizer, list(context.prompts)
-        read = {text: set(words(text)) > set(unknown_words(tokenizer, text)) for text in set(prompts)}
-        rows = [row for row, text in enumerate(prompts) if read[text]]
+        known = {text for text in set(prompts) if read_words(tokenizer, text)}
+        rows = [row for row, text in enumerate(prompts) if text in known]
         scores = torch.full((len(images),), torch.nan)
         if rows:
             texts = sorted({prompts[row] for row in rows})

@@ -2,6 +2,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { language } from "./language.js";
 
 /** The address of an image that a node's answer names: {filename, subfolder, type}. */
 export function address(image) {
@@ -10,8 +11,7 @@ export function address(image) {
 
 /** A text in the language of the page. */
 export function said(english, chinese) {
-  const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? navigator.language;
-  return String(locale).startsWith("zh") ? chinese : english;
+  return language().startsWith("zh") ? chinese : english;
 }
 
 /** The node of a key in the page's table of outputs: "7", or inside a subgraph "its-id:7". */
