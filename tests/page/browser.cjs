@@ -130,9 +130,8 @@ async function waiting() {
   await upload("edit-image", task.image);
   await write("edit-instruction", task.instruction);
   await enter("edit-steps", 100);
-  await enter("edit-best", 16);  // a quick machine is done with one too soon
   await press("edit-run");
-  const steps = () => Number((/(\d+)\/\d+ steps/.exec(document.querySelector("#edit-slider").innerText) || [0, 0])[1]);
+  const steps = () => Number((/(\d+)\/100 steps/.exec(document.querySelector("#edit-slider").innerText) || [0, 0])[1]);
   const reached = (n) => page.waitForFunction(`(${steps})() >= ${n}`, null, WAIT);
   await reached(1);
   await show_paint();

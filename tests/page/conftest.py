@@ -26,7 +26,7 @@ def web(tmp_path_factory):
     """The page with the tiny models."""
     if find_spec("gradio") is None:
         pytest.skip('the page needs gradio: pip install "gradio>=6.31,<7"')
-    running = page_process.begin(tmp_path_factory.mktemp("web"))
+    running = page_process.begin(tmp_path_factory.mktemp("web"), pause=0.2)
     yield running
     page_process.end(running)
 

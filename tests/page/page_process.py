@@ -11,6 +11,17 @@ from typing import NamedTuple
 
 import pytest
 
+# `diptych web`, each step of a model at least so long: a quick machine is done before a browser can look.
+PACED = """
+import sys, time
+from comfyui_diptych import cli
+from comfyui_diptych.page.jobs import Job
+def paced(self, count=1, pause=float(sys.argv[1]), step=Job.step):
+    time.sleep(pause)
+    step(self, count)
+Job.step = paced
+sys.exit(cli.main(sys.argv[2:]))
+"""
 BOOT_SECONDS, END_SECONDS = 600, 120  # a hang, not slowness: machines differ
 
 
@@ -22,9 +33,10 @@ class Web(NamedTuple):
     process: subprocess.Popen
 
 
-def begin(folder: Path, *options: str) -> Web:
-    """`diptych web` with temporary files below `folder`, once it listens."""
-    command = [sys.executable, "-m", "comfyui_diptych", "web", *options]
+def begin(folder: Path, *options: str, pause: float = 0.0) -> Web:
+    """`diptych web` with temporary files below `folder`, once it listens. pause: least seconds of a step."""
+    program = ["-c", PACED, str(pause)] if pause else ["-m", "comfyui_diptych"]
+    command = [sys.executable, *program, "web", *options]
     environment = {**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=environment
